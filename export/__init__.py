@@ -1,0 +1,1 @@
+"""From a SpeechBrain checkpoint to verified files in the Triton model repository."""

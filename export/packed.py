@@ -1,0 +1,441 @@
+"""ECAPA-TDNN over clips of any lengths that lie end to end in one row of samples, without padding.
+
+Every operation respects the borders between clips, so a clip's embedding is, to rounding, the one it gets alone.
+A convolution is a row gather with reflected positions and one matrix product; a mean over a clip is a product with
+its column of a one-hot matrix. All shapes follow from the number of samples S and of clips B.
+
+Symbols in shapes: S samples, B clips, T frame rows, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SAMPLE_RATE = 16000  # Hz
+MAX_AMPLITUDE = 1e4  # full scale is 1; anything beyond this is not audio
+# A softmax whose exponents stay below this needs no shift by the maximum: exp(60) = 1e26 leaves a float32 room for
+# the sum over an hour's frames and for the channels' squares.
+EXP_LIMIT = 60.0
+
+
+class UnsupportedModel(Exception):
+    """The checkpoint has something that the packed model does not reproduce."""
+
+
+class PackedEcapa(nn.Module):
+    """The packed model, built from the modules of a loaded SpeechBrain ``EncoderClassifier``.
+
+    Args:
+        classifier: the ``EncoderClassifier`` in eval mode; its modules are read, not changed.
+        threshold: cosine at or above which two embeddings are the same speaker; NaN where there is none.
+        max_seconds: a clip is embedded by its first ``max_seconds``, which bounds memory and time.
+    """
+
+    def __init__(self, classifier: Any, threshold: float, max_seconds: float = 30.0) -> None:
+        super().__init__()
+        model = classifier.mods.embedding_model
+        _check_supported(classifier)
+        self.features = Features(classifier.mods.compute_features)
+        self.hop = self.features.hop
+        self.max_samples = round(max_seconds * SAMPLE_RATE)
+        self.max_frames = self.max_samples // self.hop + 1
+
+        first, *blocks = model.blocks
+        self.first = Tdnn(first, Affine.identity(self.features.n_mels))
+        given = self.first.output
+        outputs = []
+        self.blocks = nn.ModuleList()
+        for block in blocks:
+            self.blocks.append(SERes2Net(block, given))
+            given = self.blocks[-1].output
+            outputs.append(given)
+        self.mfa = Tdnn(model.mfa, Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs])))
+        self.pooling = AttentivePooling(model.asp, self.mfa.output)
+        self.last = _final_linear(model, self.pooling.output)
+        self.embedding_size: int = self.last.out_features
+
+        layers = [module for module in self.modules() if isinstance(module, Tdnn)]
+        reach = max(layer.kernel // 2 * layer.dilation for layer in layers)
+        self.windows = sorted({(layer.kernel, layer.dilation) for layer in layers if layer.kernel > 1})
+        # Reflection needs more frames than it reaches over; SpeechBrain raises on a shorter clip.
+        self.min_samples: int = reach * self.hop
+        info = torch.tensor([[threshold, self.max_samples / SAMPLE_RATE, float(self.min_samples)]])
+        self.register_buffer("info", info)
+
+    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed the clips of one batch.
+
+        Args:
+            waveform: float32 ``[S]``, 16 kHz, [-1, 1]: all clips end to end.
+            lengths: int32 ``[B, 1]``, samples of each clip.
+
+        Returns:
+            ``embedding`` float32 ``[B, E]``: raw, not unit length. NaN for a clip that is too short, has samples
+            that are not finite or beyond 1e4, or is empty; for the clips behind an empty one too, because
+            a server may have stopped copying there. The same ``model_info`` float32 ``[B, 3]`` for every clip:
+            verification threshold, longest clip in seconds, shortest clip in samples.
+        """
+        lengths = lengths.reshape(-1)
+        ends = torch.cumsum(lengths, 0, dtype=torch.int32)
+        used = torch.clamp(lengths, min=0, max=self.max_samples)
+        frames = used // self.hop + 1
+        n_clips = lengths.shape[0]
+        n_rows = waveform.shape[0] // self.hop + n_clips
+
+        rows = torch.arange(n_rows, dtype=torch.int32, device=waveform.device)[: n_clips * self.max_frames]
+        clips = Clips(rows, frames)
+        features, audible = self.features(waveform, ends - lengths, used, clips, rows)
+
+        gathers = {window: clips.window(*window) for window in self.windows}
+        x = self.first(features, gathers)
+        outputs = []
+        for block in self.blocks:
+            x = block(x, clips, gathers)
+            outputs.append(x)
+        x = self.mfa(torch.cat(outputs, dim=1), gathers)
+        embedding = self.last(self.pooling(x, clips))
+
+        empty_so_far = torch.cumsum((lengths <= 0).to(torch.int32), 0) > 0
+        torn = ends[-1:] != waveform.shape[0]  # lengths of other samples than these
+        valid = audible & (lengths >= self.min_samples) & ~empty_so_far & ~torn
+        embedding = torch.where(valid[:, None], embedding, math.nan)
+        return embedding, self.info.expand(n_clips, -1)
+
+
+class Clips:
+    """Which row belongs to which clip, and what follows from it.
+
+    Args:
+        rows: int32 ``[T]``, 0 to T - 1; T is at least the sum of ``counts``, rows left over belong to no clip.
+        counts: int32 ``[B]``, rows of each clip.
+    """
+
+    def __init__(self, rows: Tensor, counts: Tensor) -> None:
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        starts = ends - counts
+        begun = rows >= starts[:, None]
+        self.member = begun & (rows < ends[:, None])  # bool [B, T]
+        self.index = begun.to(torch.int32).sum(0, dtype=torch.int32) - 1  # [T], the last clip for rows left over
+        self.start = torch.index_select(starts, 0, self.index)
+        self.position = rows - self.start
+        self.count = torch.index_select(counts, 0, self.index)
+        self.sums = self.member.to(torch.float32)  # [B, T]
+        self.means = self.sums / counts[:, None]  # [B, T]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over each clip's rows: ``[T, C]`` to ``[B, C]``."""
+        return torch.mm(self.means, x)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over each clip's rows: ``[T, C]`` to ``[B, C]``."""
+        return torch.mm(self.sums, x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """A clip's value for each of its rows: ``[B, C]`` to ``[T, C]``."""
+        return torch.index_select(x, 0, self.index)
+
+    def window(self, kernel: int, dilation: int) -> Tensor:
+        """Rows under a convolution kernel, reflected at both ends of the clip: int32 ``[T * kernel]``."""
+        taps = torch.arange(kernel, dtype=torch.int32, device=self.position.device)
+        position = torch.abs(self.position[:, None] + (taps - kernel // 2) * dilation)
+        last = (self.count - 1)[:, None]
+        position = last - torch.abs(last - position)
+        # Clips too short for a reflection, and rows left over, stay inside; their result is not used.
+        position = torch.minimum(torch.clamp(position, min=0), last)
+        return (self.start[:, None] + position).reshape(-1)
+
+
+class Features(nn.Module):
+    """SpeechBrain's log mel filterbank, its top-dB floor and mean normalisation taken per clip."""
+
+    def __init__(self, fbank: Any) -> None:
+        super().__init__()
+        stft, mel = fbank.compute_STFT, fbank.compute_fbanks
+        self.n_fft: int = stft.n_fft
+        self.hop: int = stft.hop_length
+        self.n_mels: int = mel.n_mels
+        self.amin: float = mel.amin
+        self.top_db: float = mel.top_db
+        self.multiplier: float = mel.multiplier
+        self.db_shift: float = mel.multiplier * mel.db_multiplier
+
+        # A frame of n_fft samples is centred on p * hop. It lies within the hops p - reach .. p + reach, where hop p is
+        # the samples from p * hop - hop / 2 on: so each sample is gathered once, not n_fft / hop times.
+        self.reach = math.ceil((self.n_fft / 2 - self.hop / 2) / self.hop)
+        taps = 2 * self.reach + 1
+        window = torch.zeros(self.n_fft, dtype=torch.float64)
+        left = (self.n_fft - stft.win_length) // 2
+        window[left : left + stft.win_length] = stft.window.double()
+        angle = torch.arange(self.n_fft, dtype=torch.float64)[:, None] * torch.arange(self.n_fft // 2 + 1)
+        angle = 2 * math.pi / self.n_fft * (angle % self.n_fft)
+        dft = window[:, None] * torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+        before = self.reach * self.hop + self.hop // 2 - self.n_fft // 2
+        basis = torch.zeros(taps * self.hop, dft.shape[1], dtype=torch.float64)
+        basis[before : before + self.n_fft] = dft
+        self.register_buffer("basis", basis.float())  # [taps * hop, 2 * bins]
+        bins = self.n_fft // 2 + 1
+        identity = torch.eye(bins)[None]
+        log_mel, mel.log_mel = mel.log_mel, False
+        matrix = mel(identity)[0]  # [bins, n_mels]: the filterbank's answer to each single bin
+        mel.log_mel = log_mel
+        self.register_buffer("mel", torch.cat([matrix, matrix]))  # the real parts' squares, then the imaginary ones'
+
+    def forward(
+        self, waveform: Tensor, starts: Tensor, used: Tensor, clips: Clips, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised features float32 ``[T, n_mels]`` and, bool ``[B]``, whether all samples of a clip are audio."""
+        # One hop more than frames in each clip, because the last frame reaches past its centre, and one hop of silence.
+        n_clips = used.shape[0]
+        extra = torch.arange(n_clips + 1, dtype=torch.int32, device=rows.device)
+        hop_rows = torch.cat([rows, extra + rows.shape[0]])
+        hops = Clips(hop_rows, used // self.hop + 2)
+        offset = hops.position[:, None] * self.hop + torch.arange(
+            -(self.hop // 2), self.hop - self.hop // 2, dtype=torch.int32, device=rows.device
+        )
+        silence = waveform.shape[0]
+        inside = (
+            (offset >= 0) & (offset < torch.index_select(used, 0, hops.index)[:, None]) & hops.member.any(0)[:, None]
+        )
+        index = torch.where(inside, torch.index_select(starts, 0, hops.index)[:, None] + offset, silence)
+        samples = torch.cat([waveform, torch.zeros(1, device=waveform.device)])
+        samples = torch.index_select(samples, 0, index.reshape(-1)).reshape(-1, self.hop)
+        ok = torch.abs(samples) <= MAX_AMPLITUDE  # False for NaN too
+        samples = torch.where(ok, samples, 0.0)
+        bad_rows = (~ok).any(1)
+        audible = ~(hops.member & bad_rows).any(1)
+
+        # Clip b's first hop row lies b rows behind its first frame row, since each clip has one hop row more.
+        taps = torch.arange(-self.reach, self.reach + 1, dtype=torch.int32, device=rows.device)
+        position = clips.position[:, None] + taps
+        last = hop_rows.shape[0] - 1
+        hop_index = (rows + clips.index)[:, None] + taps
+        hop_index = torch.where((position >= 0) & (position <= clips.count[:, None]), hop_index, last)
+        hop_index = torch.clamp(hop_index, max=last)
+        frames = torch.index_select(samples, 0, hop_index.reshape(-1)).reshape(-1, self.basis.shape[0])
+
+        spectrum = torch.mm(frames, self.basis)
+        power = torch.mm(spectrum * spectrum, self.mel)
+        level = self.multiplier * torch.log10(torch.clamp(power, min=self.amin)) - self.db_shift
+        peak = torch.where(clips.member, level.amax(1), -math.inf).amax(1)
+        # Relative to the peak first: the mean of a steady clip is then free of rounding.
+        level = torch.clamp(level - clips.spread(peak[:, None]), min=-self.top_db)
+        return level - clips.spread(clips.mean(level)), audible
+
+
+class Affine(NamedTuple):
+    """What the layers leave to the next linear one: true value = ``sign`` * given value + ``offset``, each ``[C]``."""
+
+    sign: Tensor
+    offset: Tensor
+
+    @classmethod
+    def identity(cls, channels: int) -> Affine:
+        """Nothing left over."""
+        return cls(torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+
+
+class Tdnn(nn.Module):
+    """Convolution, ReLU and batch norm in one matrix product and a ReLU.
+
+    Batch norm multiplies by s and adds t. ``|s|`` goes through the ReLU into the product; the sign of s and t are left
+    as ``output`` to the next linear layer, which takes them in at no cost: reflection keeps constants.
+
+    Args:
+        block: SpeechBrain's ``TDNNBlock``.
+        given: of the input.
+    """
+
+    def __init__(self, block: Any, given: Affine) -> None:
+        super().__init__()
+        conv = block.conv.conv
+        self.kernel: int = conv.kernel_size[0]
+        self.dilation: int = conv.dilation[0]
+        scale, shift = _batch_norm(block.norm.norm)
+        self.output = Affine(torch.where(scale < 0, -1.0, 1.0).double(), shift)
+        weight, bias = _absorb(conv, given)
+        weight = weight.permute(0, 2, 1).reshape(conv.out_channels, -1)
+        self.linear = _linear(weight * scale.abs()[:, None], bias * scale.abs())
+
+    def forward(self, x: Tensor, gathers: dict[tuple[int, int], Tensor]) -> Tensor:
+        """``[T, C_in]`` to ``[T, C_out]``."""
+        if self.kernel > 1:
+            x = torch.index_select(x, 0, gathers[self.kernel, self.dilation]).reshape(x.shape[0], -1)
+        return torch.relu(self.linear(x))
+
+
+class Res2Net(nn.Module):
+    """SpeechBrain's ``Res2NetBlock``: each chunk of channels but the first is convolved with its predecessor's result."""
+
+    def __init__(self, block: Any, given: Affine) -> None:
+        super().__init__()
+        self.scale: int = block.scale
+        signs, offsets = given.sign.chunk(self.scale), given.offset.chunk(self.scale)
+        self.layers = nn.ModuleList()
+        outputs = [Affine(signs[0], offsets[0])]
+        flips: list[Tensor | None] = []
+        for inner, sign, offset in zip(block.blocks, signs[1:], offsets[1:], strict=True):
+            previous = outputs[-1] if flips else Affine(sign, torch.zeros_like(offset))
+            flip = sign * previous.sign
+            flips.append(flip.float() if bool((flip < 0).any()) else None)
+            layer = Tdnn(inner, Affine(sign, offset + previous.offset))
+            self.layers.append(layer)
+            outputs.append(layer.output)
+        self.flips = nn.ParameterList([nn.Parameter(f, False) if f is not None else None for f in flips])
+        self.output = Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs]))
+
+    def forward(self, x: Tensor, gathers: dict[tuple[int, int], Tensor]) -> Tensor:
+        """``[T, C]`` to ``[T, C]``."""
+        first, *chunks = torch.chunk(x, self.scale, dim=1)
+        outputs = [first]
+        for layer, flip, chunk in zip(self.layers, self.flips, chunks, strict=True):
+            if len(outputs) > 1:
+                chunk = chunk + (outputs[-1] if flip is None else outputs[-1] * flip)
+            outputs.append(layer(chunk, gathers))
+        return torch.cat(outputs, dim=1)
+
+
+class SERes2Net(nn.Module):
+    """SpeechBrain's ``SERes2NetBlock``; what is left over of its input is left over of its output too."""
+
+    def __init__(self, block: Any, given: Affine) -> None:
+        super().__init__()
+        self.tdnn1 = Tdnn(block.tdnn1, given)
+        self.res2net = Res2Net(block.res2net_block, self.tdnn1.output)
+        self.tdnn2 = Tdnn(block.tdnn2, self.res2net.output)
+        self.shortcut = None
+        if block.shortcut is not None:
+            weight, bias = _absorb(block.shortcut.conv, given)
+            self.shortcut = _linear(weight[:, :, 0], bias)
+            given = Affine.identity(block.out_channels)
+        self.output = given
+        # x below is short of tdnn2's true output by its sign alone; the gate puts it right, in the residual's terms.
+        sign, offset = self.tdnn2.output
+        self.register_buffer("shift", (sign * offset).float())
+        self.squeeze = _linear(*_flat(_absorb(block.se_block.conv1.conv, Affine(sign, torch.zeros_like(offset)))))
+        self.excite = _linear(*_flat(_absorb(block.se_block.conv2.conv, None)))
+        self.register_buffer("gate_sign", (sign * given.sign).float())
+
+    def forward(self, x: Tensor, clips: Clips, gathers: dict[tuple[int, int], Tensor]) -> Tensor:
+        """``[T, C_in]`` to ``[T, C_out]``."""
+        residual = x if self.shortcut is None else self.shortcut(x)
+        x = self.tdnn2(self.res2net(self.tdnn1(x, gathers), gathers), gathers) + self.shift
+        gate = self.gate_sign * torch.sigmoid(self.excite(torch.relu(self.squeeze(clips.mean(x)))))
+        return x * clips.spread(gate) + residual
+
+
+class AttentivePooling(nn.Module):
+    """Attention-weighted mean and standard deviation of each channel over each clip's frames.
+
+    Both standard deviations are taken about the clip's plain mean, which keeps their digits where a channel hardly moves.
+    """
+
+    def __init__(self, pooling: Any, given: Affine) -> None:
+        super().__init__()
+        channels = given.sign.shape[0]
+        self.eps: float = pooling.eps
+        self.output = Affine(
+            torch.cat([given.sign, torch.ones(channels)]), torch.cat([given.offset, torch.zeros(channels)])
+        )
+        # Over [x; mean; std]: x = centred + mean, so the mean's weights add up and all but x's part is one vector a clip.
+        scale, shift = _batch_norm(pooling.tdnn.norm.norm)
+        conv = pooling.tdnn.conv.conv
+        bias = conv.bias.double() * scale.abs()
+        on_x, on_mean, on_std = (conv.weight[:, :, 0].double() * scale.abs()[:, None]).split(channels, dim=1)
+        on_mean = on_mean + on_x
+        bias = bias + on_mean @ given.offset
+        self.on_x = _linear(on_x * given.sign, None)
+        self.context = _linear(torch.cat([on_mean * given.sign, on_std], dim=1), bias)
+        # tanh is odd: the batch norm's sign goes through it into the attention's last layer, whose bias, the same for
+        # all frames of a clip, the softmax cancels.
+        sign = torch.where(scale < 0, -1.0, 1.0).double()
+        self.register_buffer("shift", (sign * shift).float())
+        attention = pooling.conv.conv.weight[:, :, 0].double() * sign
+        largest = float(attention.abs().sum(1).max())
+        if largest > EXP_LIMIT:
+            raise UnsupportedModel(
+                f"an attention output can reach {largest:.1f} (sum of its absolute weights), the softmax without "
+                f"shift is safe up to {EXP_LIMIT:.0f}"
+            )
+        self.attention = _linear(attention, None)
+
+    def forward(self, x: Tensor, clips: Clips) -> Tensor:
+        """``[T, C]`` to ``[B, 2 C]``: means, then standard deviations."""
+        mean = clips.mean(x)
+        x = x - clips.spread(mean)
+        square = x * x
+        std = torch.sqrt(torch.clamp(clips.mean(square), min=self.eps))
+        context = self.context(torch.cat([mean, std], dim=1))
+        hidden = torch.relu(self.on_x(x) + clips.spread(context))
+        weight = torch.exp(self.attention(torch.tanh(hidden + self.shift)))
+        total = clips.sum(weight)
+        drift = clips.sum(weight * x) / total
+        variance = clips.sum(weight * square) / total - drift * drift
+        return torch.cat([mean + drift, torch.sqrt(torch.clamp(variance, min=self.eps))], dim=1)
+
+
+def _check_supported(classifier: Any) -> None:
+    """Refuse what would be silently computed otherwise than SpeechBrain does."""
+    mods = classifier.mods
+    fbank, norm, model = mods.compute_features, mods.mean_var_norm, mods.embedding_model
+    stft = fbank.compute_STFT
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv1d)]
+    tdnns = [module for module in model.modules() if type(module).__name__ == "TDNNBlock"]
+    refused = {
+        "compute_features with deltas or context": fbank.deltas or fbank.context,
+        f"a sample rate of {stft.sample_rate} Hz (16000 is served)": stft.sample_rate != SAMPLE_RATE,
+        "an STFT that is not centred, zero padded, one-sided and unnormalised": not stft.center
+        or stft.pad_mode != "constant"
+        or stft.normalized_stft
+        or not stft.onesided,
+        "a filterbank without log": not fbank.compute_fbanks.log_mel,
+        "a mean_var_norm other than norm_type sentence with std_norm False": norm.norm_type != "sentence"
+        or norm.std_norm,
+        "grouped convolutions": any(conv.groups != 1 for conv in convs),
+        "kernels of even size": any(conv.kernel_size[0] % 2 == 0 for conv in convs),
+        "an activation other than ReLU": any(not isinstance(block.activation, nn.ReLU) for block in tdnns),
+        "attentive pooling without global context": not model.asp.global_context,
+    }
+    found = [reason for reason, is_so in refused.items() if is_so]
+    if found:
+        raise UnsupportedModel(f"the checkpoint has {' and '.join(found)}, which the packed model does not reproduce")
+
+
+def _batch_norm(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in eval mode, float64."""
+    assert norm.running_var is not None and norm.running_mean is not None
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def _absorb(conv: Any, given: Affine | None) -> tuple[Tensor, Tensor]:
+    """Weight ``[C_out, C_in, kernel]`` and bias, float64, of a convolution of what ``given`` leaves over."""
+    weight, bias = conv.weight.double(), conv.bias.double()
+    if given is None:
+        return weight, bias
+    return weight * given.sign[None, :, None], bias + weight.sum(2) @ given.offset
+
+
+def _flat(parameters: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of a convolution with kernel 1."""
+    return parameters[0][:, :, 0], parameters[1]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear.requires_grad_(False)
+
+
+def _final_linear(model: Any, given: Affine) -> nn.Linear:
+    """The pooled statistics' batch norm folded into the last layer."""
+    scale, shift = _batch_norm(model.asp_bn.norm)
+    weight = model.fc.conv.weight[:, :, 0].double()
+    bias = model.fc.conv.bias.double() + weight @ (shift + scale * given.offset)
+    return _linear(weight * scale * given.sign, bias)
