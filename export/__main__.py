@@ -87,8 +87,8 @@ def run_verify(options: argparse.Namespace) -> None:
     made_from = exported.metadata["weights_sha256"]
     if made_from != loaded.sha256:
         raise verify.VerificationError(
-            f"the model was made from weights {made_from[:12]} ({exported.metadata['source']}), --source {options.source} "
-            f"has {loaded.sha256[:12]}: name the source that it was made from, or export again"
+            f"the model was made from weights {made_from[:12]} ({exported.metadata['source']}), "
+            f"--source {options.source} has {loaded.sha256[:12]}: name the source that it was made from, or export again"
         )
     _verify(exported, loaded)
 

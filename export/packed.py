@@ -35,6 +35,8 @@ class PackedEcapa(nn.Module):
         max_seconds: a clip is embedded by its first ``max_seconds``, which bounds memory and time.
     """
 
+    info: Tensor
+
     def __init__(self, classifier: Any, threshold: float, max_seconds: float = 30.0) -> None:
         super().__init__()
         model = classifier.mods.embedding_model
@@ -152,6 +154,9 @@ class Clips:
 class Features(nn.Module):
     """SpeechBrain's log mel filterbank, its top-dB floor and mean normalisation taken per clip."""
 
+    basis: Tensor
+    mel: Tensor
+
     def __init__(self, fbank: Any) -> None:
         super().__init__()
         stft, mel = fbank.compute_STFT, fbank.compute_fbanks
@@ -197,9 +202,8 @@ class Features(nn.Module):
             -(self.hop // 2), self.hop - self.hop // 2, dtype=torch.int32, device=rows.device
         )
         silence = waveform.shape[0]
-        inside = (
-            (offset >= 0) & (offset < torch.index_select(used, 0, hops.index)[:, None]) & hops.member.any(0)[:, None]
-        )
+        length = torch.index_select(used, 0, hops.index)[:, None]
+        inside = (offset >= 0) & (offset < length) & hops.member.any(0)[:, None]
         index = torch.where(inside, torch.index_select(starts, 0, hops.index)[:, None] + offset, silence)
         samples = torch.cat([waveform, torch.zeros(1, device=waveform.device)])
         samples = torch.index_select(samples, 0, index.reshape(-1)).reshape(-1, self.hop)
@@ -268,7 +272,7 @@ class Tdnn(nn.Module):
 
 
 class Res2Net(nn.Module):
-    """SpeechBrain's ``Res2NetBlock``: each chunk of channels but the first is convolved with its predecessor's result."""
+    """SpeechBrain's ``Res2NetBlock``: each chunk of channels after the second takes in its predecessor's result."""
 
     def __init__(self, block: Any, given: Affine) -> None:
         super().__init__()
@@ -301,6 +305,9 @@ class Res2Net(nn.Module):
 class SERes2Net(nn.Module):
     """SpeechBrain's ``SERes2NetBlock``; what is left over of its input is left over of its output too."""
 
+    shift: Tensor
+    gate_sign: Tensor
+
     def __init__(self, block: Any, given: Affine) -> None:
         super().__init__()
         self.tdnn1 = Tdnn(block.tdnn1, given)
@@ -330,8 +337,10 @@ class SERes2Net(nn.Module):
 class AttentivePooling(nn.Module):
     """Attention-weighted mean and standard deviation of each channel over each clip's frames.
 
-    Both standard deviations are taken about the clip's plain mean, which keeps their digits where a channel hardly moves.
+    Both standard deviations are taken about the clip's plain mean: that keeps their digits where a channel hardly moves.
     """
+
+    shift: Tensor
 
     def __init__(self, pooling: Any, given: Affine) -> None:
         super().__init__()
@@ -340,7 +349,7 @@ class AttentivePooling(nn.Module):
         self.output = Affine(
             torch.cat([given.sign, torch.ones(channels)]), torch.cat([given.offset, torch.zeros(channels)])
         )
-        # Over [x; mean; std]: x = centred + mean, so the mean's weights add up and all but x's part is one vector a clip.
+        # Over [x; mean; std]: x = centred + mean, so the mean's weights add up; all but x's part is a vector a clip.
         scale, shift = _batch_norm(pooling.tdnn.norm.norm)
         conv = pooling.tdnn.conv.conv
         bias = conv.bias.double() * scale.abs()

@@ -101,7 +101,7 @@ def verify(model: OnnxModel, classifier: Any, *, seed: int = 0) -> Iterator[Grou
 
 
 def clip_groups(min_samples: int, max_samples: int, seed: int) -> dict[str, dict[str, Array]]:
-    """Clips by group and label: float32 ``[samples]``, 16 kHz, from the shortest to the longest that the model takes."""
+    """Clips by group and label: float32 ``[samples]``, 16 kHz, shortest and longest that the model takes."""
     random = np.random.default_rng(seed)
     shortest, second = min_samples, SAMPLE_RATE
     edges = [shortest, shortest + 1, shortest + 159, shortest + 160, 1599, 1600, 7999, second, second + 1]
