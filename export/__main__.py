@@ -88,7 +88,7 @@ def run_verify(options: argparse.Namespace) -> None:
     if made_from != loaded.sha256:
         raise verify.VerificationError(
             f"the model was made from weights {made_from[:12]} ({exported.metadata['source']}), "
-            f"--source {options.source} has {loaded.sha256[:12]}: name the source that it was made from, or export again"
+            f"--source {options.source} has {loaded.sha256[:12]}: name the one it was made from, or export again"
         )
     _verify(exported, loaded)
 

@@ -52,8 +52,9 @@ class PackedEcapa(nn.Module):
         outputs = []
         self.blocks = nn.ModuleList()
         for block in blocks:
-            self.blocks.append(SERes2Net(block, given))
-            given = self.blocks[-1].output
+            packed = SERes2Net(block, given)
+            self.blocks.append(packed)
+            given = packed.output
             outputs.append(given)
         self.mfa = Tdnn(model.mfa, Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs])))
         self.pooling = AttentivePooling(model.asp, self.mfa.output)
@@ -337,7 +338,7 @@ class SERes2Net(nn.Module):
 class AttentivePooling(nn.Module):
     """Attention-weighted mean and standard deviation of each channel over each clip's frames.
 
-    Both standard deviations are taken about the clip's plain mean: that keeps their digits where a channel hardly moves.
+    Both standard deviations are taken about the clip's plain mean: it keeps their digits where a channel hardly moves.
     """
 
     shift: Tensor
