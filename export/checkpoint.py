@@ -47,7 +47,7 @@ class Checkpoint:
         origin: the arguments that load it again, such as ``--source mini``.
         revision: the hub revision, or an empty string.
         sha256: of the weights file (of the weights themselves for ``random``).
-        threshold: cosine at or above which two raw embeddings are the same speaker.
+        threshold: cosine above which two raw embeddings are of one speaker.
     """
 
     classifier: Any

@@ -31,7 +31,7 @@ class PackedEcapa(nn.Module):
 
     Args:
         classifier: the ``EncoderClassifier`` in eval mode; its modules are read, not changed.
-        threshold: cosine at or above which two embeddings are the same speaker; NaN where there is none.
+        threshold: cosine above which two embeddings are of one speaker; NaN where there is none.
         max_seconds: a clip is embedded by its first ``max_seconds``, which bounds memory and time.
     """
 

@@ -1,0 +1,45 @@
+# The tasks of this project; a laptop and CI run the same ones. `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCE ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint export verify serve bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: $(BIN)/installed ## export, serve on real Triton, tell the voices of samples/ apart
+	@$(BIN)/python -m samples.demo
+
+test: $(BIN)/installed lint ## lint, types and all tests, the served ones against a real tritonserver
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+export: $(BIN)/installed ## the model into model_repository/ (SOURCE=mini, a folder or a hub id)
+	$(BIN)/python -m export $(if $(SOURCE),--source $(SOURCE))
+
+verify: $(BIN)/installed ## the exported model against SpeechBrain once more
+	$(BIN)/python -m export verify
+
+serve: $(BIN)/installed ## Triton on 127.0.0.1, ports 8000 (HTTP), 8001 (gRPC), 8002 (metrics)
+	$(BIN)/python -m server
+
+bench: $(BIN)/installed ## the model against SpeechBrain and the machine's matrix products, on the CPU
+	$(BIN)/python -m loadtest model
+
+clean: ## remove the environment and the exported models
+	rm -rf .venv model_repository/*/1/model.*
+
+# One environment for everything; made again when what it installs changes.
+$(BIN)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
+		{ echo "$$($(PYTHON) --version) found, Python 3.10 to 3.12 is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
+	@echo "install into .venv (some minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,server,dev]'
+	@touch $@

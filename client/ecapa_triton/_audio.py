@@ -1,0 +1,250 @@
+"""From a path, the bytes of a file or an array to a mono waveform at 16 kHz, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, TypeAlias
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from ._errors import (
+    AudioFileError,
+    AudioFormatError,
+    NotAudioError,
+    NotFiniteError,
+)
+
+Audio: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[Any]
+"""A path, the bytes of an audio file, or an array of samples."""
+
+Waveform: TypeAlias = NDArray[np.float32]
+
+SAMPLE_RATE = 16_000  # Hz, the rate of the model's training data
+MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; outside it is a broken header rather than a recording of speech
+MAX_AMPLITUDE = 1e4  # full scale is 1; beyond this the model answers NaN
+MAX_CHANNELS = 32  # of an array: more is a transposed array rather than a microphone array
+INT16_SCALE = np.float32(1 / 32768)
+# How the files start that are handed to libsndfile: WAV, RF64, W64, FLAC, OGG, MP3, AIFF, AU, CAF, SPHERE.
+# Its parsers of rarer formats print to the terminal and see less use.
+MAGIC = (b"RIFF", b"RF64", b"riff", b"fLaC", b"OggS", b"ID3", b"\xff", b"FORM", b".snd", b"caff", b"NIST")
+UNKNOWN_FRAMES = 1 << 62  # libsndfile says 2^63 - 1 where a stream's header does not tell
+MAX_MISSING = 0.5  # s, that a file may end before its header says: MP3 counts are estimates
+BLOCK = 1 << 18  # samples, all channels together, that are decoded at a time: 1 MiB of float32
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The beginning of a clip, or all of it.
+
+    Attributes:
+        name: How error messages call it.
+        waveform: float32 [samples], mono, 16 kHz, finite.
+        cut: Whether the source goes on behind `waveform`.
+        source_seconds: Length of the source in seconds; a file's is what its header claims.
+    """
+
+    name: str
+    waveform: Waveform
+    cut: bool
+    source_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Length of `waveform` in seconds."""
+        return len(self.waveform) / SAMPLE_RATE
+
+
+def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) -> Clip:
+    """Read at most `max_samples` samples at 16 kHz, and decode no more of the source than that takes.
+
+    Args:
+        audio: A path, the bytes of an audio file (`MAGIC` lists the formats), or float or int16
+            samples `[samples]` or `[samples, channels]`. Channels are averaged; int16 is divided by 32768.
+        sample_rate: Hz, of an array (None: 16000). A file has its own; another one given here is an error.
+        max_samples: Samples at 16 kHz to stop at.
+
+    Raises:
+        AudioError: Not `TooShortError` or `TooLongError`: lengths are the caller's matter.
+    """
+    name = describe(audio)
+    if isinstance(audio, np.ndarray):
+        rate = SAMPLE_RATE if sample_rate is None else sample_rate
+        _check_rate(name, rate)
+        _check_array(name, audio)
+        return _collect(name, _array_blocks(audio), rate, len(audio) / rate, max_samples)
+    try:
+        with _open(name, audio) as file:
+            rate = file.samplerate
+            _check_rate(name, rate)
+            if sample_rate not in (None, rate):
+                raise AudioFormatError(
+                    f"{name}: the file is at {rate} Hz, sample_rate says {sample_rate}: "
+                    "leave sample_rate out for files, they are resampled as needed"
+                )
+            return _collect(name, _file_blocks(name, file), rate, file.frames / rate, max_samples)
+    except OSError as exc:
+        raise AudioFileError(f"{name}: cannot be read ({exc.strerror}): get a whole copy") from exc
+    except soundfile.SoundFileError as exc:
+        reason = getattr(exc, "error_string", str(exc)).rstrip(".")
+        raise NotAudioError(
+            f"{name}: cannot be read as audio ({reason}): expected a whole WAV, FLAC, OGG or MP3 file"
+        ) from exc
+
+
+def describe(audio: object) -> str:
+    """A short printable name for error messages."""
+    if isinstance(audio, np.ndarray):
+        return f"array {audio.dtype}{list(audio.shape)}"
+    if isinstance(audio, bytes | bytearray | memoryview):
+        return f"{len(audio)} bytes"
+    if isinstance(audio, str | os.PathLike):
+        path = str(audio)
+        return path if path.isprintable() and path else repr(path)
+    return type(audio).__name__
+
+
+def windows(samples: int, size: int) -> list[slice]:
+    """The fewest windows of `size` samples that cover `samples`, evenly spaced."""
+    count = -(-samples // size)
+    starts = np.linspace(0, max(samples - size, 0), count).round().astype(int)
+    return [slice(int(start), int(start) + size) for start in starts]
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE):
+        raise AudioFormatError(
+            f"{name}: sample rate is {rate!r}, expected {MIN_RATE} to {MAX_RATE} Hz: give the true one"
+        )
+
+
+def _collect(name: str, blocks: Iterator[Waveform], rate: float, source_seconds: float, max_samples: int) -> Clip:
+    parts, samples = [np.empty(0, np.float32)], 0
+    for block in _resample(blocks, rate):
+        parts.append(block)
+        samples += len(block)
+        if samples > max_samples:
+            break
+    waveform = np.concatenate(parts)[:max_samples]
+    if len(waveform) and not -MAX_AMPLITUDE <= waveform.min() <= waveform.max() <= MAX_AMPLITUDE:  # NaN too
+        first = int((~(np.abs(waveform) <= MAX_AMPLITUDE)).argmax())
+        raise NotFiniteError(
+            f"{name}: the sample at {first / SAMPLE_RATE:.3f} s is {waveform[first]:g}, "
+            "expected samples in [-1, 1]: mend the recording, or divide by full scale (32768 for 16 bits)"
+        )
+    return Clip(name, waveform, samples > max_samples, source_seconds)
+
+
+def _resample(blocks: Iterator[Waveform], rate: float) -> Iterator[Waveform]:
+    if rate == SAMPLE_RATE:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield stream.resample_chunk(block)
+    yield stream.resample_chunk(np.empty(0, np.float32), last=True)
+
+
+def _check_array(name: str, array: NDArray[Any]) -> None:
+    if array.ndim not in (1, 2) or array.ndim == 2 and not 1 <= array.shape[1] <= MAX_CHANNELS:
+        raise AudioFormatError(
+            f"{name}: expected shape [samples] or [samples, channels] with 1 to {MAX_CHANNELS} channels: "
+            "transpose a [channels, samples] array, pass the clips of a batch one by one"
+        )
+    if not (array.dtype == np.int16 or np.issubdtype(array.dtype, np.floating)):
+        raise AudioFormatError(f"{name}: expected float samples in [-1, 1] or int16: convert them")
+
+
+def _array_blocks(array: NDArray[Any]) -> Iterator[Waveform]:
+    """Mono float32 blocks of an array `[samples]` or `[samples, channels]`."""
+    step = BLOCK // (array.shape[1] if array.ndim == 2 else 1)
+    for start in range(0, len(array), step):
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused as such
+            block = array[start : start + step].astype(np.float32)
+        if array.dtype == np.int16:
+            block *= INT16_SCALE
+        yield _mono(block)
+
+
+class _Forward(soundfile.SoundFile):  # type: ignore[misc]
+    """A file only read forwards: else soundfile seeks after every read, which resets an MP3 decoder."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class _Bytes(io.BytesIO):
+    """Bytes in which a seek before the start, asked for by a damaged header, stays where it is."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.getbuffer().nbytes}[whence]
+        return super().seek(start + offset) if start + offset >= 0 else self.tell()
+
+
+@contextmanager
+def _open(name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview) -> Iterator[_Forward]:
+    if isinstance(audio, bytes | bytearray | memoryview):
+        data = bytes(audio)
+        _check_magic(name, data[:4])
+        with _Forward(_Bytes(data)) as file:
+            yield file
+    elif isinstance(audio, str | os.PathLike):
+        # By descriptor: no RAW format by suffix, no encoding of the name, and reasons from the system.
+        with _open_path(name, audio) as raw:
+            _check_magic(name, raw.read(4))
+            raw.seek(0)
+            with _Forward(raw.fileno(), closefd=False) as file:
+                yield file
+    else:
+        raise AudioFormatError(
+            f"audio is a {name}: expected a path, the bytes of an audio file or a NumPy array of samples"
+        )
+
+
+def _check_magic(name: str, start: bytes) -> None:
+    if not start.startswith(MAGIC):
+        found = f"starts with {start!r}" if start else "is empty (0 bytes)"
+        raise NotAudioError(f"{name}: {found}: expected a WAV, FLAC, OGG or MP3 file")
+
+
+def _open_path(name: str, path: str | os.PathLike[str]) -> io.FileIO:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe could wait for ever
+            kind = "a directory" if os.path.isdir(path) else "not a regular file"
+            raise AudioFileError(f"{name}: is {kind}: pass the path of an audio file, or the bytes of one")
+        return io.FileIO(path)
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
+        reason = getattr(exc, "strerror", None) or str(exc)
+        raise AudioFileError(
+            f"{name}: cannot be opened ({reason}): expected the path of a readable audio file"
+        ) from exc
+
+
+def _file_blocks(name: str, file: _Forward) -> Iterator[Waveform]:
+    """Mono float32 blocks of a file, with an error if it ends before its header says so."""
+    step = max(1, BLOCK // file.channels)
+    done = 0
+    while len(block := file.read(step, dtype="float32", always_2d=True)):
+        done += len(block)
+        yield _mono(block)
+    missing = file.frames - done
+    if file.frames < UNKNOWN_FRAMES and missing > MAX_MISSING * file.samplerate:
+        raise NotAudioError(
+            f"{name}: ends after {done / file.samplerate:.2f} s, its header promises "
+            f"{file.frames / file.samplerate:.2f} s: damaged or cut off, get a whole copy"
+        )
+
+
+def _mono(block: Waveform) -> Waveform:
+    if block.ndim == 1:
+        return block
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused later
+        return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)

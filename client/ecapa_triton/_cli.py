@@ -1,0 +1,249 @@
+"""The command `ecapa-triton`: embed, verify, status."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._audio import describe
+from ._client import Embedded, Long, SpeakerClient
+from ._errors import (
+    ClosedError,
+    ConnectError,
+    EcapaError,
+    ModelNotFoundError,
+    ModelNotReadyError,
+    ServerError,
+)
+
+SAME, DIFFERENT, FAILED = 0, 1, 2  # exit statuses
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
+# The next file would fare no better.
+HOPELESS = (ClosedError, ConnectError, ModelNotFoundError, ModelNotReadyError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
+    with _quiet_libraries():
+        try:
+            with SpeakerClient(arguments.url, arguments.model, arguments.timeout) as client:
+                status: int = arguments.run(client, arguments)
+                sys.stdout.flush()
+                return status
+        except EcapaError as exc:
+            _complain(str(exc))
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            _abandon_stdout()
+            return BROKEN_PIPE
+        except OSError as exc:
+            _abandon_stdout()
+            _complain(f"{exc.strerror or exc}: the output cannot be written, choose another place")
+        except Exception:
+            traceback.print_exc()  # a bug; Python's own exit status, 1, would say "different speakers"
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--url", default="127.0.0.1:8001", help="HOST:PORT of Triton's gRPC endpoint (%(default)s)")
+    common.add_argument("--model", default="ecapa", help="name of the model (%(default)s)")
+    common.add_argument("--timeout", type=_seconds, default=10.0, help="seconds for one request (%(default)s)")
+    common.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    clips = argparse.ArgumentParser(add_help=False)
+    clips.add_argument(
+        "--long",
+        choices=get_args(Long),
+        default="error",
+        help="clips above the model's limit: refuse, embed the beginning, or average windows (%(default)s)",
+    )
+
+    parser = argparse.ArgumentParser(prog="ecapa-triton", description="Speaker embeddings from a Triton server.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    embed = commands.add_parser("embed", parents=[common, clips], help="embed audio files")
+    embed.add_argument("files", nargs="+", metavar="FILE", help="WAV, FLAC, OGG, MP3, ...; any rate and channels")
+    embed.add_argument("-o", "--output", type=Path, help="write an npz: files [n], seconds [n], embeddings [n, 192]")
+    embed.set_defaults(run=_embed)
+
+    verify = commands.add_parser(
+        "verify",
+        parents=[common, clips],
+        help="tell whether two files are of one speaker",
+        description="Exit status: 0 same speaker, 1 different speakers, 2 error.",
+    )
+    verify.add_argument("a", metavar="A")
+    verify.add_argument("b", metavar="B")
+    verify.add_argument("--threshold", type=float, help="cosine to decide by (default: the model's own)")
+    verify.set_defaults(run=_verify)
+
+    status = commands.add_parser("status", parents=[common], help="show the server, the model and its statistics")
+    status.set_defaults(run=_status)
+    return parser
+
+
+def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> int:
+    if arguments.output is not None:
+        _check_output(arguments.output)
+    files: list[str] = []
+    done: list[Embedded] = []
+    failed = 0
+    outcomes = client._embed_each(arguments.files, long=arguments.long)
+    for file, outcome in zip(arguments.files, outcomes, strict=True):
+        if isinstance(outcome, Embedded):
+            files.append(file)
+            done.append(outcome)
+            if arguments.output is None:
+                print(_line(file, outcome, arguments.json), flush=True)
+            continue
+        failed += 1
+        if isinstance(outcome, HOPELESS):
+            _complain(str(outcome))
+            break
+        _complain(str(outcome) if not isinstance(outcome, ServerError) else f"{describe(file)}: {outcome}")
+    if done and arguments.output is not None:
+        _write_npz(
+            arguments.output,
+            files=np.array(files),
+            seconds=np.array([one.seconds for one in done], np.float32),
+            embeddings=np.stack([one.embedding for one in done]),
+        )
+        print(f"{arguments.output}: {len(done)} of {len(arguments.files)} files embedded")
+    return FAILED if failed else SAME
+
+
+def _line(file: str, one: Embedded, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"file": file, "seconds": one.seconds, "embedding": [float(str(x)) for x in one.embedding]})
+    first = " ".join(f"{x:.3f}" for x in one.embedding[:4])
+    norm = float(np.linalg.norm(one.embedding))
+    return f"{describe(file)}  {one.seconds:.2f} s  {len(one.embedding)} dims  norm {norm:.2f}  [{first} ...]"
+
+
+def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
+    verification = client.verify(arguments.a, arguments.b, arguments.threshold, long=arguments.long)
+    if arguments.json:
+        print(json.dumps(asdict(verification)))
+    else:
+        verdict = "same speaker" if verification.same else "different speakers"
+        print(f"{verdict}  score {verification.score:.4f}  threshold {verification.threshold:.4f}")
+    return SAME if verification.same else DIFFERENT
+
+
+def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
+    status = client.status()
+    if arguments.json:
+        print(json.dumps(_without_nan(asdict(status))))
+        return SAME
+    limits, statistics = status.limits, status.statistics
+    state = "ready" if status.ready else "live, not ready" if status.live else "not live"
+    print(f"server      Triton {status.server_version} at {status.url}, {state}")
+    print(f"model       {status.model}, version {', '.join(status.model_versions) or 'none'}")
+    if limits is not None:
+        shortest = limits.min_samples / 16  # ms at 16 kHz
+        print(f"clips       {shortest:g} ms to {limits.max_seconds:g} s")
+        print(f"threshold   {'none: give one' if limits.threshold is None else limits.threshold}")
+    print(
+        f"requests    {statistics.requests} in {statistics.executions} executions, "
+        f"{statistics.failures} failed, mean batch {statistics.mean_batch:.2f}"
+    )
+    print(f"mean time   queue {statistics.queue_ms:.1f} ms, compute {statistics.compute_ms:.1f} ms")
+    return SAME
+
+
+def _without_nan(value: object) -> object:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _check_output(path: Path) -> None:
+    """Refuse an impossible output before the work, not after it."""
+    if path.exists() and not path.is_file():  # renaming over /dev/null would be a pity
+        reason = "is there and not a regular file"
+    elif not path.parent.is_dir():
+        reason = f"there is no directory {describe(path.parent)}"
+    elif not os.access(path.parent, os.W_OK):
+        reason = f"no permission to write in {describe(path.parent)}"
+    else:
+        return
+    raise EcapaError(f"{describe(path)}: {reason}: expected the path of an npz file to write")
+
+
+def _write_npz(path: Path, **arrays: NDArray[np.generic]) -> None:
+    """Write under another name and rename, so that a reader sees all of it or the file before."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a time: expected seconds above 0")
+    return seconds
+
+
+def _complain(message: str) -> None:
+    print(f"ecapa-triton: {message}", file=sys.stderr, flush=True)
+
+
+def _abandon_stdout() -> None:
+    """Let Python's flush at exit find somewhere to write."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the C libraries' own words (gRPC's log, the MP3 decoder's) off the terminal; ours get there."""
+    stderr = sys.stderr
+    try:
+        descriptor = stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # none, or not a file: nothing to keep clean
+        yield
+        return
+    stderr.flush()
+    terminal = os.dup(descriptor)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
+    sys.stderr = open(terminal, "w", buffering=1, errors="backslashreplace", closefd=False)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = stderr
+        os.dup2(terminal, descriptor)
+        os.close(terminal)

@@ -1,0 +1,140 @@
+"""Everything that can go wrong, as one tree.
+
+Each message says what came, what was expected and what to do.
+
+    EcapaError
+        AudioError              the clip cannot be embedded; nothing of it was sent
+            AudioFileError          the path cannot be opened as a file
+            NotAudioError           no audio, or only a damaged part of one, in the file or the bytes
+            AudioFormatError        type, dtype, shape or sample rate is not one of those taken
+            TooShortError           empty, or shorter than the model's smallest clip
+            TooLongError            longer than the model's or the client's limit
+            NotFiniteError          holds NaN, infinity, or samples far outside [-1, 1]
+        ServerError             the server could not be asked or did not answer as it should
+            ConnectError            no Triton is reached at this address
+            DeadlineError           no reply within the timeout
+            OverloadedError         the server's queue is full, or the request waited too long in it
+            ModelNotFoundError      the server has no model of this name
+            ModelNotReadyError      the server knows the model but it is not loaded
+            RejectedError           the server refuses the request
+            ProtocolError           the reply is not that of an ecapa model
+        EmbeddingError          the model has no embedding for a clip that looks right (NaN)
+        ThresholdError          no usable threshold to decide by
+        ClosedError             the client was closed
+"""
+
+from __future__ import annotations
+
+
+class EcapaError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class AudioError(EcapaError):
+    """The clip cannot be embedded; nothing of it was sent."""
+
+
+class AudioFileError(AudioError):
+    """The path cannot be opened as a file: missing, a directory, no permission."""
+
+
+class NotAudioError(AudioError):
+    """No audio, or only a damaged part of one, in the file or the bytes."""
+
+
+class AudioFormatError(AudioError):
+    """Type, dtype, shape or sample rate is not one of those taken."""
+
+
+class TooShortError(AudioError):
+    """Empty, or shorter than the model's smallest clip."""
+
+
+class TooLongError(AudioError):
+    """Longer than the model's limit (`long="error"`) or than the client's `max_duration`."""
+
+
+class NotFiniteError(AudioError):
+    """Holds NaN, infinity, or samples far outside [-1, 1]."""
+
+
+class ServerError(EcapaError):
+    """The server could not be asked or did not answer as it should."""
+
+
+class ConnectError(ServerError):
+    """No Triton is reached at this address."""
+
+
+class DeadlineError(ServerError):
+    """No reply within the timeout."""
+
+
+class OverloadedError(ServerError):
+    """The server's queue is full, or the request waited in it for too long."""
+
+
+class ModelNotFoundError(ServerError):
+    """The server has no model of this name."""
+
+
+class ModelNotReadyError(ServerError):
+    """The server knows the model but it is not loaded."""
+
+
+class RejectedError(ServerError):
+    """The server refuses the request."""
+
+
+class ProtocolError(ServerError):
+    """The reply is not that of an ecapa model."""
+
+
+class EmbeddingError(EcapaError):
+    """The model has no embedding for a clip that looks right (NaN)."""
+
+
+class ThresholdError(EcapaError):
+    """No usable threshold to decide by."""
+
+
+class ClosedError(EcapaError):
+    """The client was closed."""
+
+
+def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float | None) -> EcapaError:
+    """The error of ours for a gRPC status: the one place where Triton's errors become ours.
+
+    Args:
+        status: Name of the status, such as `UNAVAILABLE`.
+        detail: The server's or gRPC's own words.
+        url: Address that was asked.
+        model: Name of the model that was asked for.
+        timeout: Seconds that the call was given.
+    """
+    detail = " ".join(detail.split())  # one line, whatever came
+    words = detail.lower()
+    if status == "DEADLINE_EXCEEDED":
+        return DeadlineError(f"no reply from {url} in {timeout} s: raise the timeout, or send less at once")
+    if "unknown model" in words:
+        if status == "NOT_FOUND" or "is not found" in words:
+            return ModelNotFoundError(
+                f"model {model!r} is not on the server at {url} ({detail}): "
+                "pass the name of a folder of its model repository"
+            )
+        return ModelNotReadyError(
+            f"model {model!r} is not ready on the server at {url} ({detail}): wait, or see the server's log"
+        )
+    if "queue size" in words or "request timeout expired" in words:
+        return OverloadedError(
+            f"the server at {url} has too many requests ({detail}): try again later, or send fewer at once"
+        )
+    if status == "UNAVAILABLE":
+        return ConnectError(
+            f"no Triton answers at {url} ({detail}): is it running, and is this its gRPC port, usually 8001?"
+        )
+    if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED"):
+        return RejectedError(
+            f"the server at {url} refuses the request ({detail}): is {model!r} a model of this project?"
+        )
+    return ServerError(f"the server at {url} failed ({status}: {detail}): see the server's log")

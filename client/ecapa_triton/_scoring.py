@@ -1,0 +1,64 @@
+"""Numbers from embeddings: no server, no audio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._errors import EmbeddingError, ThresholdError
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether two clips are of one speaker.
+
+    Attributes:
+        score: Cosine of the two embeddings, -1 to 1.
+        threshold: The cosine that was decided by.
+        same: `score > threshold`, as SpeechBrain decides.
+    """
+
+    score: float
+    threshold: float
+    same: bool
+
+
+def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Cosine of two embeddings `[dims]`, -1 to 1; they need not be of unit length.
+
+    Raises:
+        EmbeddingError: The shapes differ or are not `[dims]`, or one is zero or not finite.
+    """
+    if np.ndim(a) != 1 or np.shape(a) != np.shape(b):
+        raise EmbeddingError(f"shapes {np.shape(a)} and {np.shape(b)}: expected two embeddings of one model")
+    return float(np.clip(unit(a) @ unit(b), -1.0, 1.0))
+
+
+def unit(embedding: NDArray[Any]) -> NDArray[np.float64]:
+    """The embedding `[dims]` at length 1."""
+    vector = np.asarray(embedding, np.float64)
+    length = float(np.linalg.norm(vector))
+    if not 0 < length < math.inf:
+        raise EmbeddingError(f"an embedding of length {length} has no direction: expected a finite one above 0")
+    return vector / length
+
+
+def mean_direction(embeddings: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Mean of the embeddings `[dims]`, each taken at length 1, so that each counts the same."""
+    mean: NDArray[np.float64] = np.mean([unit(embedding) for embedding in embeddings], axis=0)
+    return mean.astype(np.float32)
+
+
+def decide(score: float, given: float | None, learned: float | None) -> Verification:
+    """Compare with the threshold given, else with the one learned from the model."""
+    threshold = learned if given is None else given
+    if threshold is None:
+        raise ThresholdError("the model on the server has no threshold of its own: pass threshold, a cosine")
+    if not -1 <= threshold <= 1:
+        raise ThresholdError(f"threshold is {threshold}: expected a cosine, -1 to 1")
+    return Verification(score, float(threshold), score > threshold)

@@ -1,0 +1,149 @@
+"""What goes over the wire: build a request, read a reply. Pure functions, no connection."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult, service_pb2
+from tritonclient.utils import InferenceServerException
+
+from ._audio import SAMPLE_RATE, Waveform
+from ._errors import ProtocolError
+
+SCHEME = "grpc://"
+
+# A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
+CHANNEL_ARGS = [
+    ("grpc.max_send_message_length", -1),  # the model limits the length of a clip, not gRPC
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Constants of a model; they come with every one of its replies.
+
+    Attributes:
+        threshold: Cosine above which two clips are of one speaker; None where the model has none.
+        max_seconds: The model embeds no more than this much of a clip.
+        min_samples: Smallest clip, in samples at 16 kHz.
+    """
+
+    threshold: float | None
+    max_seconds: float
+    min_samples: int
+
+    @property
+    def max_samples(self) -> int:
+        """`max_seconds` in samples at 16 kHz."""
+        return round(self.max_seconds * SAMPLE_RATE)
+
+
+# What an export gives when not told otherwise; only a guess how much to read before a first reply is there.
+USUAL_LIMITS = Limits(threshold=None, max_seconds=30.0, min_samples=640)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model says about one clip: `embedding` float32 [dims], NaN where it has none."""
+
+    embedding: Waveform
+    limits: Limits
+    version: str
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is an embedding."""
+        return bool(np.isfinite(self.embedding).all())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the server counted for a model since it was loaded, over its versions.
+
+    Attributes:
+        requests: Requests answered.
+        failures: Requests that Triton counts as failed; those refused at a full queue are not among them.
+        executions: Runs of the model; several requests share one.
+        mean_batch: Clips per execution; NaN before the first.
+        queue_ms: Mean milliseconds of a request in the queue; NaN before the first.
+        compute_ms: Mean milliseconds of a request in the model, copies included; NaN before the first.
+    """
+
+    requests: int
+    failures: int
+    executions: int
+    mean_batch: float
+    queue_ms: float
+    compute_ms: float
+
+
+def request(waveform: Waveform) -> dict[str, Any]:
+    """Arguments of Triton's `infer` for one clip, float32 [samples] at 16 kHz."""
+    tensor = InferInput("waveform", [1, len(waveform)], "FP32")
+    tensor.set_data_from_numpy(np.ascontiguousarray(waveform[np.newaxis], np.float32))
+    return {
+        "inputs": [tensor],
+        "outputs": [InferRequestedOutput("embedding"), InferRequestedOutput("model_info")],
+    }
+
+
+def read_reply(result: InferResult) -> Reply:
+    """The reply to `request`, or `ProtocolError` if it is not one."""
+    embedding = _output(result, "embedding")
+    threshold, max_seconds, min_samples = _output(result, "model_info", size=3)
+    if not (0 < max_seconds < math.inf and 0 <= min_samples < math.inf):
+        raise ProtocolError(
+            f"model_info says max_seconds {max_seconds} and min_samples {min_samples}, "
+            "expected positive numbers: export the model again"
+        )
+    # As the shortest decimal that this float32 is nearest to: 0.45, not 0.44999998807907104.
+    cosine = None if np.isnan(threshold) else float(str(threshold))
+    limits = Limits(cosine, float(max_seconds), int(min_samples))
+    return Reply(embedding, limits, result.get_response().model_version)
+
+
+def _output(result: InferResult, name: str, size: int | None = None) -> Waveform:
+    """Output `name`, a float32 `[1, size]`, as `[size]`."""
+    try:
+        values = result.as_numpy(name)
+    except (InferenceServerException, ValueError, TypeError, KeyError) as exc:
+        raise _not_ours(name, f"cannot be read: {exc}", size) from exc
+    if values is None:
+        raise _not_ours(name, "is missing", size)
+    if values.dtype != np.float32 or values.shape != (1, size or values.size) or not values.size:
+        raise _not_ours(name, f"is {values.dtype} {list(values.shape)}", size)
+    row: Waveform = values[0].copy()  # the reply's own memory is read-only
+    return row
+
+
+def _not_ours(name: str, found: str, size: int | None) -> ProtocolError:
+    wanted = f"float32 [1, {size or 'dims'}]"
+    return ProtocolError(f"output {name!r} of the reply {found}; expected {wanted}: is this an ecapa model?")
+
+
+def read_statistics(response: service_pb2.ModelStatisticsResponse) -> Statistics:
+    """Triton's statistics of one model, summed over its versions."""
+    stats = response.model_stats
+    requests = sum(s.inference_stats.success.count for s in stats)
+    executions = sum(s.execution_count for s in stats)
+    queue = sum(s.inference_stats.queue.ns for s in stats)
+    parts = ("compute_input", "compute_infer", "compute_output")
+    compute = sum(getattr(s.inference_stats, part).ns for s in stats for part in parts)
+    return Statistics(
+        requests=requests,
+        failures=sum(s.inference_stats.fail.count for s in stats),
+        executions=executions,
+        mean_batch=_ratio(sum(s.inference_count for s in stats), executions),
+        queue_ms=_ratio(queue / 1e6, requests),
+        compute_ms=_ratio(compute / 1e6, requests),
+    )
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan

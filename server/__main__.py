@@ -1,0 +1,103 @@
+"""Serves the model repository on real Triton: `python -m server --help`."""
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from server.triton import ServerError, TritonServer
+
+
+class _Stop(BaseException):
+    """SIGTERM or SIGINT came."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the server until it is told to stop.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The exit status: 0 after an orderly stop, 1 after a failure.
+    """
+    options, extra = _parse(arguments)
+    server = TritonServer(
+        options.repository,
+        device=options.device,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        address=options.address,
+        extra=extra,
+        log=options.log,
+        exit_timeout=options.exit_timeout,
+    )
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, _on_signal)
+    begin = time.monotonic()
+    try:
+        with server:
+            print(f"device {server.chosen}")
+            print(
+                f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
+                f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
+                f"metrics {server.metrics_url}",
+                flush=True,
+            )
+            try:
+                server.wait()
+            except _Stop:
+                print(f"stopping: requests in flight have {options.exit_timeout:g} s", flush=True)
+                if not server.stop():
+                    raise ServerError(
+                        f"tritonserver did not stop within {options.exit_timeout:g} s and was killed; "
+                        f"its log: {server.log_path}"
+                    ) from None
+    except _Stop:  # before it was ready
+        return 0
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("stopped")
+    return 0
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    own, extra = arguments, list[str]()
+    if "--" in arguments:
+        end = arguments.index("--")
+        own, extra = arguments[:end], arguments[end + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m server",
+        description="Serves the model repository on real Triton, until SIGTERM or Ctrl-C.",
+        epilog="Options after -- are passed to tritonserver as they are, for example: -- --log-verbose=1",
+    )
+    argument = parser.add_argument
+    argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="%(default)s")
+    argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes a GPU if it can")
+    for api, port in ("http", 8000), ("grpc", 8001), ("metrics", 8002):
+        argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="%(default)s; 0: a free one")
+    argument("--address", default="127.0.0.1", help="where all three listen (%(default)s)")
+    argument(
+        "--exit-timeout",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="time that requests in flight have when the server stops (%(default)s)",
+    )
+    argument("--log", type=Path, metavar="FILE", help="append Triton's log here (else kept after failures only)")
+    return parser.parse_args(own), extra
+
+
+def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    for again in signal.SIGTERM, signal.SIGINT:
+        signal.signal(again, signal.SIG_IGN)  # the first one is being obeyed
+    raise _Stop
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,456 @@
+"""Real tritonserver as a child process: found, started, waited for, measured and stopped.
+
+An installed tritonserver (the container's) is used with its own backends. Else the one inside the wheel
+nvidia-pytriton is, with the Python-based backend in `server/backends` in place of the missing C++ one.
+"""
+
+import ctypes
+import ctypes.util
+import http.client
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NoReturn
+
+Device = Literal["auto", "cpu", "gpu"]
+
+_INSTALLED = "/opt/tritonserver/bin/tritonserver"
+_BACKENDS = Path(__file__).parent / "backends"
+_SHM = Path("/dev/shm")
+_MODEL_FILES = {"onnxruntime": "model.onnx", "pytorch": "model.pt"}  # Triton's default name for each backend
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)
+
+
+class ServerError(Exception):
+    """The server did not start or did not stay up. The message is one line."""
+
+
+class TritonServer:
+    """A tritonserver that is ready inside the `with` block and gone after it.
+
+    When the thread that started it ends the server ends too, so it never outlives a process that was killed:
+    start it from a thread that lives as long as it is needed.
+    """
+
+    def __init__(
+        self,
+        repository: Path = Path("model_repository"),
+        *,
+        device: Device = "auto",
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        address: str = "127.0.0.1",
+        extra: Sequence[str] = (),
+        log: Path | None = None,
+        start_timeout: float = 120,
+        exit_timeout: float = 30,
+    ) -> None:
+        """Describes the server; `start` or the `with` statement starts it.
+
+        Args:
+            repository: The model repository.
+            device: Where the models run; "auto" takes a GPU if one can be used.
+            http_port: Port of the HTTP API, 0 for a free one; `grpc_port` and `metrics_port` likewise.
+            grpc_port: Port of the gRPC API.
+            metrics_port: Port of the Prometheus metrics.
+            address: Address that all three listen on.
+            extra: Further options for tritonserver.
+            log: File that Triton's log is appended to. Without one it goes to a temporary file, which stays
+                only when something went wrong.
+            start_timeout: Seconds until the server must be ready.
+            exit_timeout: Seconds that requests in flight have when the server stops.
+        """
+        self.repository = repository
+        self._device: Device = device
+        self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self._address = address
+        self._extra = extra
+        self._log = log
+        self._start_timeout = start_timeout
+        self._exit_timeout = exit_timeout
+        self._keep_log = False
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "TritonServer":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the server and returns once its models are ready.
+
+        Raises:
+            ServerError: With one line on what is in the way.
+        """
+        installed = find_installed()
+        gpus, no_gpu = cuda_gpus()
+        if gpus and installed is None and not _onnxruntime_has_cuda():
+            gpus, no_gpu = [], f"the installed onnxruntime cannot use the {gpus[0]}: onnxruntime-gpu can"
+        self.device, self.chosen = choose_device(self._device, gpus, no_gpu)
+        self.models = check_repository(self.repository, self.device)
+        ports = choose_ports(self._address, self._ports)
+        # What listens on every address is reached on the loopback one.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._address, self._address)
+        host = f"[{host}]" if ":" in host else host
+        self.http_url, self.grpc_url = f"{host}:{ports['http']}", f"{host}:{ports['grpc']}"
+        self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
+
+        self._folder = Path(tempfile.mkdtemp(prefix="ecapa-triton-"))
+        self.log_path = (self._log or self._folder / "tritonserver.log").absolute()
+        try:
+            self._launch(installed, ports)
+            self._wait_until_ready()
+            self.version: str = json.loads(_get(self.http_url, "/v2"))["version"]
+        except BaseException as error:
+            self._keep_log = isinstance(error, ServerError)
+            self._clean_up()
+            raise
+
+    def stop(self) -> bool:
+        """Lets requests in flight finish, then ends the server and everything it started.
+
+        Returns:
+            Whether the server stopped by itself within its exit timeout; if not, it was killed.
+        """
+        if self._process is None:
+            return True
+        in_time = True
+        self._process.terminate()
+        try:
+            self._process.wait(self._exit_timeout)
+        except subprocess.TimeoutExpired:
+            in_time, self._keep_log = False, True
+        self._clean_up()
+        return in_time
+
+    def wait(self) -> NoReturn:
+        """Waits until the server ends without being asked to, and raises ServerError then."""
+        assert self._process is not None
+        code = self._process.wait()
+        self._keep_log = True
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        raise ServerError(f"tritonserver {how} while serving; its log: {self.log_path}")
+
+    @property
+    def pid(self) -> int:
+        """Process id of tritonserver, which is its session id and that of its stub processes too."""
+        assert self._process is not None
+        return self._process.pid
+
+    def memory(self) -> int:
+        """Resident bytes of the server and its stub processes, shared pages counted once (PSS)."""
+        total = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                session = int(stat.read_text().rpartition(")")[2].split()[3])
+                if session == self.pid:
+                    rollup = (stat.parent / "smaps_rollup").read_text()
+                    total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
+            except (OSError, IndexError):  # the process has just ended
+                continue
+        return total
+
+    def _launch(self, installed: Path | None, ports: dict[str, int]) -> None:
+        assert self._folder is not None
+        options = {
+            "model-repository": self.repository.absolute(),
+            "model-config-name": self.device.lower(),
+            "model-control-mode": "none",
+            "metrics-config": "summary_latencies=true",
+            "allow-gpu-metrics": str(self.device == "GPU").lower(),
+            "exit-timeout-secs": math.ceil(self._exit_timeout),
+        }
+        for api, port in ports.items():
+            options |= {f"{api}-address": self._address, f"{api}-port": port}
+        environment = dict(os.environ)
+        if self.device == "CPU":
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # or Triton takes some memory of every GPU it sees
+        if installed is None:
+            binary, backends = assemble_wheel(self._folder, environment)
+            options["backend-directory"] = backends
+            options["backend-config"] = f"python,shm-region-prefix-name={self._folder.name}-"
+        else:
+            binary = installed
+        command = [str(binary), *(f"--{name}={value}" for name, value in options.items())]
+        # The configs are complete; completing them would start each model once more.
+        command += ["--disable-auto-complete-config", *self._extra]
+        try:
+            log = self.log_path.open("ab")
+        except OSError as error:
+            raise ServerError(f"cannot write the log {self.log_path}: {error.strerror}") from error
+        try:
+            with log:
+                self._log_start = log.tell()
+                self._process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a Ctrl-C in the terminal comes to us alone
+                    preexec_fn=_die_with(os.getpid()),
+                )
+        except OSError as error:
+            raise ServerError(f"cannot run {binary}: {error.strerror}") from error
+
+    def _wait_until_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + self._start_timeout
+        metrics, _, path = self.metrics_url.removeprefix("http://").partition("/")
+        awaited = [(self.http_url, "/v2/health/ready"), (metrics, f"/{path}")]
+        while awaited:
+            if self._process.poll() is not None:
+                with self.log_path.open("rb") as log:
+                    log.seek(self._log_start)
+                    reason = failure_reason(log.read().decode(errors="replace"))
+                raise ServerError(f"tritonserver did not start: {reason}; its log: {self.log_path}")
+            try:
+                _get(*awaited[0])
+                awaited.pop(0)
+            except (OSError, http.client.HTTPException) as error:
+                if time.monotonic() > deadline:
+                    raise ServerError(
+                        f"tritonserver was not ready within {self._start_timeout:g} s "
+                        f"(http://{''.join(awaited[0])}: {error}); its log: {self.log_path}"
+                    ) from error
+                time.sleep(0.05)
+
+    def _clean_up(self) -> None:
+        assert self._folder is not None
+        if self._process is not None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)  # a stub that outlived the server, too
+            except ProcessLookupError:
+                pass
+            self._process.wait()
+            self._process = None
+        for segment in _SHM.glob(f"{self._folder.name}-*"):
+            segment.unlink(missing_ok=True)
+        keep = self._keep_log and self.log_path.parent == self._folder
+        shutil.rmtree(self._folder / "backends" if keep else self._folder, ignore_errors=True)
+
+
+def find_installed() -> Path | None:
+    """Finds a tritonserver that brings its own ONNX Runtime backend."""
+    for binary in shutil.which("tritonserver"), _INSTALLED:
+        if binary is not None:
+            root = Path(binary).resolve().parents[1]
+            if (root / "backends/onnxruntime/libtriton_onnxruntime.so").exists():
+                return Path(binary)
+    return None
+
+
+def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Path]:
+    """Puts the parts of the wheel nvidia-pytriton and our backends together.
+
+    Args:
+        folder: Where the backend directory is made.
+        environment: The server's environment variables, completed in place.
+
+    Returns:
+        The tritonserver binary and the backend directory.
+    """
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerError(
+            "tritonserver is not installed: pip install -e '.[server]', or run in NVIDIA's Triton container"
+        )
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ServerError("onnxruntime is not installed: pip install -e '.[server]'")
+    wheel = Path(spec.origin).parent / "tritonserver"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = wheel / "python_backend_stubs" / python / "triton_python_backend_stub"
+    if not stub.exists():
+        versions = ", ".join(sorted(path.name for path in stub.parents[1].iterdir()))
+        raise ServerError(f"nvidia-pytriton has no stub for Python {python}: use one of {versions}")
+    backends = folder / "backends"
+    # Copies, since Triton refuses a library that links out of its backend directory.
+    shutil.copytree(wheel / "backends", backends)
+    shutil.copy2(stub, backends / "python")
+    shutil.copytree(_BACKENDS, backends, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+    libraries = [str(wheel.parents[1] / "nvidia_pytriton.libs"), *_libpython_folder(python)]
+    libraries += filter(None, [environment.get("LD_LIBRARY_PATH")])
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    # The stub embeds Python and finds this environment by the python3 that comes first on PATH.
+    path = environment.get("PATH", os.defpath)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy computes nothing there
+    return wheel / "bin/tritonserver", backends
+
+
+def _libpython_folder(python: str) -> list[str]:
+    name = f"libpython{python}.so.1.0"  # the stub links to it
+    for folder in sysconfig.get_config_var("LIBDIR"), os.path.join(sys.base_prefix, "lib"):
+        if folder and os.path.exists(os.path.join(folder, name)):
+            return [folder]
+    if ctypes.util.find_library(f"python{python}"):  # where the system's loader looks
+        return []
+    raise ServerError(f"Triton's Python stub needs {name}, which is missing: apt install libpython{python}")
+
+
+def cuda_gpus() -> tuple[list[str], str]:
+    """Asks the CUDA driver, which also obeys CUDA_VISIBLE_DEVICES.
+
+    Returns:
+        The names of the GPUs that can be used and, if there are none, why.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return [], "no NVIDIA driver (libcuda.so.1) was found"
+    if code := cuda.cuInit(0):
+        return [], f"the NVIDIA driver finds no usable GPU (cuInit returned {code})"
+    count = ctypes.c_int()
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    names = []
+    for index in range(count.value):
+        name = ctypes.create_string_buffer(100)
+        cuda.cuDeviceGetName(name, len(name), index)
+        names.append(name.value.decode())
+    return names, "" if names else "the NVIDIA driver shows no GPU"
+
+
+def _onnxruntime_has_cuda() -> bool:
+    spec = importlib.util.find_spec("onnxruntime")  # not imported: it would stay in this process's memory
+    return (
+        spec is not None
+        and spec.origin is not None
+        and (Path(spec.origin).parent / "capi/libonnxruntime_providers_cuda.so").exists()
+    )
+
+
+def choose_device(device: Device, gpus: Sequence[str], no_gpu: str) -> tuple[str, str]:
+    """Chooses between the configs for CPU and GPU.
+
+    Args:
+        device: What was asked for.
+        gpus: Names of the GPUs that can be used.
+        no_gpu: Why there are none.
+
+    Returns:
+        "CPU" or "GPU", and a sentence on what was chosen and why.
+    """
+    if device == "cpu":
+        return "CPU", "CPU, as asked"
+    if gpus:
+        return "GPU", f"GPU{', as asked' if device == 'gpu' else ''}: {', '.join(gpus)}"
+    if device == "gpu":
+        raise ServerError(f"device gpu: {no_gpu}; use --device cpu, or auto to take what there is")
+    return "CPU", f"CPU: {no_gpu}"
+
+
+def check_repository(repository: Path, device: str) -> list[str]:
+    """Checks that every model of the repository has the file its config asks for.
+
+    Args:
+        repository: The model repository.
+        device: "CPU" or "GPU", which chooses the config.
+
+    Returns:
+        The names of the models.
+    """
+    if not repository.is_dir():
+        raise ServerError(f"model repository {repository} is not a folder: give its path with --repository")
+    models = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not models:
+        raise ServerError(f"model repository {repository} has no models: expected a folder {repository}/ecapa")
+    for model in models:
+        configs = [model / "configs" / f"{device.lower()}.pbtxt", model / "config.pbtxt"]
+        config = next((path for path in configs if path.is_file()), None)
+        if config is None:
+            raise ServerError(f"model {model} has no config: expected {configs[1]}")
+        text = re.sub(r"#.*", "", config.read_text())
+        fields = dict(re.findall(r'\b(backend|default_model_filename)\s*:\s*"([^"]*)"', text))
+        filename = fields.get("default_model_filename") or _MODEL_FILES.get(fields.get("backend", ""))
+        versions = [path for path in model.iterdir() if path.is_dir() and path.name.isdigit()]
+        if filename and not any((version / filename).exists() for version in versions):
+            raise ServerError(f"{model}/1/{filename} is missing: write it with `python -m export`")
+    return [model.name for model in models]
+
+
+def choose_ports(address: str, ports: dict[str, int]) -> dict[str, int]:
+    """Checks that the ports can be listened on, and finds a free one for each that is 0."""
+    sockets: list[socket.socket] = []
+    chosen: dict[str, int] = {}
+    try:
+        for api, port in ports.items():
+            listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            sockets.append(listener)  # all stay open until the end, so that no port is chosen twice
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((address, port))
+                listener.listen()
+            except (OSError, OverflowError) as error:
+                why = error.strerror if isinstance(error, OSError) else "a port is at most 65535"
+                raise ServerError(
+                    f"cannot listen on {address} port {port} for {api}: {why}; "
+                    f"choose another with --{api}-port (0 takes a free one) or --address"
+                ) from error
+            chosen[api] = listener.getsockname()[1]
+    finally:
+        for listener in sockets:
+            listener.close()
+    return chosen
+
+
+def failure_reason(log: str) -> str:
+    """Finds the line of Triton's log that tells why the server did not start."""
+    for pattern in (
+        r"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)",
+        r"Poll failed for model directory '(?P<model>[^']+)': (?P<reason>.*)",
+        r"(?P<reason>(?:unrecognized|ambiguous) option.*|option .* requires an argument.*)",
+        r"(?m)^E\d.*?\] (?P<reason>.*)",
+        r"(?m)^[Ee]rror: (?P<reason>.*)",
+    ):
+        if match := re.search(pattern, log):
+            # Without the traceback, whose line ends Triton escapes.
+            reason = match["reason"].partition(r"\n\nAt:")[0].strip(' ";')
+            model = match.groupdict().get("model")
+            return f"model {model} does not load ({reason}): check its configs or export it again" if model else reason
+    lines = log.split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
+
+
+def _get(host: str, path: str) -> bytes:
+    connection = http.client.HTTPConnection(host, timeout=5)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+    finally:
+        connection.close()
+    if response.status != http.HTTPStatus.OK:
+        raise http.client.HTTPException(f"status {response.status}")
+    return body
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """Makes the child end, in order, when its parent is killed."""
+
+    def in_child() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return in_child

@@ -1,0 +1,140 @@
+"""An in-process gRPC server that speaks Triton's protocol and can be told to misbehave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+SIZE = 192
+Answer = Callable[["FakeTriton", np.ndarray], "dict[str, np.ndarray]"]
+
+
+@dataclass
+class Refusal(Exception):
+    status: grpc.StatusCode
+    detail: str
+
+
+def fingerprint(waveform: np.ndarray) -> np.ndarray:
+    """An embedding that tells clips apart: projections on fixed directions, and the length."""
+    rng = np.random.default_rng(0)
+    row = np.resize(waveform, 640) @ rng.standard_normal((640, SIZE)) * 1000
+    row[0] = len(waveform)
+    return row.astype(np.float32)
+
+
+def good(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+    return {"embedding": fingerprint(waveform)[None], "model_info": np.array([fake.info], np.float32)}
+
+
+def nan(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+    return good(fake, waveform) | {"embedding": np.full((1, SIZE), np.nan, np.float32)}
+
+
+def outputs(**arrays: np.ndarray | None) -> Answer:
+    """The good answer with some outputs replaced, or left out where None."""
+    return lambda fake, waveform: {k: v for k, v in (good(fake, waveform) | arrays).items() if v is not None}
+
+
+def refuse(status: grpc.StatusCode, detail: str) -> Answer:
+    def answer(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+        raise Refusal(status, detail)
+
+    return answer
+
+
+def slow(seconds: float) -> Answer:
+    def answer(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+        time.sleep(seconds)
+        return good(fake, waveform)
+
+    return answer
+
+
+@dataclass
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers with `answers` in turn, one a request, then with `otherwise`."""
+
+    info: tuple[float, float, float] = (0.45, 30.0, 640.0)
+    answers: list[Answer] = field(default_factory=list)
+    otherwise: Answer = good
+    version: Callable[[int], str] = lambda count: "1"
+    lengths: list[int] = field(default_factory=list)  # samples of the requests seen
+    busy: int = 0
+    most_busy: int = 0
+    url: str = ""
+
+    def ModelInfer(self, request, context):
+        if request.model_name != "ecapa":
+            context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.model_name}' is not found")
+        assert [i.name for i in request.inputs] == ["waveform"]
+        assert [o.name for o in request.outputs] == ["embedding", "model_info"]
+        waveform = np.frombuffer(request.raw_input_contents[0], np.float32)
+        assert list(request.inputs[0].shape) == [1, len(waveform)]
+        self.lengths.append(len(waveform))
+        count = len(self.lengths)
+        self.busy += 1
+        self.most_busy = max(self.most_busy, self.busy)
+        answer = self.answers.pop(0) if self.answers else self.otherwise
+        try:
+            arrays = answer(self, waveform)
+        except Refusal as refusal:
+            context.abort(refusal.status, refusal.detail)
+        finally:
+            self.busy -= 1
+        response = service_pb2.ModelInferResponse(model_name="ecapa", model_version=self.version(count))
+        for name, array in arrays.items():
+            kind = {"float32": "FP32", "float64": "FP64"}[array.dtype.name]
+            response.outputs.add(name=name, datatype=kind, shape=array.shape)
+            response.raw_output_contents.append(array.tobytes())
+        return response
+
+    def ServerMetadata(self, request, context):
+        return service_pb2.ServerMetadataResponse(name="triton", version="2.51.0")
+
+    def ServerLive(self, request, context):
+        return service_pb2.ServerLiveResponse(live=True)
+
+    def ServerReady(self, request, context):
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    def ModelReady(self, request, context):
+        return service_pb2.ModelReadyResponse(ready=True)
+
+    def ModelMetadata(self, request, context):
+        if request.name != "ecapa":
+            context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
+        return service_pb2.ModelMetadataResponse(name="ecapa", versions=["1", "2"])
+
+    def ModelStatistics(self, request, context):
+        response = service_pb2.ModelStatisticsResponse()
+        for version in ("1", "2"):
+            one = response.model_stats.add(name="ecapa", version=version, inference_count=12, execution_count=4)
+            one.inference_stats.success.count = 10
+            one.inference_stats.fail.count = 1
+            one.inference_stats.queue.ns = 30_000_000
+            one.inference_stats.compute_infer.ns = 100_000_000
+            one.inference_stats.compute_input.ns = 10_000_000
+        return response
+
+
+@contextmanager
+def fake_triton() -> Iterator[FakeTriton]:
+    fake = FakeTriton()
+    server = grpc.server(
+        ThreadPoolExecutor(64), options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
+    )
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
+    fake.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        yield fake
+    finally:
+        server.stop(grace=None).wait()

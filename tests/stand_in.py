@@ -1,0 +1,78 @@
+"""A tiny ONNX model with a ragged input: for each clip its sum, scaled, and its length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+LONGEST = 1000  # samples; a longer clip makes the model fail at run time
+
+
+def write(folder: Path, *, version: int = 1, filename: str = "model.onnx", **config: object) -> None:
+    """Writes the model folder with its config: `intra`, `delay` (microseconds), `rows` (a wrong model's)."""
+    rows = config.get("rows")
+    (folder / str(version)).mkdir(parents=True)
+    onnx.save(_model(rows is not None), folder / str(version) / filename)
+    (folder / "config.pbtxt").write_text(
+        f"""
+name: "{folder.name}"
+backend: "onnxruntime"
+default_model_filename: "{filename}"
+max_batch_size: 8
+input {{ name: "clip" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }}
+input {{ name: "scale" data_type: TYPE_FP32 dims: [ 1 ] }}
+batch_input {{ kind: BATCH_ITEM_SHAPE target_name: "samples" data_type: TYPE_INT32 source_input: "clip" }}
+output {{ name: "sum" data_type: TYPE_FP32 dims: [ 1 ] }}
+output {{ name: "length" data_type: TYPE_FP32 dims: [ 1 ] }}
+dynamic_batching {{ max_queue_delay_microseconds: {config.get("delay", 0)} }}
+instance_group {{ count: 1 kind: KIND_CPU }}
+version_policy {{ latest {{ num_versions: 1 }} }}
+parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{config.get("intra", 1)}" }} }}
+"""
+    )
+
+
+def _model(one_row: bool) -> onnx.ModelProto:
+    node = helper.make_node
+    constants = {
+        "zero": np.zeros(1, np.int64),
+        "one": np.ones(1, np.int64),
+        "axis": np.array(0, np.int64),
+        "silence": np.zeros(1, np.float32),
+        "lengths": np.arange(LONGEST + 1, dtype=np.float32),
+    }
+    nodes = [
+        node("Cast", ["samples"], ["n"], to=TensorProto.INT64),
+        node("CumSum", ["n", "axis"], ["end"]),
+        node("Sub", ["end", "n"], ["start"]),
+        node("Concat", ["silence", "clip"], ["padded"], axis=0),
+        node("CumSum", ["padded", "axis"], ["sums"]),
+        node("Gather", ["sums", "end"], ["sum_to_end"]),
+        node("Gather", ["sums", "start"], ["sum_to_start"]),
+        node("Sub", ["sum_to_end", "sum_to_start"], ["unscaled"]),
+        node("Mul", ["unscaled", "scale"], ["sum_rows"]),
+        node("Gather", ["lengths", "n"], ["length"]),  # refuses an index past the table's end
+        node("Slice", ["sum_rows", "zero", "one"], ["first_row"]),
+        node("Identity", ["first_row" if one_row else "sum_rows"], ["sum"]),
+    ]
+
+    def tensor(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    graph = helper.make_graph(
+        nodes,
+        "stand_in",
+        [
+            tensor("clip", TensorProto.FLOAT, "S"),
+            tensor("scale", TensorProto.FLOAT, "B", 1),
+            tensor("samples", TensorProto.INT32, "B", 1),
+        ],
+        [tensor("sum", TensorProto.FLOAT, "R", 1), tensor("length", TensorProto.FLOAT, "B", 1)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model

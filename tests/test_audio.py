@@ -1,0 +1,272 @@
+"""Reading audio: every format, rate and kind of array, bounded memory, and errors of ours alone."""
+
+from __future__ import annotations
+
+import io
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from ecapa_triton import (
+    AudioError,
+    AudioFileError,
+    AudioFormatError,
+    NotAudioError,
+    NotFiniteError,
+)
+from ecapa_triton._audio import BLOCK, read, windows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SECOND = 16_000
+LIMIT = 30 * SECOND
+
+
+def tone(seconds: float, rate: int = SECOND, hertz: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def encoded(samples: np.ndarray, rate: int, container: str, subtype: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=container, subtype=subtype)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype", "tolerance"),
+    [
+        ("WAV", "PCM_16", 1e-4),
+        ("WAV", "PCM_24", 1e-6),
+        ("WAV", "FLOAT", 0),
+        ("FLAC", "PCM_16", 1e-4),
+        ("OGG", "VORBIS", 0.05),
+        ("OGG", "OPUS", 0.05),
+        ("MP3", None, 0.05),
+        ("AIFF", "PCM_16", 1e-4),
+    ],
+)
+def test_formats(container: str, subtype: str | None, tolerance: float, tmp_path: Path) -> None:
+    data = encoded(tone(1), SECOND, container, subtype)
+    path = tmp_path / "clip.raw"  # the suffix says nothing
+    path.write_bytes(data)
+    from_bytes = read(data, max_samples=LIMIT)
+    from_path = read(path, max_samples=LIMIT)
+    np.testing.assert_array_equal(from_bytes.waveform, from_path.waveform)
+    assert from_path.waveform.dtype == np.float32 and not from_path.cut
+    middle = slice(2_000, 14_000)  # codecs differ at the edges
+    np.testing.assert_allclose(from_bytes.waveform[middle], tone(1)[middle], atol=tolerance)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 24_000, 44_100, 48_000, 96_000])
+def test_rates(rate: int) -> None:
+    clip = read(encoded(tone(2, rate), rate, "WAV", "FLOAT"), max_samples=LIMIT)
+    assert len(clip.waveform) == 2 * SECOND
+    middle = slice(1_000, -1_000)
+    np.testing.assert_allclose(clip.waveform[middle], tone(2)[middle], atol=1e-3)
+    np.testing.assert_array_equal(read(tone(2, rate), rate, max_samples=LIMIT).waveform, clip.waveform)
+
+
+def test_what_lies_above_8_khz_does_not_fold_down() -> None:
+    clip = read(tone(1, 48_000, hertz=12_000), 48_000, max_samples=LIMIT)
+    assert np.abs(clip.waveform[1_000:-1_000]).max() < 1e-3
+
+
+def test_channels_are_averaged() -> None:
+    left, right = tone(1), tone(1, hertz=1_000)
+    stereo = np.stack([left, right], axis=1)
+    np.testing.assert_allclose(read(stereo, max_samples=LIMIT).waveform, (left + right) / 2, atol=1e-7)
+    file = encoded(stereo, SECOND, "WAV", "FLOAT")
+    np.testing.assert_allclose(read(file, max_samples=LIMIT).waveform, (left + right) / 2, atol=1e-7)
+    wide = encoded(np.repeat(left[:, None], 200, axis=1), SECOND, "WAV", "FLOAT")
+    np.testing.assert_allclose(read(wide, max_samples=LIMIT).waveform, left, atol=1e-6)
+
+
+def test_int16_is_divided_by_full_scale() -> None:
+    samples = np.array([-32768, -1, 0, 1, 16384, 32767], np.int16)
+    np.testing.assert_array_equal(read(samples, max_samples=LIMIT).waveform, (samples / 32768).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_float_arrays(kind: type) -> None:
+    samples = tone(0.1).astype(kind)
+    np.testing.assert_array_equal(read(samples, max_samples=LIMIT).waveform, samples.astype(np.float32))
+
+
+@pytest.mark.parametrize("rate", [SECOND, 44_100])
+def test_a_cut_clip_is_the_beginning_of_the_whole(rate: int) -> None:
+    rng = np.random.default_rng(0)
+    samples = rng.uniform(-0.5, 0.5, 3 * rate + BLOCK).astype(np.float32)
+    whole = read(samples, rate, max_samples=10**9)
+    assert not whole.cut
+    for limit in (1, SECOND, len(whole.waveform) - 1, len(whole.waveform)):
+        clip = read(samples, rate, max_samples=limit)
+        assert clip.cut == (limit < len(whole.waveform))
+        np.testing.assert_array_equal(clip.waveform, whole.waveform[:limit])
+
+
+@pytest.mark.parametrize(
+    ("array", "rate", "words"),
+    [
+        (np.zeros((2, 16_000), np.float32), None, r"array float32\[2, 16000\]: .*transpose"),
+        (np.zeros((1, 1, 16_000), np.float32), None, "expected shape"),
+        (np.array(0, np.float32), None, "expected shape"),
+        (np.zeros((16_000, 0), np.float32), None, "expected shape"),
+        (np.zeros(16_000, np.int32), None, "expected float samples .* or int16"),
+        (np.zeros(16_000, np.complex64), None, "expected float samples"),
+        (np.zeros(16_000, np.float32), 0, "sample rate is 0, expected 4000 to 768000 Hz"),
+        (np.zeros(16_000, np.float32), float("nan"), "sample rate is nan"),
+        (np.zeros(16_000, np.float32), "16k", "sample rate is '16k'"),
+        ([0.0] * 16_000, None, "audio is a list: expected a path, .*array"),
+        (None, None, "audio is a NoneType"),
+    ],
+)
+def test_wrong_arrays(array: object, rate: object, words: str) -> None:
+    with pytest.raises(AudioFormatError, match=words):
+        read(array, rate, max_samples=LIMIT)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2e4, -1e300])
+@pytest.mark.parametrize("rate", [SECOND, 8_000])
+def test_not_finite(value: float, rate: int) -> None:
+    samples = np.zeros(rate)
+    samples[rate // 2] = value
+    with pytest.raises(NotFiniteError, match=r"array float64\[\d+\]: the sample at 0\.\d+ s is .*expected"):
+        read(samples, rate, max_samples=LIMIT)
+    with pytest.raises(NotFiniteError):
+        read(encoded(samples, rate, "WAV", "DOUBLE"), max_samples=LIMIT)
+
+
+def test_not_finite_behind_the_limit_does_not_matter() -> None:
+    samples = np.zeros(2 * SECOND)
+    samples[-1] = np.nan
+    assert read(samples, max_samples=SECOND).cut
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    text = tmp_path / "text.wav"
+    text.write_text("hello")
+    empty = tmp_path / "empty.wav"
+    empty.touch()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    flac = encoded(tone(5), SECOND, "FLAC")
+    mp3 = encoded(tone(5), SECOND, "MP3")
+    for audio, kind, words in [
+        (tmp_path / "none.wav", AudioFileError, r"none\.wav: cannot be opened \(No such file or directory\)"),
+        (tmp_path, AudioFileError, "is a directory"),
+        (pipe, AudioFileError, "is not a regular file"),
+        ("", AudioFileError, "'': cannot be opened"),
+        ("a\0b", AudioFileError, r"'a\\x00b': cannot be opened"),
+        ("two\nlines", AudioFileError, r"'two\\nlines': cannot be opened"),
+        (text, NotAudioError, r"text\.wav: starts with b'hell': expected a WAV"),
+        (empty, NotAudioError, r"empty\.wav: is empty \(0 bytes\)"),
+        (b"", NotAudioError, r"0 bytes: is empty"),
+        (b"RIFF", NotAudioError, "4 bytes: cannot be read as audio"),
+        (flac[: len(flac) // 2], NotAudioError, "expected a whole|damaged or cut off"),
+        (mp3[: len(mp3) // 2], NotAudioError, r"ends after 2\.\d+ s, its header promises 5\.\d+ s: damaged"),
+    ]:
+        with pytest.raises(kind, match=words):
+            read(audio, max_samples=LIMIT)
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    path = tmp_path / "secret.wav"
+    path.write_bytes(encoded(tone(1), SECOND, "WAV"))
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(AudioFileError, match="Permission denied"):
+        read(path, max_samples=LIMIT)
+
+
+def test_the_rate_of_a_file_is_its_own() -> None:
+    data = encoded(tone(1, 8_000), 8_000, "WAV")
+    assert len(read(data, 8_000, max_samples=LIMIT).waveform) == SECOND
+    with pytest.raises(AudioFormatError, match="the file is at 8000 Hz, sample_rate says 16000: leave"):
+        read(data, 16_000, max_samples=LIMIT)
+
+
+def test_a_rate_out_of_range_in_a_header() -> None:
+    with pytest.raises(AudioFormatError, match="sample rate is 1, expected"):
+        read(encoded(tone(1), 1, "WAV"), max_samples=LIMIT)
+
+
+def test_an_hour_of_silence_in_a_small_file_takes_little_memory() -> None:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", SECOND, 1, format="FLAC") as file:
+        for _ in range(60):
+            file.write(np.zeros(60 * SECOND, np.int16))
+    data = buffer.getvalue()
+    assert len(data) < 1e6
+    tracemalloc.start()
+    clip = read(data, max_samples=LIMIT)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert clip.cut and clip.source_seconds == 3_600
+    assert peak < 5 * LIMIT * 4
+
+
+def test_a_header_that_claims_ten_hours() -> None:
+    """FLAC keeps the number of samples in 36 bits at byte 21 of the file."""
+    data = bytearray(encoded(tone(1), SECOND, "FLAC"))
+    data[21] &= 0xF0
+    data[22:26] = (36_000 * SECOND).to_bytes(4, "big")
+    tracemalloc.start()
+    with pytest.raises(NotAudioError):
+        read(bytes(data), max_samples=LIMIT)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * LIMIT * 4
+
+
+FILES = [
+    encoded(tone(0.2), SECOND, "WAV", "PCM_16"),
+    encoded(np.stack([tone(0.1, 22_050)] * 2, axis=1), 22_050, "WAV", "FLOAT"),
+    encoded(tone(0.2), SECOND, "FLAC"),
+    encoded(tone(0.2), SECOND, "OGG", "VORBIS"),
+    encoded(tone(0.2, 44_100), 44_100, "MP3"),
+]
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    data = bytearray(draw(st.sampled_from(FILES)))
+    for _ in range(draw(st.integers(1, 8))):
+        place = draw(st.integers(0, len(data)) | st.integers(0, min(len(data), 64)))  # headers more often
+        match draw(st.sampled_from(["set", "insert", "delete", "cut"])):
+            case "set":
+                new = draw(st.binary(min_size=1, max_size=4))
+                data[place : place + len(new)] = new
+            case "insert":
+                data[place:place] = draw(st.binary(min_size=1, max_size=8))
+            case "delete":
+                del data[place : place + draw(st.integers(1, 100))]
+            case "cut":
+                del data[place:]
+    return bytes(data)
+
+
+@settings(max_examples=400, deadline=None)
+@given(damaged() | st.binary(max_size=200))
+def test_damaged_bytes_give_a_finite_waveform_or_an_error_of_ours(data: bytes) -> None:
+    try:
+        clip = read(data, max_samples=LIMIT)
+    except AudioError as exc:
+        assert "\n" not in str(exc)
+    else:
+        assert clip.waveform.dtype == np.float32 and clip.waveform.ndim == 1
+        assert len(clip.waveform) <= LIMIT and np.isfinite(clip.waveform).all()
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6).filter(lambda size: size > 1_000))
+def test_windows_cover_evenly(samples: int, size: int) -> None:
+    spans = windows(samples, size)
+    assert len(spans) == -(-samples // size)
+    assert spans[0].start == 0 and all(span.stop - span.start == size for span in spans)
+    steps = np.diff([span.start for span in spans])
+    if len(spans) > 1:
+        assert spans[-1].stop == samples
+        assert steps.max() - steps.min() <= 1 and steps.max() <= size

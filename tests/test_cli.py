@@ -1,0 +1,278 @@
+"""The command line: exit statuses, one line per error, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import soundfile
+from ecapa_triton import _cli
+from fake_triton import SIZE, FakeTriton, fake_triton, fingerprint, nan, refuse, slow
+
+COMMAND = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())"]
+SAMPLES = Path(__file__).parents[1] / "samples"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTriton]:
+    with fake_triton() as fake:
+        yield fake
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return write(tmp_path / "clip.wav", 0)
+
+
+def write(path: Path, seed: int, seconds: float = 1.0) -> Path:
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * 16_000)).astype(np.float32)
+    soundfile.write(path, samples, 16_000, subtype="FLOAT")
+    return path
+
+
+def run(*arguments: object, **options: object) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        **options,  # type: ignore[call-overload]
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def one_line(error: str, *words: str) -> None:
+    assert error.startswith("ecapa-triton: ") and error.count("\n") == 1, error
+    for word in words:
+        assert word in error
+
+
+def test_embed_prints_a_line_per_file(fake: FakeTriton, clip: Path) -> None:
+    status, out, err = run("embed", clip, clip, "--url", fake.url)
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) == 2 and f"{clip}  1.00 s  {SIZE} dims  norm" in out
+
+
+def test_embed_json(fake: FakeTriton, clip: Path) -> None:
+    status, out, _ = run("embed", clip, "--url", fake.url, "--json")
+    line = json.loads(out)
+    assert status == 0 and line["file"] == str(clip) and line["seconds"] == 1
+    expected = fingerprint(soundfile.read(clip, dtype="float32")[0])
+    np.testing.assert_array_equal(np.array(line["embedding"], np.float32), expected)
+
+
+def test_embed_npz_with_the_same_name_twice(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.wav", 1, seconds=2)
+    output = tmp_path / "out.anything"
+    output.write_text("old")
+    status, out, err = run("embed", clip, other, clip, "--url", fake.url, "-o", output)
+    assert (status, err) == (0, "") and "3 of 3 files embedded" in out
+    with np.load(output, allow_pickle=False) as arrays:
+        assert arrays["files"].tolist() == [str(clip), str(other), str(clip)]
+        assert arrays["seconds"].tolist() == [1, 2, 1]
+        assert arrays["embeddings"].shape == (3, SIZE) and arrays["embeddings"].dtype == np.float32
+        np.testing.assert_array_equal(arrays["embeddings"][0], arrays["embeddings"][2])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.wav", "other.wav", "out.anything"]
+
+
+def test_one_bad_file_does_not_lose_the_others(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    nans = tmp_path / "nan.wav"
+    soundfile.write(nans, np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    (tmp_path / "text.wav").write_text("hello")
+    (tmp_path / "empty.wav").touch()
+    bad = {
+        tmp_path / "none.wav": "No such file",
+        tmp_path: "is a directory",
+        tmp_path / "text.wav": "expected a WAV",
+        tmp_path / "empty.wav": "is empty (0 bytes)",
+        write(tmp_path / "short.wav", 0, seconds=0.03): "30.0 ms long, expected 40 ms or more",
+        write(tmp_path / "nothing.wav", 0, seconds=0): "holds no samples",
+        write(tmp_path / "long.wav", 0, seconds=31): "choose long=truncate",
+        nans: "is nan, expected samples in [-1, 1]",
+        tmp_path / "two\nlines.wav": "No such file",
+    }
+    output = tmp_path / "out.npz"
+    status, out, err = run("embed", clip, *bad, clip, "--url", fake.url, "-o", output)
+    assert status == 2 and "2 of 11 files embedded" in out
+    lines = err.splitlines()
+    assert len(lines) == len(bad)
+    for line, (path, words) in zip(lines, bad.items(), strict=True):
+        assert line.startswith("ecapa-triton: ") and words in line and path.name.split("\n")[0] in line
+    assert np.load(output)["files"].tolist() == [str(clip)] * 2
+
+
+def test_long(fake: FakeTriton, tmp_path: Path) -> None:
+    long = write(tmp_path / "long.wav", 0, seconds=45)
+    assert "45.00 s" in run("embed", long, "--url", fake.url, "--long", "windows")[1]
+    assert "30.00 s" in run("embed", long, "--url", fake.url, "--long", "truncate")[1]
+
+
+def test_a_server_away_stops_the_list_with_one_line(clip: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.npz"
+    status, out, err = run("embed", *[clip] * 5, "--url", "127.0.0.1:9", "-o", output)
+    assert (status, out) == (2, "") and not output.exists()
+    one_line(err, "no Triton answers at 127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "other"], "model 'other' is not on the server"),
+        (["--timeout", "0.1"], "no reply from"),
+        (["--url", "http://127.0.0.1:8000"], "expected HOST:PORT"),
+    ],
+)
+def test_server_errors_are_one_line(fake: FakeTriton, clip: Path, arguments: list[str], words: str) -> None:
+    fake.otherwise = slow(0.5)
+    for command in (["embed", clip], ["verify", clip, clip]):
+        status, out, err = run(*command, "--url", fake.url, *arguments)
+        assert (status, out) == (2, "")
+        one_line(err, words)
+
+
+def test_nan_is_one_line(fake: FakeTriton, clip: Path) -> None:
+    fake.otherwise = nan
+    status, _, err = run("embed", clip, "--url", fake.url)
+    assert status == 2
+    one_line(err, "clip.wav", "NaN twice")
+
+
+def test_verify_exit_status(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.wav", 1)
+    url = ["--url", fake.url]
+    assert run("verify", clip, clip, *url) == (0, "same speaker  score 1.0000  threshold 0.4500\n", "")
+    status, out, err = run("verify", clip, other, *url)
+    assert (status, err) == (1, "") and out.startswith("different speakers  score ")
+    assert run("verify", clip, other, *url, "--threshold", "-1")[0] == 0
+    status, out, _ = run("verify", clip, other, *url, "--json")
+    assert status == 1 and json.loads(out).keys() == {"score", "threshold", "same"}
+    status, out, err = run("verify", clip, tmp_path / "none.wav", *url)
+    assert (status, out) == (2, "")
+    one_line(err, "none.wav", "No such file")
+    status, _, err = run("verify", clip, clip, *url, "--threshold", "45")
+    assert status == 2
+    one_line(err, "expected a cosine")
+
+
+def test_verify_without_a_threshold(fake: FakeTriton, clip: Path) -> None:
+    fake.info = (float("nan"), 30.0, 640.0)
+    status, _, err = run("verify", clip, clip, "--url", fake.url)
+    assert status == 2
+    one_line(err, "pass threshold")
+
+
+def test_status(fake: FakeTriton) -> None:
+    status, out, err = run("status", "--url", fake.url)
+    assert (status, err) == (0, "")
+    for words in ("Triton 2.51.0", "ready", "ecapa, version 1, 2", "40 ms to 30 s", "0.45", "20 in 8 executions"):
+        assert words in out
+    facts = json.loads(run("status", "--url", fake.url, "--json")[1])
+    assert facts["limits"] == {"threshold": 0.45, "max_seconds": 30.0, "min_samples": 640}
+    assert facts["statistics"]["mean_batch"] == 3.0
+    fake.answers = [refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")]
+    assert run("status", "--url", fake.url)[0] == 0
+
+
+def test_status_of_a_server_away() -> None:
+    status, _, err = run("status", "--url", "127.0.0.1:9")
+    assert status == 2
+    one_line(err, "no Triton answers")
+
+
+def test_wrong_outputs_are_refused_before_the_work(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    for output, words in [
+        (tmp_path, "not a regular file"),
+        (tmp_path / "none" / "out.npz", "there is no directory"),
+        ("/dev/null", "not a regular file"),
+    ]:
+        status, _, err = run("embed", clip, "--url", fake.url, "-o", output)
+        assert status == 2
+        one_line(err, words)
+    assert fake.lengths == []
+
+
+def test_a_full_disk_is_one_line(fake: FakeTriton, clip: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "embed", clip, "--url", fake.url], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30
+        )
+    assert done.returncode == 2
+    one_line(done.stderr, "No space left")
+
+
+def test_a_closed_pipe_is_quiet(fake: FakeTriton, clip: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "embed", *[clip] * 20, "--url", fake.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(30) == 141
+    assert process.stderr is not None and process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_interrupt_is_quiet_and_quick(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    fake.otherwise = slow(3)
+    output = tmp_path / "out.npz"
+    process = subprocess.Popen(
+        [*COMMAND, "embed", *[clip] * 20, "--url", fake.url, "-o", output],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not fake.lengths:
+        time.sleep(0.01)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, b"", b"")
+    assert time.monotonic() - start < 2
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.wav"]
+
+
+def test_names_that_no_terminal_can_show(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9 \xc3\xa9.wav")
+    odd.write_bytes(clip.read_bytes())
+    output = tmp_path / "out.npz"
+    ascii_only = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}}
+    assert run("embed", odd, "--url", fake.url, **ascii_only)[0] == 0
+    assert run("embed", odd, "--url", fake.url, "-o", output, **ascii_only)[0] == 0
+    assert np.load(output)["files"].tolist() == [str(odd)]
+
+
+def test_the_mp3_decoder_keeps_quiet(fake: FakeTriton, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.mp3"
+    soundfile.write(whole, np.random.default_rng(0).uniform(-0.5, 0.5, 44_100 * 3), 44_100)
+    cut = tmp_path / "cut.mp3"
+    cut.write_bytes(whole.read_bytes()[:20_000])
+    status, out, err = run("embed", cut, "--url", fake.url)
+    assert (status, out) == (2, "")
+    one_line(err, "cut.mp3", "damaged or cut off")
+
+
+def test_a_bug_does_not_exit_as_different_speakers(
+    fake: FakeTriton, clip: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_cli.SpeakerClient, "verify", lambda *args, **options: 1 / 0)
+    assert _cli.main(["verify", str(clip), str(clip), "--url", fake.url]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_served(server) -> None:  # type: ignore[no-untyped-def]
+    url = ["--url", server.grpc_url, "--timeout", "60"]
+    anna, again, carl = SAMPLES / "anna_1.flac", SAMPLES / "anna_2.flac", SAMPLES / "carl_2.wav"
+    assert run("verify", anna, again, *url)[0] == 0
+    assert run("verify", anna, carl, *url)[0] == 1
+    status, out, err = run("embed", anna, again, carl, *url, "--json")
+    assert (status, err) == (0, "") and len(out.splitlines()) == 3
+    status, out, _ = run("status", *url)
+    assert status == 0 and "threshold   0.45" in out

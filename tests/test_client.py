@@ -1,0 +1,510 @@
+"""The client against a server that misbehaves on purpose, then against the real one."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ecapa_triton
+import grpc
+import numpy as np
+import pytest
+import soundfile
+from ecapa_triton import (
+    AudioFileError,
+    AudioFormatError,
+    ClosedError,
+    ConnectError,
+    DeadlineError,
+    EcapaError,
+    EmbeddingError,
+    Limits,
+    ModelNotFoundError,
+    ModelNotReadyError,
+    NotAudioError,
+    OverloadedError,
+    ProtocolError,
+    RejectedError,
+    ServerError,
+    SpeakerClient,
+    ThresholdError,
+    TooLongError,
+    TooShortError,
+    cosine,
+)
+from fake_triton import SIZE, Answer, FakeTriton, fake_triton, fingerprint, nan, outputs, refuse, slow
+from tritonclient.grpc import InferenceServerClient
+
+SECOND = 16_000
+SAMPLES = sorted(p for p in (Path(__file__).parents[1] / "samples").iterdir() if p.suffix in (".flac", ".wav"))
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * SECOND)).astype(np.float32)
+
+
+def model_info(*values: float) -> Answer:
+    return outputs(model_info=np.array([values], np.float32))
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTriton]:
+    with fake_triton() as fake:
+        yield fake
+
+
+@pytest.fixture
+def client(fake: FakeTriton) -> Iterator[SpeakerClient]:
+    with SpeakerClient(fake.url) as client:
+        yield client
+
+
+# --- one clip ---
+
+
+def test_embed_is_one_request(fake: FakeTriton, client: SpeakerClient) -> None:
+    waveform = noise(1)
+    embedding = client.embed(waveform)
+    np.testing.assert_array_equal(embedding, fingerprint(waveform))
+    assert embedding.shape == (SIZE,) and embedding.dtype == np.float32 and embedding.flags.writeable
+    assert fake.lengths == [SECOND]
+
+
+def test_a_clip_of_the_usual_limit_needs_no_further_request(fake: FakeTriton, client: SpeakerClient) -> None:
+    client.embed(noise(30))
+    assert fake.lengths == [30 * SECOND]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 639])
+def test_too_short(fake: FakeTriton, client: SpeakerClient, samples: int) -> None:
+    for _ in range(2):  # with the limits guessed, then known
+        with pytest.raises(TooShortError, match=rf"array float32\[{samples}\]: (holds no samples|.* expected 40 ms)"):
+            client.embed(noise(1)[:samples])
+        client.embed(noise(1))
+    assert samples not in fake.lengths
+    client.embed(noise(1)[:640])
+
+
+def test_the_smallest_clip_is_the_models_own(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.info = (0.45, 30.0, 320.0)
+    assert client.embed(noise(0.03))[0] == 480
+    fake.info = (0.45, 30.0, 1600.0)
+    fake.otherwise = nan
+    with pytest.raises(TooShortError, match="50.0 ms long, expected 100 ms or more"):
+        client.embed(noise(0.05))
+
+
+def test_too_long(fake: FakeTriton, client: SpeakerClient) -> None:
+    with pytest.raises(TooLongError, match=r"array float32\[\d+\]: 31.0 s long, .* up to 30 s: choose long=truncate"):
+        client.embed(noise(31))
+    assert max(fake.lengths) == 640  # only the limits were asked for
+
+
+def test_truncate(fake: FakeTriton, client: SpeakerClient) -> None:
+    waveform = noise(31)
+    np.testing.assert_array_equal(client.embed(waveform, long="truncate"), fingerprint(waveform[: 30 * SECOND]))
+
+
+def test_windows(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.info = (0.45, 2.0, 640.0)
+    fake.otherwise = slow(0.1)
+    waveform = noise(5)
+    embedding = client.embed(waveform, long="windows")
+    starts = [0, 1.5, 3]
+    parts = [fingerprint(waveform[int(s * SECOND) : int((s + 2) * SECOND)]) for s in starts]
+    np.testing.assert_allclose(embedding, np.mean([p / np.linalg.norm(p) for p in parts], axis=0), atol=1e-6)
+    assert embedding.dtype == np.float32
+    assert fake.most_busy == 3
+    short = client.embed(waveform[:SECOND], long="windows")
+    np.testing.assert_array_equal(short, fingerprint(waveform[:SECOND]))
+
+
+def test_windows_stop_at_max_duration(fake: FakeTriton) -> None:
+    with (
+        SpeakerClient(fake.url, max_duration=60) as client,
+        pytest.raises(TooLongError, match="longer than the 60 s that this client reads"),
+    ):
+        client.embed(noise(61), long="windows")
+
+
+def test_a_smaller_limit_in_the_reply_counts(fake: FakeTriton, client: SpeakerClient) -> None:
+    """A model that cut the clip says so in the same reply: no embedding of a part passes for one of the whole."""
+    fake.info = (0.45, 2.0, 640.0)
+    with pytest.raises(TooLongError, match="takes up to 2 s"):
+        client.embed(noise(5))
+    assert client.embed(noise(5), long="truncate")[0] == 2 * SECOND
+    fake.info = (0.45, 1.0, 640.0)
+    assert client.embed(noise(5), long="windows").shape == (SIZE,)
+    assert fake.lengths[-5:] == [SECOND] * 5
+
+
+def test_a_larger_limit_is_learned(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.info = (0.45, 60.0, 640.0)
+    assert client.embed(noise(45))[0] == 45 * SECOND
+
+
+def test_limits_that_keep_changing_end(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.otherwise = lambda fake, waveform: model_info(0.45, len(waveform) / SECOND / 2, 640)(fake, waveform)
+    with pytest.raises(ModelNotReadyError, match="keeps changing its limits"):
+        client.embed(noise(29), long="windows")
+
+
+def test_versions_are_not_mixed_in_windows(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.info = (0.45, 1.0, 640.0)
+    fake.version = lambda count: "1" if count <= 3 else "2"
+    client.embed(noise(3), long="windows")
+    assert fake.lengths[-3:] == [SECOND] * 3 and len(fake.lengths) >= 6
+
+
+def test_long_is_checked(client: SpeakerClient) -> None:
+    with pytest.raises(ValueError, match="long is 'cut': expected one of error, truncate, windows"):
+        client.embed(noise(1), long="cut")  # type: ignore[arg-type]
+
+
+# --- NaN ---
+
+
+def test_nan_is_asked_again_once(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.answers = [nan]
+    np.testing.assert_array_equal(client.embed(noise(1)), fingerprint(noise(1)))
+    assert len(fake.lengths) == 2
+
+
+def test_nan_twice_says_why(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.otherwise = nan
+    with pytest.raises(EmbeddingError, match=r"NaN twice for 1.00 s of good audio; another client's empty clip"):
+        client.embed(noise(1))
+    assert len(fake.lengths) == 2
+
+
+def test_nan_in_one_window_is_asked_again(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.info = (0.45, 1.0, 640.0)
+    expected = client.embed(noise(3), long="windows")
+    fake.answers = [nan]
+    np.testing.assert_array_equal(client.embed(noise(3), long="windows"), expected)
+
+
+# --- what the server does wrong ---
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        (
+            refuse(grpc.StatusCode.UNAVAILABLE, "Request for unknown model: 'ecapa' has no available versions"),
+            ModelNotReadyError,
+            "'ecapa' is not ready",
+        ),
+        (refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size"), OverloadedError, "too many requests"),
+        (refuse(grpc.StatusCode.UNAVAILABLE, "Request timeout expired"), OverloadedError, "too many requests"),
+        (refuse(grpc.StatusCode.UNAVAILABLE, "Socket closed"), ConnectError, "no Triton answers at"),
+        (refuse(grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape"), RejectedError, "refuses .*unexpected shape"),
+        (refuse(grpc.StatusCode.INTERNAL, "onnx runtime\nerror"), ServerError, "INTERNAL: onnx runtime error"),
+        (outputs(embedding=None), ProtocolError, "output 'embedding' of the reply is missing"),
+        (outputs(model_info=None), ProtocolError, "output 'model_info' of the reply is missing"),
+        (outputs(embedding=np.zeros((2, SIZE), np.float32)), ProtocolError, r"is float32 \[2, 192\]; expected"),
+        (outputs(embedding=np.zeros(SIZE, np.float32)), ProtocolError, r"is float32 \[192\]; expected"),
+        (outputs(embedding=np.zeros((1, 0), np.float32)), ProtocolError, r"is float32 \[1, 0\]; expected"),
+        (outputs(embedding=np.zeros((1, SIZE))), ProtocolError, r"is float64 \[1, 192\]; expected"),
+        (outputs(model_info=np.zeros((1, 2), np.float32)), ProtocolError, r"is float32 \[1, 2\]; expected .*\[1, 3\]"),
+        (model_info(0.45, math.nan, 640), ProtocolError, "max_seconds nan"),
+        (model_info(0.45, 30, math.nan), ProtocolError, "min_samples nan"),
+    ],
+)
+def test_server_errors(
+    fake: FakeTriton, client: SpeakerClient, answer: Answer, kind: type[EcapaError], words: str
+) -> None:
+    fake.answers = [answer]
+    with pytest.raises(kind, match=words) as caught:
+        client.embed(noise(1))
+    assert type(caught.value) is kind and "\n" not in str(caught.value)
+    assert client.embed(noise(1)).shape == (SIZE,)  # and the client goes on
+
+
+def test_timeout(fake: FakeTriton) -> None:
+    fake.otherwise = slow(1)
+    with SpeakerClient(fake.url, timeout=0.2) as client:
+        start = time.monotonic()
+        with pytest.raises(DeadlineError, match=rf"no reply from {fake.url} in 0.2 s: raise the timeout"):
+            client.embed(noise(1))
+        assert time.monotonic() - start < 0.9
+
+
+def test_server_away() -> None:
+    with (
+        SpeakerClient("127.0.0.1:9") as client,
+        pytest.raises(ConnectError, match=r"no Triton answers at 127\.0\.0\.1:9 .*8001"),
+    ):
+        client.embed(noise(1))
+
+
+def test_the_clip_is_looked_at_before_the_server(tmp_path: Path) -> None:
+    with SpeakerClient("127.0.0.1:9") as client, pytest.raises(AudioFileError):
+        client.embed(tmp_path / "none.wav")
+
+
+def test_model_missing(fake: FakeTriton) -> None:
+    with SpeakerClient(fake.url, model="other") as client:
+        for call in (lambda: client.embed(noise(1)), client.status):
+            with pytest.raises(ModelNotFoundError, match="model 'other' is not on the server at"):
+                call()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "https://host", "", "grpc://"])
+def test_wrong_urls(url: str) -> None:
+    with pytest.raises(ConnectError, match="expected HOST:PORT"):
+        SpeakerClient(url)
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": math.nan}, {"timeout": -1}, {"max_in_flight": 0}])
+def test_wrong_options(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        SpeakerClient(**options)  # type: ignore[arg-type]
+
+
+def test_grpc_scheme(fake: FakeTriton) -> None:
+    with SpeakerClient(f"grpc://{fake.url}") as client:
+        assert client.embed(noise(1)).shape == (SIZE,)
+
+
+def test_closed(fake: FakeTriton, client: SpeakerClient) -> None:
+    client.close()
+    client.close()
+    for call in (lambda: client.embed(noise(1)), client.status):
+        with pytest.raises(ClosedError, match="make a new SpeakerClient"):
+            call()
+
+
+def test_closing_ends_requests_under_way(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.otherwise = slow(1)
+    threading.Timer(0.2, client.close).start()
+    start = time.monotonic()
+    with pytest.raises(ClosedError):
+        client.embed(noise(1))
+    assert time.monotonic() - start < 0.9
+
+
+# --- many clips ---
+
+
+def test_embed_many_keeps_the_order(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.answers = [slow(0.01 * (i % 3)) for i in range(40)]
+    clips = [noise(0.1 + 0.05 * (i % 7), seed=i) for i in range(40)]
+    embeddings = client.embed_many(iter(clips))
+    np.testing.assert_array_equal(np.stack(embeddings), np.stack([fingerprint(clip) for clip in clips]))
+
+
+def test_embed_many_is_under_way_together_and_bounded(fake: FakeTriton) -> None:
+    fake.otherwise = slow(0.1)
+    taken = 0
+
+    def clips() -> Iterator[np.ndarray]:
+        nonlocal taken
+        for i in range(12):
+            taken += 1
+            assert taken - (len(fake.lengths) - fake.busy) <= 3 * 4  # under way, waiting, and just handed over
+            yield noise(0.1, i)
+
+    with SpeakerClient(fake.url, max_in_flight=4) as client:
+        assert len(client.embed_many(clips())) == 12
+    assert fake.most_busy == 4
+
+
+def test_one_bad_clip_does_not_lose_the_others(fake: FakeTriton, client: SpeakerClient) -> None:
+    clips = [noise(1), b"no audio", noise(31), "/none.wav", noise(0), noise(2)]
+    outcomes = client.embed_many(clips, return_exceptions=True)
+    kinds = [type(outcome) for outcome in outcomes]
+    assert kinds == [np.ndarray, NotAudioError, TooLongError, AudioFileError, TooShortError, np.ndarray]
+    sent = fake.lengths.count(2 * SECOND)
+    with pytest.raises(NotAudioError):  # the first, when all are done
+        client.embed_many(clips)
+    assert fake.lengths.count(2 * SECOND) == sent + 1
+
+
+def test_embed_many_of_nothing_and_of_a_string(client: SpeakerClient) -> None:
+    assert client.embed_many([]) == []
+    with pytest.raises(TypeError, match="audios is a single str: expected a list of clips"):
+        client.embed_many("clip.wav")
+
+
+def test_threads_get_their_own_replies(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where tritonclient passes the call through an attribute: a thread may be held up right there."""
+
+    def hold_up(triton: InferenceServerClient, call: object) -> None:
+        triton.__dict__["call"] = call
+        time.sleep(0.001)
+
+    attribute = property(lambda triton: triton.__dict__["call"], hold_up)
+    monkeypatch.setattr(InferenceServerClient, "_call_future", attribute, raising=False)
+    clips = [noise(0.05, seed=i) for i in range(200)]
+    with SpeakerClient(fake.url) as client, ThreadPoolExecutor(16) as pool:
+        embeddings = list(pool.map(client.embed, clips))
+    np.testing.assert_array_equal(np.stack(embeddings), np.stack([fingerprint(clip) for clip in clips]))
+
+
+# --- two clips ---
+
+
+def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
+    a, b = noise(1), noise(1.5, seed=1)
+    verification = client.verify(a, b)
+    assert verification.score == pytest.approx(cosine(fingerprint(a), fingerprint(b)))
+    assert verification.threshold == 0.45  # not 0.44999998807907104
+    assert client.verify(a, a).same
+    assert client.verify(a, a).score == pytest.approx(1)
+    assert not client.verify(a, -a).same
+    assert not client.verify(a, a, threshold=1.0).same
+    assert client.verify(a, b, threshold=-1.0).same
+
+
+def test_verify_without_a_threshold(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.info = (math.nan, 30.0, 640.0)
+    with pytest.raises(ThresholdError, match="has no threshold of its own: pass threshold"):
+        client.verify(noise(1), noise(1))
+    assert client.verify(noise(1), noise(1), 0.9).same
+
+
+@pytest.mark.parametrize("threshold", [45, -1.01, math.nan])
+def test_verify_with_a_wrong_threshold(fake: FakeTriton, client: SpeakerClient, threshold: float) -> None:
+    with pytest.raises(ThresholdError, match="expected a cosine"):
+        client.verify(noise(1), noise(1), threshold)
+    assert fake.lengths == []
+
+
+def test_verify_does_not_compare_two_models(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.version = str
+    with pytest.raises(ModelNotReadyError, match="replaced between the two clips"):
+        client.verify(noise(1), noise(1))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [([1.0, 0.0], [1.0]), ([[1.0]], [[1.0]]), ([0.0, 0.0], [1.0, 0.0]), ([math.nan, 1.0], [1.0, 0.0])],
+)
+def test_cosine_refuses(a: list[float], b: list[float]) -> None:
+    with pytest.raises(EmbeddingError, match="expected"):
+        cosine(np.array(a), np.array(b))
+
+
+# --- status ---
+
+
+def test_status(fake: FakeTriton, client: SpeakerClient) -> None:
+    status = client.status()
+    assert (status.server_version, status.live, status.ready) == ("2.51.0", True, True)
+    assert status.model_versions == ("1", "2")
+    assert status.limits == Limits(threshold=0.45, max_seconds=30.0, min_samples=640)
+    statistics = status.statistics
+    assert (statistics.requests, statistics.failures, statistics.executions) == (20, 2, 8)
+    assert (statistics.mean_batch, statistics.queue_ms, statistics.compute_ms) == (3.0, 3.0, 11.0)
+
+
+def test_status_of_an_overloaded_server(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.answers = [refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")]
+    assert client.status().limits is None
+
+
+# --- the package ---
+
+
+def test_all_is_there_and_sorted() -> None:
+    assert all(hasattr(ecapa_triton, name) for name in ecapa_triton.__all__)
+    assert sorted(set(ecapa_triton.__all__)) == sorted(ecapa_triton.__all__)
+
+
+def test_the_tree_in_the_docstring_is_the_tree() -> None:
+    lines = [line for line in (ecapa_triton._errors.__doc__ or "").splitlines() if line.startswith("    ")]
+    parents: list[str] = []
+    for line in lines:
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 4 - 1
+        base = getattr(ecapa_triton, name).__bases__[0].__name__
+        assert base == (parents[depth - 1] if depth else "Exception")
+        parents[depth:] = [name]
+    assert {line.split()[0] for line in lines} == {n for n in ecapa_triton.__all__ if n.endswith("Error")}
+
+
+# --- the real server ---
+
+Reference = Callable[[np.ndarray], np.ndarray]
+
+
+@pytest.fixture
+def served(server) -> Iterator[SpeakerClient]:  # type: ignore[no-untyped-def]
+    with SpeakerClient(server.grpc_url, timeout=60) as client:
+        yield client
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b))
+
+
+def test_served_files_bytes_and_arrays(served: SpeakerClient, reference: Reference) -> None:
+    path = next(p for p in SAMPLES if p.name == "anna_1.flac")
+    floats, rate = soundfile.read(path, dtype="float32")
+    ints, _ = soundfile.read(path, dtype="int16")
+    assert rate == SECOND
+    expected = reference(floats)
+    for audio in (path, str(path), path.read_bytes(), floats, ints, floats[:, None], np.stack([floats] * 2, axis=1)):
+        assert close(served.embed(audio), expected)
+
+
+def test_served_mixed_lengths(served: SpeakerClient, reference: Reference) -> None:
+    clips = [noise(s, seed=i) for i, s in enumerate([0.04, 2.5, 0.3, 7, 1, 0.11, 4, 0.04])]
+    for embedding, clip in zip(served.embed_many(clips), clips, strict=True):
+        assert close(embedding, reference(clip))
+
+
+def test_served_long_clips(served: SpeakerClient, reference: Reference) -> None:
+    clip = noise(40)
+    with pytest.raises(TooLongError, match="40.0 s long, the model takes up to 30 s"):
+        served.embed(clip)
+    first, last = reference(clip[: 30 * SECOND]), reference(clip[10 * SECOND :])
+    assert close(served.embed(clip, long="truncate"), first)
+    mean = (first / np.linalg.norm(first) + last / np.linalg.norm(last)) / 2
+    assert close(served.embed(clip, long="windows"), mean)
+
+
+def test_served_verdicts(served: SpeakerClient) -> None:
+    speakers = {path: path.name.split("_")[0] for path in SAMPLES}
+    assert len(speakers) == 6 and len(set(speakers.values())) == 3
+    for a in SAMPLES:
+        for b in SAMPLES:
+            verification = served.verify(a, b)
+            assert verification.threshold == 0.45
+            assert verification.same == (speakers[a] == speakers[b]), (a, b, verification)
+
+
+def test_served_resampling_keeps_the_voice(served: SpeakerClient) -> None:
+    """At 48 kHz and back, and at half the level: the same clip to the model."""
+    samples, rate = soundfile.read(SAMPLES[0], dtype="float32")
+    from_44100 = ecapa_triton._audio.soxr.resample(samples, rate, 48_000)
+    assert cosine(served.embed(samples, rate), served.embed(from_44100, 48_000)) > 0.99
+
+
+def test_served_status(served: SpeakerClient) -> None:
+    before = served.status()
+    served.embed_many([noise(0.5, seed=i) for i in range(8)])
+    after = served.status()
+    assert before.server_version == after.server_version != ""
+    assert after.live and after.ready and after.model_versions
+    assert after.limits == Limits(threshold=0.45, max_seconds=30.0, min_samples=640)
+    assert after.statistics.requests == before.statistics.requests + 9  # with the clip of silence of `before`
+    assert 0 < after.statistics.executions - before.statistics.executions <= 9
+    assert after.statistics.compute_ms > 0
+
+
+def test_served_unknown_model_and_wrong_version(server) -> None:  # type: ignore[no-untyped-def]
+    for options in ({"model": "other"}, {"model_version": "999"}):
+        with SpeakerClient(server.grpc_url, **options) as client:
+            for call in (lambda client=client: client.embed(noise(1)), client.status):
+                with pytest.raises((ModelNotFoundError, ModelNotReadyError)):
+                    call()
+
+
+def test_served_wrong_array(served: SpeakerClient) -> None:
+    with pytest.raises(AudioFormatError):
+        served.embed(np.zeros((2, 3, 4), np.float32))
