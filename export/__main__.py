@@ -43,21 +43,51 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    """Load, check, write beside the old model, verify, put in its place."""
-    folder = options.repository / configs.MODEL
-    version = folder / "1"
-    target = version / "model.onnx"
+    """Export as the command line says."""
+    export(
+        options.repository,
+        options.source or checkpoint.HUB_ID,
+        options.revision,
+        seed=options.seed,
+        channels=options.channels,
+        max_seconds=options.max_seconds,
+    )
+
+
+def export(
+    repository: Path,
+    source: str,
+    revision: str | None = None,
+    *,
+    seed: int = 0,
+    channels: int = 1024,
+    max_seconds: float = 30.0,
+) -> Path:
+    """Load, check, write beside the old model, verify, put in its place; say what is done and how long it took.
+
+    Args:
+        repository: a copy of this project's ``model_repository``, with its configs.
+        source: as for :func:`checkpoint.load`, and so are the next three.
+        revision: of a hub id.
+        seed: of random weights.
+        channels: of random weights.
+        max_seconds: the model hears only this much of a clip.
+
+    Returns:
+        The path of the model file. When anything is raised, one of :data:`ERRORS`, the old file is still there.
+    """
+    folder = repository / configs.MODEL
     for path in configs.config_files(folder):
         if not path.is_file():
             raise configs.ConfigError(
                 f"{path} is missing: --repository must be a copy of this project's model_repository with its configs"
             )
-    source = options.source or checkpoint.HUB_ID
     with step(f"load {source}"):
-        loaded = checkpoint.load(source, options.revision, seed=options.seed, channels=options.channels)
-        model = packed.PackedEcapa(loaded.classifier, loaded.threshold, options.max_seconds).eval()
-    version.mkdir(exist_ok=True)
-    partial = version / f".model.onnx.{os.getpid()}.partial"
+        loaded = checkpoint.load(source, revision, seed=seed, channels=channels)
+        model = packed.PackedEcapa(loaded.classifier, loaded.threshold, max_seconds).eval()
+    target = folder / "1" / "model.onnx"
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f".model.onnx.{os.getpid()}.partial")
     try:
         with step("write ONNX"):
             onnx_file.write(model, loaded, partial)
@@ -70,8 +100,9 @@ def run_export(options: argparse.Namespace) -> None:
     threshold = "none" if math.isnan(loaded.threshold) else f"{loaded.threshold:g}"
     print(
         f"{target}: {target.stat().st_size / 1e6:.1f} MB, {model.embedding_size}-dimensional embeddings, "
-        f"clips of {model.min_samples / packed.SAMPLE_RATE:g} s to {options.max_seconds:g} s, threshold {threshold}"
+        f"clips of {model.min_samples / packed.SAMPLE_RATE:g} s to {max_seconds:g} s, threshold {threshold}"
     )
+    return target
 
 
 def run_verify(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 HUB_ID = "speechbrain/spkrec-ecapa-voxceleb"
 HUB_REVISION = "0f99f2d0ebe89ac095bcc5903c4dd8f72b367286"
@@ -28,9 +29,7 @@ WEIGHTS = "embedding_model.ckpt"
 HYPERPARAMS = "hyperparams.yaml"
 
 # What a hyperparams.yaml may construct: HyperPyYAML calls whatever is named, so a name is a call.
-_ALLOWED_TAG = re.compile(
-    r"!(ref|copy|tuple|include|PLACEHOLDER)\b|!(new|name):(speechbrain\.|torch\.nn\.(?!utils))[\w.]+"
-)
+_ALLOWED_TAG = re.compile(r"!(ref|copy|tuple|PLACEHOLDER|(new|name):(speechbrain|torch\.nn)\.[\w.]+)")
 
 
 class CheckpointError(Exception):
@@ -89,7 +88,7 @@ def load(source: str = HUB_ID, revision: str | None = None, *, seed: int = 0, ch
 
 def _download(hub_id: str, revision: str) -> Path:
     """The folder of a hub snapshot: from the local cache where it is complete, else downloaded."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -97,8 +96,8 @@ def _download(hub_id: str, revision: str) -> Path:
         try:
             return _fetch(hub_id, revision, local_files_only=True)
         except LocalEntryNotFoundError:
-            # One small file first: where there is no network, this fails at once and without retries.
-            hf_hub_download(hub_id, HYPERPARAMS, revision=revision, etag_timeout=10)
+            # Asked first because it fails at once where there is no network; downloads try again for half a minute.
+            get_hf_file_metadata(hf_hub_url(hub_id, HYPERPARAMS, revision=revision), timeout=10)
             return _fetch(hub_id, revision, local_files_only=False)
     except Exception as error:  # the hub client raises a dozen unrelated types
         cause = error.__cause__ or error
@@ -168,8 +167,13 @@ def _from_folder(folder: Path, source: str, origin: str, revision: str) -> Check
     if not isinstance(model, sb.ECAPA_TDNN):
         raise CheckpointError(f"{yaml_file} builds a {type(model).__name__} as embedding_model, expected an ECAPA_TDNN")
     _load_weights(model, weights_file)
+    classifier = _classifier(sb, hparams)
+    try:
+        classifier.encode_batch(torch.zeros(1, 16000))
+    except Exception as error:  # a yaml can combine modules that do not fit, in any way
+        raise CheckpointError(f"{folder}: SpeechBrain itself cannot embed with it: {error}") from error
     return Checkpoint(
-        _classifier(sb, hparams),
+        classifier,
         source,
         origin,
         revision,
@@ -181,22 +185,28 @@ def _from_folder(folder: Path, source: str, origin: str, revision: str) -> Check
 def _read_hyperparams(path: Path) -> dict[str, Any]:
     from hyperpyyaml import load_hyperpyyaml
 
+    _speechbrain()  # importable from here on
     text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(), 1):
-        content = re.sub(r"(^|\s)#.*$", "", line)
-        for tag in re.findall(r"(?:^|[\s:\[,{])(![^\s\]},]+)", content):
+    try:
+        tags = [(token.start_mark.line + 1, "".join(token.value)) for token in yaml.scan(text) if _is_tag(token)]
+        for line, tag in tags:
             if not _ALLOWED_TAG.fullmatch(tag):
                 raise CheckpointError(
-                    f"{path} line {number} asks for {tag}: only !new and !name of speechbrain and torch.nn are "
+                    f"{path} line {line} asks for {tag}: only !new and !name of speechbrain and torch.nn are "
                     "allowed, because a tag runs code; remove the line if embedding does not need it"
                 )
-    try:
         hparams = load_hyperpyyaml(text)
+    except CheckpointError:
+        raise
     except Exception as error:  # constructors of the yaml may raise anything
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(hparams, dict):
         raise CheckpointError(f"{path} holds a {type(hparams).__name__}, expected a mapping with modules")
     return hparams
+
+
+def _is_tag(token: yaml.Token) -> bool:
+    return isinstance(token, yaml.TagToken)
 
 
 def _threshold(hparams: dict[str, Any], path: Path) -> float:
@@ -211,7 +221,7 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch errors alike
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not a readable weights file: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no dictionary of tensors, expected a state_dict")

@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from .checkpoint import Checkpoint
+from .checkpoint import HYPERPARAMS, MINI, WEIGHTS, Checkpoint
 from .packed import SAMPLE_RATE, PackedEcapa
 
 OPSET = 18
@@ -65,6 +65,28 @@ def write(model: PackedEcapa, checkpoint: Checkpoint, path: Path) -> None:
     onnx.helper.set_model_props(proto, _metadata(model, checkpoint))
     onnx.checker.check_model(proto)
     onnx.save(proto, str(path))
+
+
+def up_to_date(path: Path, source: str | None = None) -> bool:
+    """Whether an exported file is there and newer than the exporting code and the weights it was made from.
+
+    Args:
+        path: of the exported file.
+        source: what it should have been made from, as for :func:`export.checkpoint.load`; None: whatever it was.
+    """
+    if not path.is_file():
+        return False
+    try:
+        metadata = {item.key: item.value for item in onnx.load(str(path)).metadata_props}
+    except Exception:  # whatever is wrong with the file, it is not up to date
+        return False
+    _, _, made_from = metadata.get("origin", "").partition("--source ")
+    if source is not None and source not in (made_from, made_from.partition(" ")[0]):
+        return False
+    inputs = list(Path(__file__).parent.glob("*.py"))
+    folder = MINI if made_from == "mini" else Path(made_from)
+    inputs += [file for file in (folder / HYPERPARAMS, folder / WEIGHTS) if file.is_file()]
+    return bool(made_from) and all(file.stat().st_mtime <= path.stat().st_mtime for file in inputs)
 
 
 def _metadata(model: PackedEcapa, checkpoint: Checkpoint) -> dict[str, str]:

@@ -149,7 +149,9 @@ class Clips:
         position = last - torch.abs(last - position)
         # Clips too short for a reflection, and rows left over, stay inside; their result is not used.
         position = torch.minimum(torch.clamp(position, min=0), last)
-        return (self.start[:, None] + position).reshape(-1)
+        # Rows are only short of the counts where the lengths are not those of the samples: NaN, but no crash.
+        index = torch.clamp(self.start[:, None] + position, max=self.position.shape[0] - 1)
+        return index.reshape(-1)
 
 
 class Features(nn.Module):
@@ -206,6 +208,7 @@ class Features(nn.Module):
         length = torch.index_select(used, 0, hops.index)[:, None]
         inside = (offset >= 0) & (offset < length) & hops.member.any(0)[:, None]
         index = torch.where(inside, torch.index_select(starts, 0, hops.index)[:, None] + offset, silence)
+        index = torch.clamp(index, max=silence)
         samples = torch.cat([waveform, torch.zeros(1, device=waveform.device)])
         samples = torch.index_select(samples, 0, index.reshape(-1)).reshape(-1, self.hop)
         ok = torch.abs(samples) <= MAX_AMPLITUDE  # False for NaN too

@@ -40,26 +40,23 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, _on_signal)
     begin = time.monotonic()
     try:
-        with server:
-            print(f"device {server.chosen}")
-            print(
-                f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
-                f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
-                f"metrics {server.metrics_url}",
-                flush=True,
-            )
-            try:
-                server.wait()
-            except _Stop:
-                print(f"stopping: requests in flight have {options.exit_timeout:g} s", flush=True)
-                if not server.stop():
-                    raise ServerError(
-                        f"tritonserver did not stop within {options.exit_timeout:g} s and was killed; "
-                        f"its log: {server.log_path}"
-                    ) from None
-    except _Stop:  # before it was ready
-        return 0
+        server.start()
+        print(f"device {server.chosen}")
+        print(
+            f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
+            f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
+            f"metrics {server.metrics_url}",
+            flush=True,
+        )
+        server.wait()
+    except _Stop:
+        print(f"stopping: requests in flight have {options.exit_timeout:g} s", flush=True)
+        if not server.stop():
+            message = f"tritonserver did not stop within {options.exit_timeout:g} s and was killed"
+            print(f"error: {message}; its log: {server.log_path}", file=sys.stderr)
+            return 1
     except ServerError as error:
+        server.stop()
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("stopped")

@@ -187,10 +187,10 @@ class TritonServer:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # or Triton takes some memory of every GPU it sees
         if installed is None:
             binary, backends = assemble_wheel(self._folder, environment)
-            options["backend-directory"] = backends
             options["backend-config"] = f"python,shm-region-prefix-name={self._folder.name}-"
         else:
-            binary = installed
+            binary, backends = installed, installed.resolve().parents[1] / "backends"
+        options["backend-directory"] = backends
         command = [str(binary), *(f"--{name}={value}" for name, value in options.items())]
         # The configs are complete; completing them would start each model once more.
         command += ["--disable-auto-complete-config", *self._extra]

@@ -100,7 +100,7 @@ def test_one_failing_request_leaves_its_batch_alone(triton: InferenceServerClien
     sent[2] = clips(2, samples=stand_in.LONGEST + 1)
     replies = together([(triton, waveforms, 1) for waveforms in sent])
     assert isinstance(replies[2], InferenceServerException)
-    assert "out of bounds" in str(replies[2])
+    assert "out of data bounds" in str(replies[2])
     for number in 0, 1, 3, 4:
         np.testing.assert_array_equal(replies[number], expected(sent[number], 1))
 

@@ -130,7 +130,8 @@ def _providers(args: dict[str, str], config: dict[str, Any], parameters: dict[st
         raise pb_utils.TritonModelException(
             "the instance is KIND_GPU and the installed onnxruntime has no CUDA: install onnxruntime-gpu"
         )
-    ort.preload_dlls()  # CUDA and cuDNN as installed by pip
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        ort.preload_dlls()  # CUDA and cuDNN as installed by pip
     cuda = {"device_id": args["model_instance_device_id"]}
     accelerators = config["optimization"].get("execution_accelerators", {})
     for accelerator in accelerators.get("gpu_execution_accelerator", []):

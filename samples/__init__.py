@@ -1,0 +1,1 @@
+"""Clips to try the service on, and the demonstration that uses them."""

@@ -1,0 +1,131 @@
+"""`make demo`: export the model if need be, serve it on real Triton, tell the voices of this folder apart."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+
+from ecapa_triton import EcapaError, SpeakerClient, cosine
+
+from export import checkpoint
+from export.__main__ import ERRORS as EXPORT_ERRORS
+from export.__main__ import export
+from export.configs import MODEL
+from export.onnx_file import OnnxModel, up_to_date
+from server.triton import ServerError, TritonServer
+
+FOLDER = Path(__file__).parent
+MINI_NOTE = (
+    "NOTE: this is the small model that the project ships, not the published one: it is for trying out, "
+    "not for deciding who gets in"
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demonstration; the exit status is 0 when every verdict is right, 1 when one is not, 2 on an error."""
+    parser = argparse.ArgumentParser(prog="python -m samples.demo", description=__doc__)
+    parser.add_argument("--repository", type=Path, default=FOLDER.parent / "model_repository", metavar="DIR")
+    parser.add_argument("--source", help="as for python -m export (default: the hub, or mini where it is out of reach)")
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    options = parser.parse_args(arguments)
+    try:
+        return _demo(options.repository, options.source, options.device)
+    except (ServerError, EcapaError, OSError, *EXPORT_ERRORS) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _demo(repository: Path, source: str | None, device: str) -> int:
+    model = _model(repository, source)
+    note = MINI_NOTE if model.metadata["origin"] == "--source mini" else ""
+    threshold = float(model.metadata["verification_threshold"])
+    if math.isnan(threshold):
+        print(f"error: {model.metadata['source']} has no threshold, so there is no verdict", file=sys.stderr)
+        return 2
+
+    clips = sorted(path for path in FOLDER.iterdir() if path.suffix in {".flac", ".wav"})
+    with TritonServer(repository, device=device) as server:  # type: ignore[arg-type]
+        print(f"start tritonserver {server.version}: {_since()}\n  device {server.chosen}")
+        with SpeakerClient(server.grpc_url, timeout=60) as client:
+            before = client.status().statistics
+            with _step(f"embed the {len(clips)} clips of samples/, all at once"):
+                embeddings = client.embed_many(clips)
+            after = client.status().statistics
+        with _step("stop the server"):
+            server.stop()
+
+    names = [path.stem for path in clips]
+    scores = {(a, b): cosine(embeddings[i], embeddings[j]) for (i, a), (j, b) in combinations(enumerate(names), 2)}
+    print(f"\ncosine of each pair; above {threshold:g} the verdict is `same speaker`, marked *\n")
+    print(" " * 10 + "".join(f"{name:>10}" for name in names))
+    for b in names:
+        cells = (scores.get((a, b)) for a in names)
+        row = ("" if score is None else f"{score:.2f}{'*' if score > threshold else ' '}" for score in cells)
+        print(f"{b:<10}" + "".join(f"{cell:>10}" for cell in row).rstrip())
+    wrong = [pair for pair, score in scores.items() if (score > threshold) != (_speaker(pair[0]) == _speaker(pair[1]))]
+    print(f"\nverdicts: {len(scores) - len(wrong)} of {len(scores)} right")
+    for a, b in wrong:
+        print(f"  WRONG: {a} and {b} are {'one speaker' if _speaker(a) == _speaker(b) else 'two speakers'}")
+    if note:
+        print(note)
+    # The first status asked the model for its limits, which is a request of its own.
+    requests, executions = after.requests - before.requests - 1, after.executions - before.executions - 1
+    print(
+        f"Triton {server.version} on {server.device}: {requests} requests in {executions} executions "
+        f"({requests / max(executions, 1):.1f} clips a batch, lengths mixed)"
+    )
+    return 1 if wrong else 0
+
+
+def _model(repository: Path, source: str | None) -> OnnxModel:
+    """The model of the repository, exported first if it is missing or older than what it is made from."""
+    path = repository / MODEL / "1" / "model.onnx"
+    if up_to_date(path, source):
+        model = OnnxModel(path)
+        if model.metadata["origin"] == "--source mini" and source is None:
+            print(f"{MINI_NOTE}\n(`make export` fetches the published one)\n")
+        print(f"{path} is up to date: {model.metadata['source']}")
+        _since()
+        return model
+    try:
+        export(repository, source or checkpoint.HUB_ID)
+    except checkpoint.CheckpointError as error:
+        if source is not None:
+            raise
+        print(f"\n{error}\n\n{MINI_NOTE}\n")
+        export(repository, "mini")
+    _since()
+    return OnnxModel(path)
+
+
+def _speaker(name: str) -> str:
+    return name.partition("_")[0]
+
+
+@contextmanager
+def _step(what: str) -> Iterator[None]:
+    _since()
+    yield
+    print(f"{what}: {_since()}", flush=True)
+
+
+_last = time.perf_counter()
+
+
+def _since() -> str:
+    """The time since this was last asked."""
+    global _last
+    before, _last = _last, time.perf_counter()
+    return f"{_last - before:.1f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""`python -m server` and TritonServer: starting, refusing to start and stopping without a trace."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import stand_in
+from tritonclient.grpc import InferenceServerClient, InferInput
+
+from server import ServerError, TritonServer
+from server.triton import check_repository, choose_device, choose_ports, cuda_gpus, failure_reason, find_installed
+
+ROOT = Path(__file__).parent.parent
+FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+
+
+@pytest.fixture
+def stand_in_repository(tmp_path: Path) -> Path:
+    # Each request waits for company, so that one can be caught in flight.
+    stand_in.write(tmp_path / "repository" / "sums", delay=1_500_000)
+    return tmp_path / "repository"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No process, no temporary folder and no shared memory segment, whatever the test did."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = unused_segments()
+    yield
+    assert processes(tmp_path) == []
+    assert list(tmp_path.glob("ecapa-triton-*")) == []
+    assert unused_segments() - before == set()
+
+
+def processes(folder: Path) -> list[str]:
+    """The processes that name the folder: tritonserver its repository, a stub its model and its backend."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+        if str(folder) in command:
+            found.append(command)
+    return found
+
+
+def unused_segments() -> set[str]:
+    """Segments that no process maps: those of a server that runs beside this test are in use."""
+    used = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            used |= set(re.findall(r"/dev/shm/(ecapa-triton-\S+)", maps.read_text()))
+        except OSError:
+            continue
+    return {path.name for path in Path("/dev/shm").glob("ecapa-triton-*")} - used
+
+
+def run(*options: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def serving(repository: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in the background, and its line that says ready."""
+    command = [sys.executable, "-m", "server", f"--repository={repository}", "--device=cpu", *FREE_PORTS, *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            ready = next((line for line in process.stdout if line.startswith("ready")), "")
+            assert ready, process.stderr and process.stderr.read()
+            yield process, ready
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def grpc_url(ready: str) -> str:
+    match = re.search(r"grpc (\S+),", ready)
+    assert match, ready
+    return match[1]
+
+
+def ask(url: str, clip: np.ndarray) -> float:
+    inputs = [InferInput("clip", clip.shape, "FP32"), InferInput("scale", (1, 1), "FP32")]
+    inputs[0].set_data_from_numpy(clip)
+    inputs[1].set_data_from_numpy(np.ones((1, 1), np.float32))
+    with InferenceServerClient(url) as client:
+        return float(client.infer("sums", inputs, client_timeout=20).as_numpy("sum")[0, 0])
+
+
+def test_in_code(stand_in_repository: Path, tmp_path: Path) -> None:
+    log = tmp_path / "triton.log"
+    with TritonServer(stand_in_repository, device="cpu", log=log) as server:
+        assert (server.device, server.models, server.chosen) == ("CPU", ["sums"], "CPU, as asked")
+        assert re.fullmatch(r"2\.\d+\.\d+", server.version)
+        assert ask(server.grpc_url, np.ones((1, 5), np.float32)) == 5
+        assert urlopen(f"http://{server.http_url}/v2/models/sums/ready").status == 200
+        metrics = urlopen(server.metrics_url).read().decode()
+        assert 'nv_inference_count{model="sums",version="1"} 1' in metrics
+        assert "nv_inference_request_summary_us" in metrics
+        assert 20e6 < server.memory() < 500e6
+        assert f"{server.pid}" in log.read_text()
+        assert server.stop()
+    assert server.stop()  # once more does no harm
+
+
+def test_listens_on_the_given_address_only(stand_in_repository: Path) -> None:
+    with TritonServer(stand_in_repository, device="cpu", address="127.0.0.2") as server:
+        for url in server.http_url, server.grpc_url, server.metrics_url.split("/")[2]:
+            host, port = url.split(":")
+            assert host == "127.0.0.2"
+            socket.create_connection((host, int(port)), timeout=5).close()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", int(port)), timeout=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_requests_finish(stand_in_repository: Path, number: int) -> None:
+    with serving(stand_in_repository) as (process, ready), ThreadPoolExecutor(3) as pool:
+        assert re.match(r"ready in \d+\.\d s: Triton \S+ on CPU serves sums at grpc 127.0.0.1:\d+", ready)
+        replies = [pool.submit(ask, grpc_url(ready), np.full((1, n), 2, np.float32)) for n in (3, 4, 5)]
+        time.sleep(0.5)
+        process.send_signal(number)
+        assert [reply.result() for reply in replies] == [6, 8, 10]
+        assert process.wait(20) == 0
+
+
+def test_exit_timeout_ends_in_a_kill(stand_in_repository: Path) -> None:
+    with serving(stand_in_repository, "--exit-timeout=0.1") as (process, _):
+        process.terminate()
+        assert process.wait(20) == 1
+        assert process.stderr is not None
+        error = process.stderr.read()
+    assert "did not stop within 0.1 s and was killed" in error
+    assert_named_log(error)
+
+
+def test_killed_command_takes_its_server_along(stand_in_repository: Path, tmp_path: Path) -> None:
+    with serving(stand_in_repository) as (process, _):
+        process.kill()
+    deadline = time.monotonic() + 20
+    while processes(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (folder,) = tmp_path.glob("ecapa-triton-*")  # nobody was left to remove it
+    shutil.rmtree(folder)
+
+
+def test_server_that_dies_is_reported(stand_in_repository: Path) -> None:
+    with pytest.raises(ServerError, match="was killed by SIGKILL while serving"):
+        with TritonServer(stand_in_repository, device="cpu") as server:
+            os.kill(server.pid, signal.SIGKILL)
+            server.wait()
+    assert_named_log(f"its log: {server.log_path}")
+
+
+def test_repository_without_its_model(tmp_path: Path) -> None:
+    stand_in.write(tmp_path / "sums")
+    (tmp_path / "sums/1/model.onnx").unlink()
+    assert_refused(run("--repository", tmp_path), f"{tmp_path}/sums/1/model.onnx is missing: write it with")
+    assert_refused(run("--repository", tmp_path / "nowhere"), "nowhere is not a folder: give its path")
+
+
+def test_port_in_use(stand_in_repository: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = run("--repository", stand_in_repository, *FREE_PORTS, f"--grpc-port={port}")
+    assert_refused(result, f"cannot listen on 127.0.0.1 port {port} for grpc: Address already in use")
+
+
+def test_gpu_without_a_gpu(stand_in_repository: Path) -> None:
+    if cuda_gpus()[0]:
+        pytest.skip("this machine has a GPU")
+    result = run("--repository", stand_in_repository, "--device=gpu", *FREE_PORTS)
+    assert_refused(result, "error: device gpu: no NVIDIA driver")
+
+
+@pytest.mark.skipif(find_installed() is not None, reason="the messages are those of our backend")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: (model / "1/model.onnx").write_bytes(b"no model"), "Protobuf parsing failed"),
+        (lambda model: replace(model, "dims", "dimensions"), "failed to read text proto"),
+        (lambda model: replace(model, "ITEM_SHAPE", "ELEMENT_COUNT"), "not supported: use BATCH_ITEM_SHAPE"),
+    ],
+)
+def test_model_that_does_not_load(stand_in_repository: Path, damage: object, message: str) -> None:
+    assert callable(damage)
+    damage(stand_in_repository / "sums")
+    result = run("--repository", stand_in_repository, "--device=cpu", *FREE_PORTS)
+    assert_refused(result, "error: tritonserver did not start: model sums does not load (")
+    assert message in result.stderr
+    assert_named_log(result.stderr)
+
+
+def test_options_for_tritonserver(stand_in_repository: Path, tmp_path: Path) -> None:
+    log = tmp_path / "triton.log"
+    result = run("--repository", stand_in_repository, *FREE_PORTS, "--log", log, "--", "--no-such-option")
+    assert_refused(result, f"unrecognized option '--no-such-option'; its log: {log}")
+    assert "no-such-option" in log.read_text()
+    with serving(stand_in_repository, f"--log={log}", "--", "--id=from-a-test"):
+        assert "from-a-test" in log.read_text()
+    result = run("--repository", stand_in_repository, *FREE_PORTS, "--log", tmp_path / "nowhere/log")
+    assert_refused(result, f"cannot write the log {tmp_path}/nowhere/log: No such file or directory")
+
+
+def replace(model: Path, old: str, new: str) -> None:
+    config = model / "config.pbtxt"
+    config.write_text(config.read_text().replace(old, new))
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> None:
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def assert_named_log(error: str) -> None:
+    """The log that a message names is there. Removes it."""
+    log = Path(error.rpartition("its log: ")[2].strip())
+    assert log.stat().st_size > 0
+    log.unlink()
+    log.parent.rmdir()  # nothing else was kept
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "chosen"),
+    [
+        ("auto", ["NVIDIA L4"], ("GPU", "GPU: NVIDIA L4")),
+        ("auto", [], ("CPU", "CPU: no driver")),
+        ("cpu", ["NVIDIA L4"], ("CPU", "CPU, as asked")),
+        ("gpu", ["NVIDIA L4"], ("GPU", "GPU, as asked: NVIDIA L4")),
+    ],
+)
+def test_choice_of_device(device: str, gpus: list[str], chosen: tuple[str, str]) -> None:
+    assert choose_device(device, gpus, "no driver") == chosen  # type: ignore[arg-type]
+
+
+def test_choice_of_ports() -> None:
+    chosen = choose_ports("127.0.0.1", {"http": 0, "grpc": 0, "metrics": 0})
+    assert len(set(chosen.values())) == 3
+    assert choose_ports("127.0.0.1", chosen) == chosen
+    with pytest.raises(ServerError, match="port 70000 for http: a port is at most 65535"):
+        choose_ports("127.0.0.1", {"http": 70000})
+    with pytest.raises(ServerError, match=r"cannot listen on no\.such\.host\.invalid port 0 for http"):
+        choose_ports("no.such.host.invalid", {"http": 0})
+
+
+def test_repository_is_checked_for_the_device(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="has no models"):
+        check_repository(tmp_path, "CPU")
+    stand_in.write(tmp_path / "sums")
+    (tmp_path / ".git").mkdir()
+    assert check_repository(tmp_path, "CPU") == ["sums"]
+    (tmp_path / "sums/configs").mkdir()
+    (tmp_path / "sums/configs/gpu.pbtxt").write_text('# model.onnx\nbackend: "pytorch"\n')
+    assert check_repository(tmp_path, "CPU") == ["sums"]
+    with pytest.raises(ServerError, match=r"sums/1/model\.pt is missing"):
+        check_repository(tmp_path, "GPU")
+    (tmp_path / "sums/config.pbtxt").unlink()
+    with pytest.raises(ServerError, match=r"expected .*sums/config\.pbtxt"):
+        check_repository(tmp_path, "CPU")
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            'I1122 08:48:14 1 a.cc:1] "loading"\nE1122 08:48:14 1 b.cc:2] "failed to load \'ecapa\' version 1: '
+            'Internal: Bad: thing\\n\\nAt:\\n  model.py(3): initialize\\n"\nerror: creating server: Internal\n',
+            "model ecapa does not load (Internal: Bad: thing): check its configs or export it again",
+        ),
+        ('E1122 08:48:14 1 c.cc:3] "no space left"\nerror: creating server\n', "no space left"),
+        ("error: creating server: Internal - no\n", "creating server: Internal - no"),
+        ("something else\n\n", "something else"),
+        ("", "it ended without a word"),
+    ],
+)
+def test_reason_for_a_failure_is_one_line(log: str, reason: str) -> None:
+    assert failure_reason(log) == reason
