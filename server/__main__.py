@@ -56,9 +56,10 @@ def main(arguments: list[str]) -> int:
             print(f"error: {message}; its log: {server.log_path}", file=sys.stderr)
             return 1
     except ServerError as error:
-        server.stop()
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        server.stop()  # also when standard output has gone and a print failed
     print("stopped")
     return 0
 

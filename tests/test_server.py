@@ -90,6 +90,7 @@ def serving(repository: Path, *options: str) -> Iterator[tuple[subprocess.Popen[
         finally:
             if process.poll() is None:
                 process.terminate()
+            process.wait(20)  # while its standard output is open
 
 
 def grpc_url(ready: str) -> str:
@@ -141,6 +142,14 @@ def test_signal_lets_requests_finish(stand_in_repository: Path, number: int) -> 
         process.send_signal(number)
         assert [reply.result() for reply in replies] == [6, 8, 10]
         assert process.wait(20) == 0
+
+
+def test_stops_although_nobody_reads_its_output(stand_in_repository: Path) -> None:
+    with serving(stand_in_repository) as (process, _):
+        assert process.stdout is not None
+        process.stdout.close()
+        process.terminate()
+        process.wait(20)
 
 
 def test_exit_timeout_ends_in_a_kill(stand_in_repository: Path) -> None:
