@@ -22,6 +22,10 @@ MAX_AMPLITUDE = 1e4  # full scale is 1; anything beyond this is not audio
 EXP_LIMIT = 60.0
 
 
+Window = tuple[int, int]  # kernel and dilation of a convolution
+GROUP = 512  # channels pooled at a time: 2 MB for ten seconds
+
+
 class UnsupportedModel(Exception):
     """The checkpoint has something that the packed model does not reproduce."""
 
@@ -33,11 +37,12 @@ class PackedEcapa(nn.Module):
         classifier: the ``EncoderClassifier`` in eval mode; its modules are read, not changed.
         threshold: cosine above which two embeddings are of one speaker; NaN where there is none.
         max_seconds: a clip is embedded by its first ``max_seconds``, which bounds memory and time.
+        group: channels that are aggregated and pooled at a time, for the caches of a CPU; None: all.
     """
 
     info: Tensor
 
-    def __init__(self, classifier: Any, threshold: float, max_seconds: float = 30.0) -> None:
+    def __init__(self, classifier: Any, threshold: float, max_seconds: float = 30.0, group: int | None = GROUP) -> None:
         super().__init__()
         model = classifier.mods.embedding_model
         _check_supported(classifier)
@@ -56,14 +61,16 @@ class PackedEcapa(nn.Module):
             self.blocks.append(packed)
             given = packed.output
             outputs.append(given)
-        self.mfa = Tdnn(model.mfa, Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs])))
-        self.pooling = AttentivePooling(model.asp, self.mfa.output)
+        given = Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs]))
+        mfa = Tdnn(model.mfa, given)
+        self.mfa_window = mfa.window
+        self.pooling = AttentivePooling(mfa, model.asp, group or mfa.linear.out_features)
         self.last = _final_linear(model, self.pooling.output)
         self.embedding_size: int = self.last.out_features
 
         layers = [module for module in self.modules() if isinstance(module, Tdnn)]
-        reach = max(layer.kernel // 2 * layer.dilation for layer in layers)
-        self.windows = sorted({(layer.kernel, layer.dilation) for layer in layers if layer.kernel > 1})
+        self.windows = sorted({mfa.window, *(layer.window for layer in layers)})
+        reach = max(kernel // 2 * dilation for kernel, dilation in self.windows)
         # Reflection needs more frames than it reaches over; SpeechBrain raises on a shorter clip.
         self.min_samples: int = reach * self.hop
         info = torch.tensor([[threshold, self.max_samples / SAMPLE_RATE, float(self.min_samples)]])
@@ -93,13 +100,13 @@ class PackedEcapa(nn.Module):
         clips = Clips(rows, frames)
         features, audible = self.features(waveform, ends - lengths, used, clips, rows)
 
-        gathers = {window: clips.window(*window) for window in self.windows}
+        gathers = {window: clips.window(window) for window in self.windows if window[0] > 1}
         x = self.first(features, gathers)
         outputs = []
         for block in self.blocks:
             x = block(x, clips, gathers)
             outputs.append(x)
-        x = self.mfa(torch.cat(outputs, dim=1), gathers)
+        x = gather(torch.cat(outputs, dim=1), gathers, self.mfa_window)
         embedding = self.last(self.pooling(x, clips))
 
         empty_so_far = torch.cumsum((lengths <= 0).to(torch.int32), 0) > 0
@@ -141,8 +148,9 @@ class Clips:
         """A clip's value for each of its rows: ``[B, C]`` to ``[T, C]``."""
         return torch.index_select(x, 0, self.index)
 
-    def window(self, kernel: int, dilation: int) -> Tensor:
+    def window(self, window: Window) -> Tensor:
         """Rows under a convolution kernel, reflected at both ends of the clip: int32 ``[T * kernel]``."""
+        kernel, dilation = window
         taps = torch.arange(kernel, dtype=torch.int32, device=self.position.device)
         position = torch.abs(self.position[:, None] + (taps - kernel // 2) * dilation)
         last = (self.count - 1)[:, None]
@@ -246,6 +254,13 @@ class Affine(NamedTuple):
         return cls(torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
 
 
+def gather(x: Tensor, gathers: dict[Window, Tensor], window: Window) -> Tensor:
+    """The frames under a convolution's kernel side by side: ``[T, C]`` to ``[T, kernel * C]``."""
+    if window[0] == 1:
+        return x
+    return torch.index_select(x, 0, gathers[window]).reshape(x.shape[0], -1)
+
+
 class Tdnn(nn.Module):
     """Convolution, ReLU and batch norm in one matrix product and a ReLU.
 
@@ -260,19 +275,16 @@ class Tdnn(nn.Module):
     def __init__(self, block: Any, given: Affine) -> None:
         super().__init__()
         conv = block.conv.conv
-        self.kernel: int = conv.kernel_size[0]
-        self.dilation: int = conv.dilation[0]
+        self.window: Window = (conv.kernel_size[0], conv.dilation[0])
         scale, shift = _batch_norm(block.norm.norm)
         self.output = Affine(torch.where(scale < 0, -1.0, 1.0).double(), shift)
         weight, bias = _absorb(conv, given)
         weight = weight.permute(0, 2, 1).reshape(conv.out_channels, -1)
         self.linear = _linear(weight * scale.abs()[:, None], bias * scale.abs())
 
-    def forward(self, x: Tensor, gathers: dict[tuple[int, int], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, gathers: dict[Window, Tensor]) -> Tensor:
         """``[T, C_in]`` to ``[T, C_out]``."""
-        if self.kernel > 1:
-            x = torch.index_select(x, 0, gathers[self.kernel, self.dilation]).reshape(x.shape[0], -1)
-        return torch.relu(self.linear(x))
+        return torch.relu(self.linear(gather(x, gathers, self.window)))
 
 
 class Res2Net(nn.Module):
@@ -295,7 +307,7 @@ class Res2Net(nn.Module):
         self.flips = nn.ParameterList([nn.Parameter(f, False) if f is not None else None for f in flips])
         self.output = Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs]))
 
-    def forward(self, x: Tensor, gathers: dict[tuple[int, int], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, gathers: dict[Window, Tensor]) -> Tensor:
         """``[T, C]`` to ``[T, C]``."""
         first, *chunks = torch.chunk(x, self.scale, dim=1)
         outputs = [first]
@@ -330,7 +342,7 @@ class SERes2Net(nn.Module):
         self.excite = _linear(*_flat(_absorb(block.se_block.conv2.conv, None)))
         self.register_buffer("gate_sign", (sign * given.sign).float())
 
-    def forward(self, x: Tensor, clips: Clips, gathers: dict[tuple[int, int], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, clips: Clips, gathers: dict[Window, Tensor]) -> Tensor:
         """``[T, C_in]`` to ``[T, C_out]``."""
         residual = x if self.shortcut is None else self.shortcut(x)
         x = self.tdnn2(self.res2net(self.tdnn1(x, gathers), gathers), gathers) + self.shift
@@ -338,16 +350,48 @@ class SERes2Net(nn.Module):
         return x * clips.spread(gate) + residual
 
 
+class ChannelGroup(nn.Module):
+    """Some of the aggregated channels: what makes them, and their part in the attention over frames.
+
+    Channels meet only in the attention's hidden layer. Handling them in groups keeps a group's frames in the CPU's
+    caches from one pass to the next.
+    """
+
+    def __init__(self, aggregate: nn.Linear, on_x: nn.Linear, attention: nn.Linear, channels: slice) -> None:
+        super().__init__()
+        self.aggregate = _linear(aggregate.weight[channels], aggregate.bias[channels])
+        self.on_x = _linear(on_x.weight[:, channels], None)
+        self.attention = _linear(attention.weight[channels], None)
+
+    def forward(self, x: Tensor, clips: Clips, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``[T, C_in]`` to channels centred in each clip ``[T, G]``; mean, std ``[B, G]`` and ``[T, hidden]``."""
+        x = torch.relu(self.aggregate(x))
+        mean = clips.mean(x)
+        x = x - clips.spread(mean)
+        std = torch.sqrt(torch.clamp(clips.mean(x * x), min=eps))
+        return x, mean, std, self.on_x(x)
+
+    def pool(self, x: Tensor, hidden: Tensor, clips: Clips, eps: float) -> tuple[Tensor, Tensor]:
+        """Attention-weighted mean, from the plain one, and std ``[B, G]`` of the centred channels ``[T, G]``."""
+        weight = torch.exp(self.attention(hidden))
+        total = clips.sum(weight)
+        weighted = weight * x
+        drift = clips.sum(weighted) / total
+        variance = clips.sum(weighted * x) / total - drift * drift
+        return drift, torch.sqrt(torch.clamp(variance, min=eps))
+
+
 class AttentivePooling(nn.Module):
-    """Attention-weighted mean and standard deviation of each channel over each clip's frames.
+    """SpeechBrain's ``mfa`` and ``AttentiveStatisticsPooling``: attention-weighted mean and std of each channel.
 
     Both standard deviations are taken about the clip's plain mean: it keeps their digits where a channel hardly moves.
     """
 
     shift: Tensor
 
-    def __init__(self, pooling: Any, given: Affine) -> None:
+    def __init__(self, mfa: Tdnn, pooling: Any, group: int) -> None:
         super().__init__()
+        given = mfa.output
         channels = given.sign.shape[0]
         self.eps: float = pooling.eps
         self.output = Affine(
@@ -360,7 +404,6 @@ class AttentivePooling(nn.Module):
         on_x, on_mean, on_std = (conv.weight[:, :, 0].double() * scale.abs()[:, None]).split(channels, dim=1)
         on_mean = on_mean + on_x
         bias = bias + on_mean @ given.offset
-        self.on_x = _linear(on_x * given.sign, None)
         self.context = _linear(torch.cat([on_mean * given.sign, on_std], dim=1), bias)
         # tanh is odd: the batch norm's sign goes through it into the attention's last layer, whose bias, the same for
         # all frames of a clip, the softmax cancels.
@@ -373,21 +416,24 @@ class AttentivePooling(nn.Module):
                 f"an attention output can reach {largest:.1f} (sum of its absolute weights), the softmax without "
                 f"shift is safe up to {EXP_LIMIT:.0f}"
             )
-        self.attention = _linear(attention, None)
+        layers = mfa.linear, _linear(on_x * given.sign, None), _linear(attention, None)
+        starts = range(0, channels, group)
+        self.groups = nn.ModuleList(ChannelGroup(*layers, slice(start, start + group)) for start in starts)
 
     def forward(self, x: Tensor, clips: Clips) -> Tensor:
-        """``[T, C]`` to ``[B, 2 C]``: means, then standard deviations."""
-        mean = clips.mean(x)
-        x = x - clips.spread(mean)
-        square = x * x
-        std = torch.sqrt(torch.clamp(clips.mean(square), min=self.eps))
-        context = self.context(torch.cat([mean, std], dim=1))
-        hidden = torch.relu(self.on_x(x) + clips.spread(context))
-        weight = torch.exp(self.attention(torch.tanh(hidden + self.shift)))
-        total = clips.sum(weight)
-        drift = clips.sum(weight * x) / total
-        variance = clips.sum(weight * square) / total - drift * drift
-        return torch.cat([mean + drift, torch.sqrt(torch.clamp(variance, min=self.eps))], dim=1)
+        """Frames ``[T, C_in]`` to ``[B, 2 C]``: means, then standard deviations."""
+        parts = [group(x, clips, self.eps) for group in self.groups]
+        centred, means, plain_stds, hiddens = zip(*parts, strict=True)
+        context = self.context(torch.cat([*means, *plain_stds], dim=1))
+        hidden = torch.relu(sum(hiddens[1:], hiddens[0]) + clips.spread(context))
+        hidden = torch.tanh(hidden + self.shift)
+        drifts, stds = [], []
+        for group, channels in zip(self.groups, centred, strict=True):
+            assert isinstance(group, ChannelGroup)
+            drift, std = group.pool(channels, hidden, clips, self.eps)
+            drifts.append(drift)
+            stds.append(std)
+        return torch.cat([torch.cat(means, dim=1) + torch.cat(drifts, dim=1), *stds], dim=1)
 
 
 def _check_supported(classifier: Any) -> None:

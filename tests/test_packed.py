@@ -86,7 +86,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def packed(loaded: checkpoint.Checkpoint) -> PackedEcapa:
-    return PackedEcapa(loaded.classifier, loaded.threshold, max_seconds=2).eval()
+    return PackedEcapa(loaded.classifier, loaded.threshold, max_seconds=2, group=36).eval()
 
 
 def embed(packed: PackedEcapa, clips: list[torch.Tensor]) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_only_the_first_max_seconds_are_heard(loaded: checkpoint.Checkpoint, pac
 
 def test_work_is_bounded_by_the_clips_not_by_their_length(packed: PackedEcapa) -> None:
     rows = []
-    handle = packed.mfa.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    handle = packed.pooling.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
     embed(packed, noise(100 * 16000, 640))
     handle.remove()
     assert rows == [2 * packed.max_frames]
