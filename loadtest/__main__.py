@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("model", help="speed of the model in process, on the CPU")
     bench.set_defaults(run=model.run)
-    bench.add_argument("--rounds", type=int, default=9, help="interleaved repetitions (default: %(default)s)")
+    bench.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: %(default)s)")
     bench.add_argument("--threads", type=int, default=0, help="of every contender (default: all cores)")
 
     resident = commands.add_parser("memory", help="resident memory of the whole server under mixed clips")

@@ -1,0 +1,81 @@
+"""Every block of README.md runs: Python against the server, shell lines in a copy of the checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from server.triton import TritonServer
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+LINES = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """The checkout with the exported model in it, to run commands in."""
+    folder = tmp_path_factory.mktemp("checkout") / "ecapa-triton"
+    ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "*.onnx", "*.egg-info")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    shutil.copy(repository / "ecapa/1/model.onnx", folder / "model_repository/ecapa/1")
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_there_is_something_to_run() -> None:
+    assert {language for language, _ in BLOCKS} <= {"python", "sh", "text"}
+    assert len(LINES) > 5
+    assert README.index("make demo") < README.index("make test") < 2000
+
+
+@pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
+def test_python_block(code: str, checkout: Path, server: TritonServer) -> None:
+    code = code.replace("127.0.0.1:8001", server.grpc_url)
+    run = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_shell_line(line: str, checkout: Path, server: TritonServer) -> None:
+    command = line.partition("  #")[0].strip()
+    if command.startswith("make "):
+        # What the targets do is tested by itself; here, that they exist.
+        command = command.replace("make ", "make -n ", 1)
+    elif command.startswith("python -m server"):
+        return serve(command, checkout)
+    elif command.startswith("python -m loadtest"):
+        command = re.sub(r"(loadtest \w+).*", r"\1 --help", command)
+    elif command.startswith("ecapa-triton"):
+        command = re.sub(r"^(ecapa-triton \w+)", rf"\1 --url {server.grpc_url}", command)
+    run = subprocess.run(
+        command, shell=True, cwd=checkout, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == (1 if "anna_1.flac samples/berta" in command else 0), run.stderr
+
+
+def serve(command: str, checkout: Path) -> None:
+    """Start the server as the README says, on free ports, and stop it again."""
+    own, dashes, extra = command.partition(" -- ")
+    command = f"exec {own} --http-port 0 --grpc-port 0 --metrics-port 0{dashes}{extra}"
+    process = subprocess.Popen(
+        command, shell=True, cwd=checkout, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for printed in process.stdout:
+        if printed.startswith("ready in"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
