@@ -40,6 +40,7 @@ $(BIN)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
 		{ echo "$$($(PYTHON) --version) found, Python 3.10 to 3.12 is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
 	@echo "install into .venv (some minutes the first time) ..."
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,server,dev]'
+	@begun=$$(date +%s) && $(PYTHON) -m venv .venv && \
+		$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,server,dev]' && \
+		echo "install into .venv: $$(($$(date +%s) - begun)) s"
 	@touch $@

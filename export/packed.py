@@ -21,7 +21,6 @@ MAX_AMPLITUDE = 1e4  # full scale is 1; anything beyond this is not audio
 # the sum over an hour's frames and for the channels' squares.
 EXP_LIMIT = 60.0
 
-
 Window = tuple[int, int]  # kernel and dilation of a convolution
 GROUP = 512  # channels pooled at a time: 2 MB for ten seconds
 
@@ -72,7 +71,7 @@ class PackedEcapa(nn.Module):
         self.windows = sorted({mfa.window, *(layer.window for layer in layers)})
         reach = max(kernel // 2 * dilation for kernel, dilation in self.windows)
         # Reflection needs more frames than it reaches over; SpeechBrain raises on a shorter clip.
-        self.min_samples: int = reach * self.hop
+        self.min_samples: int = max(1, reach * self.hop)
         info = torch.tensor([[threshold, self.max_samples / SAMPLE_RATE, float(self.min_samples)]])
         self.register_buffer("info", info)
 

@@ -170,9 +170,11 @@ def _guards(model: OnnxModel, groups: dict[str, dict[str, Array]], reference: Re
         "-Inf": spoiled(-np.inf, 7),
         "1e30": spoiled(1e30, 100),
         "too short": np.full(model.min_samples - 1, 0.1, np.float32),
-        "one sample": np.full(1, 0.1, np.float32),
+        "one sample": np.full(min(1, model.min_samples - 1), 0.1, np.float32),
     }
     for label, clip in bad.items():
+        if not len(clip):
+            continue  # nothing is too short for this model but the empty clip, which comes below
         batch = [neighbours[0], (label, clip), neighbours[1], (label, clip), neighbours[2]]
         rows = model.embed([clip for _, clip in batch])
         for (name, clip), row in zip(batch, rows, strict=True):

@@ -107,7 +107,7 @@ def test_weights_that_are_none(
 ) -> None:
     """The last one is a pickle that runs code where it is read carelessly."""
     monkeypatch.setenv("BOMB", str(tmp_path / "went off"))
-    (folder / "embedding_model.ckpt").write_bytes(pickle.dumps(Bomb()) if content is None else content)
+    (folder / "embedding_model.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=2) if content is None else content)
     with pytest.raises(checkpoint.CheckpointError, match="not a readable weights file"):
         checkpoint.load(str(folder))
     assert not (tmp_path / "went off").exists()
