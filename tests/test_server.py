@@ -23,7 +23,15 @@ import stand_in
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 from server import ServerError, TritonServer
-from server.triton import check_repository, choose_device, choose_ports, cuda_gpus, failure_reason, find_installed
+from server.triton import (
+    assemble_wheel,
+    check_repository,
+    choose_device,
+    choose_ports,
+    cuda_gpus,
+    failure_reason,
+    find_installed,
+)
 
 ROOT = Path(__file__).parent.parent
 FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
@@ -121,6 +129,36 @@ def test_in_code(stand_in_repository: Path, tmp_path: Path) -> None:
         assert f"{server.pid}" in log.read_text()
         assert server.stop()
     assert server.stop()  # once more does no harm
+
+
+@pytest.mark.skipif(find_installed() is not None, reason="one is installed: the other tests use it")
+def test_an_installed_server_is_used_with_its_own_backends(
+    stand_in_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The container's layout, with a script for a binary that notes its options and calls the wheel's."""
+    environment = dict(os.environ)
+    (tmp_path / "wheel").mkdir()
+    binary, backends = assemble_wheel(tmp_path / "wheel", environment)
+    script = tmp_path / "opt/bin/tritonserver"
+    script.parent.mkdir(parents=True)
+    script.write_text(
+        f"""#!/bin/sh
+printf '%s\\n' "$@" > {tmp_path}/options
+export LD_LIBRARY_PATH={environment["LD_LIBRARY_PATH"]} PATH={environment["PATH"]}
+exec {binary} "$@" --backend-directory={backends}
+"""
+    )
+    script.chmod(0o755)
+    marker = tmp_path / "opt/backends/onnxruntime/libtriton_onnxruntime.so"
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    assert find_installed() == script
+    with TritonServer(stand_in_repository, device="cpu") as server:
+        assert ask(server.grpc_url, np.ones((1, 5), np.float32)) == 5
+    options = (tmp_path / "options").read_text()
+    assert "--model-config-name=cpu\n" in options
+    assert f"--backend-directory={tmp_path}/opt/backends\n" in options
 
 
 def test_listens_on_the_given_address_only(stand_in_repository: Path) -> None:
