@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ LONGEST_MAX_SECONDS = 3600.0
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
+    if options.source == "":
+        _parser().error("--source is empty: expected mini, random, a folder or a hub id")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     command = run_verify if options.command == "verify" else run_export
     try:
         command(options)

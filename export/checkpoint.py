@@ -9,7 +9,6 @@ import hashlib
 import importlib.machinery
 import logging
 import math
-import re
 import shlex
 import sys
 import types
@@ -28,8 +27,20 @@ SPEECHBRAIN_THRESHOLD = 0.25  # cosine; the default of SpeechBrain's SpeakerReco
 WEIGHTS = "embedding_model.ckpt"
 HYPERPARAMS = "hyperparams.yaml"
 
-# What a hyperparams.yaml may construct: HyperPyYAML calls whatever is named, so a name is a call.
-_ALLOWED_TAG = re.compile(r"!(ref|copy|tuple|PLACEHOLDER|(new|name):(speechbrain|torch\.nn)\.[\w.]+)")
+# What a hyperparams.yaml may construct. HyperPyYAML calls whatever is named, and a name can lead from one module on to
+# anything that it imports, so each is spelled out.
+_CONSTRUCTED = (
+    "speechbrain.lobes.features.Fbank",
+    "speechbrain.processing.features.InputNormalization",
+    "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN",
+    "speechbrain.lobes.models.ECAPA_TDNN.Classifier",
+    "speechbrain.dataio.encoder.CategoricalEncoder",
+    "speechbrain.utils.parameter_transfer.Pretrainer",
+    "torch.nn.ReLU",
+    "torch.nn.LeakyReLU",
+    "torch.nn.BatchNorm1d",
+)
+_ALLOWED_TAGS = {"!ref", "!copy", "!tuple", *(f"!{kind}:{name}" for kind in ("new", "name") for name in _CONSTRUCTED)}
 
 
 class CheckpointError(Exception):
@@ -158,7 +169,11 @@ def _from_folder(folder: Path, source: str, origin: str, revision: str) -> Check
             raise CheckpointError(f"{path} is missing: a source folder needs {HYPERPARAMS} and {WEIGHTS}")
     sb = _speechbrain()
     hparams = _read_hyperparams(yaml_file)
-    missing = [name for name in sb.EncoderClassifier.MODULES_NEEDED if name not in hparams.get("modules", {})]
+    modules = hparams.get("modules")
+    needed = sb.EncoderClassifier.MODULES_NEEDED
+    missing = [
+        name for name in needed if not isinstance(modules, dict) or not isinstance(modules.get(name), torch.nn.Module)
+    ]
     if missing:
         raise CheckpointError(
             f"{yaml_file} has no modules: {', '.join(missing)}; expected an ECAPA-TDNN recipe's {HYPERPARAMS}"
@@ -186,15 +201,9 @@ def _read_hyperparams(path: Path) -> dict[str, Any]:
     from hyperpyyaml import load_hyperpyyaml
 
     _speechbrain()  # importable from here on
-    text = path.read_text(encoding="utf-8")
     try:
-        tags = [(token.start_mark.line + 1, "".join(token.value)) for token in yaml.scan(text) if _is_tag(token)]
-        for line, tag in tags:
-            if not _ALLOWED_TAG.fullmatch(tag):
-                raise CheckpointError(
-                    f"{path} line {line} asks for {tag}: only !new and !name of speechbrain and torch.nn are "
-                    "allowed, because a tag runs code; remove the line if embedding does not need it"
-                )
+        text = path.read_text(encoding="utf-8")
+        _check_tags(path, text)
         hparams = load_hyperpyyaml(text)
     except CheckpointError:
         raise
@@ -205,13 +214,31 @@ def _read_hyperparams(path: Path) -> dict[str, Any]:
     return hparams
 
 
-def _is_tag(token: yaml.Token) -> bool:
-    return isinstance(token, yaml.TagToken)
+def _check_tags(path: Path, text: str) -> None:
+    """Refuse a yaml whose loading would do anything but build the model."""
+    tag = ""
+    for token in yaml.scan(text):
+        line = token.start_mark.line + 1
+        if isinstance(token, yaml.DirectiveToken):
+            raise CheckpointError(f"{path} line {line} has a % directive, expected plain YAML: remove it")
+        if isinstance(token, yaml.TagToken):
+            tag = "".join(part or "" for part in token.value)
+            if tag not in _ALLOWED_TAGS:
+                raise CheckpointError(
+                    f"{path} line {line} asks for {tag}, and a tag runs code: only !ref, !copy, !tuple, and !new and "
+                    "!name of what an ECAPA-TDNN is made of are allowed; remove the line if embedding does not need it"
+                )
+            continue
+        if tag == "!ref" and isinstance(token, yaml.ScalarToken) and "**" in token.value:
+            raise CheckpointError(
+                f"{path} line {line} computes {token.value!r}, which could take for ever: write it out"
+            )
+        tag = ""
 
 
 def _threshold(hparams: dict[str, Any], path: Path) -> float:
     value = hparams.get("verification_threshold", SPEECHBRAIN_THRESHOLD)
-    if not isinstance(value, (int, float)) or not -1 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
         raise CheckpointError(f"{path}: verification_threshold is {value!r}, expected a cosine in [-1, 1]")
     return float(value)
 
@@ -223,8 +250,8 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     except Exception as error:  # pickle, zip and torch errors alike
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not a readable weights file: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no dictionary of tensors, expected a state_dict")
+    if not isinstance(state, dict) or not all(_is_plain(value) for value in state.values()):
+        raise CheckpointError(f"{path} holds no dictionary of plain tensors, expected a state_dict")
     expected = model.state_dict()
     problems = [f"missing {key} {list(expected[key].shape)}" for key in expected if key not in state]
     problems += [f"unexpected {key} {list(state[key].shape)}" for key in state if key not in expected]
@@ -244,10 +271,21 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     model.load_state_dict(state, strict=True)
 
 
+def _is_plain(value: object) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
+
+
 def _random(seed: int, channels: int) -> Checkpoint:
     """The published architecture with seeded weights, its batch-norm statistics and gains spread, some negative."""
-    if channels < 8 or channels % 8:
-        raise CheckpointError(f"--channels {channels}: expected a positive multiple of 8 (the Res2Net scale)")
+    if channels % 8 or not 8 <= channels <= 4096:
+        raise CheckpointError(f"--channels {channels}: expected a multiple of 8 (the Res2Net scale) from 8 to 4096")
+    if not 0 <= seed < 2**63:
+        raise CheckpointError(f"--seed {seed}: expected a whole number from 0 to 2^63 - 1")
     sb = _speechbrain()
     state = torch.get_rng_state()
     torch.manual_seed(seed)

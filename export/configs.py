@@ -34,7 +34,7 @@ def check(folder: Path, model: OnnxModel) -> list[Path]:
     for path in files:
         if not path.is_file():
             raise ConfigError(f"{path} is missing: restore it from the project")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
         try:
             config = text_format.Parse(text, pb.ModelConfig())
         except text_format.ParseError as error:

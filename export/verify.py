@@ -55,8 +55,9 @@ class Group:
 def difference(got: Array, expected: Array) -> tuple[float, float]:
     """Relative L2 error and cosine of two embeddings ``[E]``, computed in float64."""
     a, b = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    norm = float(np.linalg.norm(b))
-    return float(np.linalg.norm(a - b)) / norm, float(a @ b) / (float(np.linalg.norm(a)) * norm)
+    norm = np.linalg.norm(b)
+    with np.errstate(divide="ignore", invalid="ignore"):  # an embedding of zeros differs from any: NaN, refused
+        return float(np.linalg.norm(a - b) / norm), float(a @ b / (np.linalg.norm(a) * norm))
 
 
 @dataclass

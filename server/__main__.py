@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from server.triton import ServerError, TritonServer
 
+STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
 
 class _Stop(BaseException):
     """SIGTERM or SIGINT came."""
@@ -36,7 +38,7 @@ def main(arguments: list[str]) -> int:
         log=options.log,
         exit_timeout=options.exit_timeout,
     )
-    for number in signal.SIGTERM, signal.SIGINT:
+    for number in STOPPING:
         signal.signal(number, _on_signal)
     begin = time.monotonic()
     try:
@@ -92,7 +94,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    for again in signal.SIGTERM, signal.SIGINT:
+    for again in STOPPING:
         signal.signal(again, signal.SIG_IGN)  # the first one is being obeyed
     raise _Stop
 

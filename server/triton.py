@@ -29,6 +29,7 @@ Device = Literal["auto", "cpu", "gpu"]
 
 _INSTALLED = "/opt/tritonserver/bin/tritonserver"
 _BACKENDS = Path(__file__).parent / "backends"
+LONGEST_TIMEOUT = 86400  # s
 _SHM = Path("/dev/shm")
 _MODEL_FILES = {"onnxruntime": "model.onnx", "pytorch": "model.pt"}  # Triton's default name for each backend
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -86,6 +87,7 @@ class TritonServer:
         self._keep_log = False
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start: int | None = None
 
     def __enter__(self) -> "TritonServer":
         self.start()
@@ -102,16 +104,21 @@ class TritonServer:
         Raises:
             ServerError: With one line on what is in the way.
         """
+        for what, seconds in ("start", self._start_timeout), ("exit", self._exit_timeout):
+            if not 0 < seconds <= LONGEST_TIMEOUT:
+                raise ServerError(
+                    f"{what} timeout is {seconds:g} s: expected more than 0 and at most {LONGEST_TIMEOUT}"
+                )
         installed = find_installed()
         gpus, no_gpu = cuda_gpus()
         if gpus and installed is None and not _onnxruntime_has_cuda():
             gpus, no_gpu = [], f"the installed onnxruntime cannot use the {gpus[0]}: onnxruntime-gpu can"
         self.device, self.chosen = choose_device(self._device, gpus, no_gpu)
         self.models = check_repository(self.repository, self.device)
+        self._address = resolve(self._address)
         ports = choose_ports(self._address, self._ports)
         # What listens on every address is reached on the loopback one.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._address, self._address)
-        host = f"[{host}]" if ":" in host else host
+        host = "127.0.0.1" if self._address == "0.0.0.0" else self._address
         self.http_url, self.grpc_url = f"{host}:{ports['http']}", f"{host}:{ports['grpc']}"
         self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
 
@@ -120,10 +127,13 @@ class TritonServer:
         try:
             self._launch(installed, ports)
             self._wait_until_ready()
+            self._parts = self._session()
             self.version: str = json.loads(_get(self.http_url, "/v2"))["version"]
         except BaseException as error:
             self._keep_log = isinstance(error, ServerError)
             self._clean_up()
+            if isinstance(error, OSError):  # a full disk, say
+                raise ServerError(f"cannot set up the server in {self._folder}: {error}") from error
             raise
 
     def stop(self) -> bool:
@@ -144,12 +154,36 @@ class TritonServer:
         return in_time
 
     def wait(self) -> NoReturn:
-        """Waits until the server ends without being asked to, and raises ServerError then."""
+        """Waits until the server or a part of it ends without being asked to, and raises ServerError then."""
         assert self._process is not None
-        code = self._process.wait()
+        while True:
+            try:
+                code = self._process.wait(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                if gone := self._parts - self._session():
+                    # Triton goes on, says it is ready and fails every request: it would not even stop in order.
+                    self._process.kill()
+                    self._keep_log = True
+                    raise ServerError(
+                        f"process {min(gone)} of tritonserver, in which a model ran, ended while serving "
+                        f"(out of memory?); its log: {self.log_path}"
+                    ) from None
         self._keep_log = True
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         raise ServerError(f"tritonserver {how} while serving; its log: {self.log_path}")
+
+    def _session(self) -> set[int]:
+        """The process ids of the server and its stub processes."""
+        found = set()
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            except (OSError, ValueError):  # the process has just ended
+                continue
+            if int(session) == self.pid and state != "Z":
+                found.add(int(stat.parent.name))
+        return found
 
     @property
     def pid(self) -> int:
@@ -160,12 +194,10 @@ class TritonServer:
     def memory(self) -> int:
         """Resident bytes of the server and its stub processes, shared pages counted once (PSS)."""
         total = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+        for pid in self._session():
             try:
-                session = int(stat.read_text().rpartition(")")[2].split()[3])
-                if session == self.pid:
-                    rollup = (stat.parent / "smaps_rollup").read_text()
-                    total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
             except (OSError, IndexError):  # the process has just ended
                 continue
         return total
@@ -195,12 +227,15 @@ class TritonServer:
         # The configs are complete; completing them would start each model once more.
         command += ["--disable-auto-complete-config", *self._extra]
         try:
-            log = self.log_path.open("ab")
+            # A pipe that nobody reads is an error, not a wait for ever.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            log = open(os.open(self.log_path, flags, 0o644), "ab", closefd=True)
+            os.set_blocking(log.fileno(), True)
         except OSError as error:
             raise ServerError(f"cannot write the log {self.log_path}: {error.strerror}") from error
         try:
             with log:
-                self._log_start = log.tell()
+                self._log_start = log.tell() if self.log_path.is_file() else None
                 self._process = subprocess.Popen(
                     command,
                     env=environment,
@@ -220,12 +255,12 @@ class TritonServer:
         awaited = [(self.http_url, "/v2/health/ready"), (metrics, f"/{path}")]
         while awaited:
             if self._process.poll() is not None:
-                with self.log_path.open("rb") as log:
-                    log.seek(self._log_start)
-                    reason = failure_reason(log.read().decode(errors="replace"))
+                reason = self._failure() or f"exit status {self._process.returncode}"
                 raise ServerError(f"tritonserver did not start: {reason}; its log: {self.log_path}")
             try:
                 _get(*awaited[0])
+                if not _listens(self.pid, int(awaited[0][0].rpartition(":")[2])):
+                    raise ConnectionError("another process answers")
                 awaited.pop(0)
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() > deadline:
@@ -234,6 +269,14 @@ class TritonServer:
                         f"(http://{''.join(awaited[0])}: {error}); its log: {self.log_path}"
                     ) from error
                 time.sleep(0.05)
+
+    def _failure(self) -> str:
+        """What the log says of why the server ended; empty where the log cannot be read back."""
+        if self._log_start is None:
+            return ""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return failure_reason(log.read().decode(errors="replace"))
 
     def _clean_up(self) -> None:
         assert self._folder is not None
@@ -380,7 +423,7 @@ def check_repository(repository: Path, device: str) -> list[str]:
         config = next((path for path in configs if path.is_file()), None)
         if config is None:
             raise ServerError(f"model {model} has no config: expected {configs[1]}")
-        text = re.sub(r"#.*", "", config.read_text())
+        text = re.sub(r"#.*", "", config.read_text(encoding="utf-8", errors="replace"))
         fields = dict(re.findall(r'\b(backend|default_model_filename)\s*:\s*"([^"]*)"', text))
         filename = fields.get("default_model_filename") or _MODEL_FILES.get(fields.get("backend", ""))
         versions = [path for path in model.iterdir() if path.is_dir() and path.name.isdigit()]
@@ -389,13 +432,26 @@ def check_repository(repository: Path, device: str) -> list[str]:
     return [model.name for model in models]
 
 
+def resolve(address: str) -> str:
+    """Finds the IPv4 address that a name stands for; Triton's HTTP server takes no names."""
+    try:
+        if not address:
+            raise OSError("it is empty")
+        return str(socket.getaddrinfo(address, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError) as error:
+        raise ServerError(
+            f"address {address!r} cannot be used ({getattr(error, 'strerror', None) or error}): "
+            "give an IPv4 address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
+        ) from error
+
+
 def choose_ports(address: str, ports: dict[str, int]) -> dict[str, int]:
     """Checks that the ports can be listened on, and finds a free one for each that is 0."""
     sockets: list[socket.socket] = []
     chosen: dict[str, int] = {}
     try:
         for api, port in ports.items():
-            listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            listener = socket.socket(socket.AF_INET)
             sockets.append(listener)  # all stay open until the end, so that no port is chosen twice
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -416,6 +472,7 @@ def choose_ports(address: str, ports: dict[str, int]) -> dict[str, int]:
 
 def failure_reason(log: str) -> str:
     """Finds the line of Triton's log that tells why the server did not start."""
+    log = "\n".join(line for line in log.split("\n") if "CudaDriverHelper" not in line)  # said on every CPU
     for pattern in (
         r"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)",
         r"Poll failed for model directory '(?P<model>[^']+)': (?P<reason>.*)",
@@ -443,6 +500,22 @@ def _get(host: str, path: str) -> bytes:
     if response.status != http.HTTPStatus.OK:
         raise http.client.HTTPException(f"status {response.status}")
     return body
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether the process itself holds the listening socket of a port, not somebody who was quicker."""
+    sockets = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:  # 0A: listening
+            sockets.add(f"socket:[{fields[9]}]")
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if os.readlink(descriptor) in sockets:
+                return True
+        except OSError:  # closed in the meantime
+            continue
+    return False
 
 
 def _die_with(parent: int) -> Callable[[], None]:

@@ -172,6 +172,51 @@ def test_wrong_files(tmp_path: Path) -> None:
             read(audio, max_samples=LIMIT)
 
 
+def with_length(data: bytes, length: int) -> bytes:
+    """A WAV file whose header gives this length in bytes to its samples."""
+    place = data.index(b"data") + 4
+    return data[:place] + length.to_bytes(4, "little") + data[place + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("WAV", "PCM_16"), ("WAV", "IMA_ADPCM"), ("WAVEX", "PCM_24"), ("RF64", "PCM_16"), ("RF64", "FLOAT")],
+)
+def test_a_wav_file_cut_off(container: str, subtype: str, tmp_path: Path) -> None:
+    data = encoded(np.stack([tone(5)] * 2, axis=1), SECOND, container, subtype)
+    path = tmp_path / "cut.wav"
+    for share, words in [
+        (0.5, r"ends after 2\.\d+ s, its header promises 5\.\d+ s: damaged"),
+        (0.89, r"ends after 4\.[45]"),
+    ]:
+        path.write_bytes(data[: round(share * len(data))])
+        for audio in (path, path.read_bytes()):
+            with pytest.raises(NotAudioError, match=words):
+                read(audio, max_samples=LIMIT)
+            assert read(audio, max_samples=SECOND).cut  # what is there is good
+    assert len(read(data[: round(0.95 * len(data))], max_samples=LIMIT).waveform) > 4.6 * SECOND
+    assert len(read(data, max_samples=LIMIT).waveform) == pytest.approx(5 * SECOND, abs=2_000)
+
+
+@pytest.mark.parametrize("length", [0xFFFFFFFF, 0xFFFFFFFF - 36, 0x7FFFFFFF, 0x7FFFF000, 0x7FFFFF00, 0x80000000])
+def test_a_wav_stream_of_unknown_length(length: int) -> None:
+    data = encoded(tone(1), SECOND, "WAV", "PCM_16")
+    np.testing.assert_array_equal(
+        read(with_length(data, length), max_samples=LIMIT).waveform, read(data, max_samples=LIMIT).waveform
+    )
+
+
+def test_a_wav_header_with_other_chunks_and_none() -> None:
+    data = encoded(tone(1), SECOND, "WAV", "PCM_16")
+    odd = b"LIST" + (5).to_bytes(4, "little") + b"data\xff\0"
+    assert len(read(data[:36] + odd + data[36:], max_samples=LIMIT).waveform) == SECOND
+    with pytest.raises(NotAudioError, match="ends after 0.50 s, its header promises 1.50 s"):
+        cut = with_length(data, 3 * SECOND)[: 44 + SECOND]
+        read(cut[:36] + odd + cut[36:], max_samples=LIMIT)
+    with pytest.raises(NotAudioError, match="cannot be read as audio"):
+        read(b"RIFF" + bytes(1_000_000), max_samples=LIMIT)
+
+
 def test_unreadable_file(tmp_path: Path) -> None:
     path = tmp_path / "secret.wav"
     path.write_bytes(encoded(tone(1), SECOND, "WAV"))

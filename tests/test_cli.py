@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -170,6 +171,31 @@ def test_verify_without_a_threshold(fake: FakeTriton, clip: Path) -> None:
     one_line(err, "pass threshold")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(fake: FakeTriton, clip: Path, tmp_path: Path, closed: str) -> None:
+    def run_closed(*arguments: object) -> tuple[int, str, str]:
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *map(str, arguments), "--url", fake.url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        return done.returncode, done.stdout, done.stderr
+
+    same = "" if ">&-" in closed.split() else "same speaker  score 1.0000  threshold 0.4500\n"
+    assert run_closed("verify", clip, clip) == (0, same, "")
+    assert run_closed("verify", clip, write(tmp_path / "other.wav", 1))[0] == 1
+    status, out, err = run_closed("embed", tmp_path / "none.wav")
+    assert (status, out) == (2, "") and ("No such file" in err) == ("2>&-" not in closed)
+    status, out, err = run_closed("embed", clip, "-o", tmp_path / "out.npz", "--timeout", "x")
+    assert (status, out) == (2, "") and ("expected seconds" in err) == ("2>&-" not in closed)
+    assert run_closed("embed", clip, "-o", tmp_path / "out.npz")[0] == 0
+    assert np.load(tmp_path / "out.npz")["files"].tolist() == [str(clip)]
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "1e300", "soon"])
+def test_wrong_timeouts(clip: Path, timeout: str) -> None:
+    status, out, err = run("embed", clip, "--timeout", timeout)
+    assert (status, out) == (2, "")
+    assert f"argument --timeout: '{timeout}': expected seconds above 0 and up to 1000000\n" in err
+
+
 def test_status(fake: FakeTriton) -> None:
     status, out, err = run("status", "--url", fake.url)
     assert (status, err) == (0, "")
@@ -198,6 +224,25 @@ def test_wrong_outputs_are_refused_before_the_work(fake: FakeTriton, clip: Path,
         assert status == 2
         one_line(err, words)
     assert fake.lengths == []
+
+
+def test_an_output_that_cannot_be_written(
+    fake: FakeTriton,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def refuse_to(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module, name in [(_cli.np, "savez"), (_cli.tempfile, "mkstemp")]:
+        monkeypatch.setattr(module, name, refuse_to)
+        assert _cli.main(["embed", str(clip), "--url", fake.url, "-o", str(tmp_path / "out.npz")]) == 2
+        out, err = capfd.readouterr()
+        assert out == ""
+        one_line(err, f"{tmp_path / 'out.npz'}: cannot be written (No space left on device): choose another place")
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.wav"]
 
 
 def test_a_full_disk_is_one_line(fake: FakeTriton, clip: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,11 @@ def test_too_long(fake: FakeTriton, client: SpeakerClient) -> None:
     assert max(fake.lengths) == 640  # only the limits were asked for
 
 
+def test_too_long_by_a_sample(client: SpeakerClient) -> None:
+    with pytest.raises(TooLongError, match=r": 30\.0001 s long, the model takes up to 30 s: choose"):
+        client.embed(np.append(noise(30), np.float32(0)))
+
+
 def test_truncate(fake: FakeTriton, client: SpeakerClient) -> None:
     waveform = noise(31)
     np.testing.assert_array_equal(client.embed(waveform, long="truncate"), fingerprint(waveform[: 30 * SECOND]))
@@ -126,7 +132,7 @@ def test_windows(fake: FakeTriton, client: SpeakerClient) -> None:
 def test_windows_stop_at_max_duration(fake: FakeTriton) -> None:
     with (
         SpeakerClient(fake.url, max_duration=60) as client,
-        pytest.raises(TooLongError, match="longer than the 60 s that this client reads"),
+        pytest.raises(TooLongError, match=r"longer than the 60 s .*\(max_duration of SpeakerClient\): cut the rec"),
     ):
         client.embed(noise(61), long="windows")
 
@@ -260,10 +266,32 @@ def test_wrong_urls(url: str) -> None:
         SpeakerClient(url)
 
 
-@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": math.nan}, {"timeout": -1}, {"max_in_flight": 0}])
-def test_wrong_options(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        SpeakerClient(**options)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("option", "values", "words"),
+    [
+        ("timeout", [0, -1, math.nan, math.inf, 1e10, 1e300], "expected seconds above 0 and up to 1000000, or None"),
+        ("max_in_flight", [0], "expected 1 or more"),
+        ("max_duration", [0, -1, math.nan, math.inf, 86_401], "expected seconds above 0 and up to 86400"),
+    ],
+)
+def test_wrong_options(option: str, values: list[float], words: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{option} is {re.escape(str(value))}: {words}"):
+            SpeakerClient(**{option: value})  # type: ignore[arg-type]
+
+
+def test_the_longest_timeout(fake: FakeTriton) -> None:
+    with SpeakerClient(fake.url, timeout=1e6, max_duration=86_400) as client:
+        assert client.embed(noise(1)).shape == (SIZE,)
+
+
+def test_no_proxy_sees_the_clips(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with SpeakerClient(fake.url) as client:
+        assert client.embed(noise(1)).shape == (SIZE,)
 
 
 def test_grpc_scheme(fake: FakeTriton) -> None:

@@ -113,13 +113,57 @@ def test_weights_that_are_none(
     assert not (tmp_path / "went off").exists()
 
 
-@pytest.mark.parametrize("tag", ["!apply:os.mkdir [{}]", "!new:subprocess.Popen [[touch, {}]]", "!name:os.system"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!apply:os.mkdir [{}]",
+        "!new:subprocess.Popen [[touch, {}]]",
+        "!name:os.system",
+        "!new:speechbrain.utils.superpowers.subprocess.Popen [[touch, {}]]",
+        "!name:speechbrain.core.os.system",
+        "!include:{}",
+        "!!python/object/apply:os.mkdir [{}]",
+    ],
+)
 def test_a_yaml_that_runs_other_code_is_refused(folder: Path, tag: str, tmp_path: Path) -> None:
     with (folder / "hyperparams.yaml").open("a") as file:
         file.write(f"bomb: {tag.format(tmp_path / 'went_off')}\n")
     with pytest.raises(checkpoint.CheckpointError, match=r"line 25 asks for !.*a tag runs code"):
         checkpoint.load(str(folder))
     assert not (tmp_path / "went_off").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("%TAG ! !apply:shutil.\n---\nevil: !copy [/etc/hostname, {}]\n", "line 1 has a % directive"),
+        ("a: 9\nb: !ref <a>**<a>**<a>\n", "line 2 computes"),
+        ("modules: null\n", "has no modules: compute_features"),
+        ("modules: [1]\n", "has no modules: compute_features"),
+        ("modules: {{compute_features: hello}}\n", "has no modules: compute_features"),
+        ("- 1\n", "cannot be read"),
+        ("a: [\n", "cannot be read"),
+        ("a: \udcff\n", "cannot be read"),
+    ],
+)
+def test_yamls_that_are_none(folder: Path, text: str, message: str, tmp_path: Path) -> None:
+    content = text.format(tmp_path / "went_off").encode(errors="surrogateescape")
+    (folder / "hyperparams.yaml").write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpoint.load(str(folder))
+    assert not (tmp_path / "went_off").exists()
+
+
+def test_tensors_that_are_not_plain(folder: Path) -> None:
+    change_weights(folder, fc__conv__bias=torch.zeros(192).to_sparse())
+    with pytest.raises(checkpoint.CheckpointError, match="no dictionary of plain tensors"):
+        checkpoint.load(str(folder))
+
+
+def test_an_embedding_of_zeros_is_refused() -> None:
+    group = verify.Group("zeros")
+    group.add("clip", np.zeros(3), np.zeros(3))
+    assert not group.passed
 
 
 def test_a_model_that_speechbrain_cannot_run(tmp_path: Path) -> None:
@@ -137,8 +181,9 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "embedding_model.ckpt").write_bytes(b"")
     with pytest.raises(checkpoint.CheckpointError, match="has no modules: compute_features"):
         checkpoint.load(str(tmp_path))
-    with pytest.raises(checkpoint.CheckpointError, match="multiple of 8"):
-        checkpoint.load("random", channels=12)
+    for options in ({"channels": 12}, {"channels": 8 * 10**12}, {"seed": 10**30}, {"seed": -1}):
+        with pytest.raises(checkpoint.CheckpointError, match="expected a"):
+            checkpoint.load("random", **options)
 
 
 def test_random_weights_are_the_seeds(mini: checkpoint.Checkpoint) -> None:

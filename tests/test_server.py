@@ -210,6 +210,56 @@ def test_killed_command_takes_its_server_along(stand_in_repository: Path, tmp_pa
     shutil.rmtree(folder)
 
 
+def test_a_stub_that_dies_ends_the_server(stand_in_repository: Path) -> None:
+    """Triton itself would go on, say that it is ready and fail every request."""
+    with pytest.raises(ServerError, match=r"process \d+ of tritonserver, in which a model ran, ended"):
+        with TritonServer(stand_in_repository, device="cpu") as server:
+            (stub,) = server._session() - {server.pid}
+            os.kill(stub, signal.SIGKILL)
+            server.wait()
+    assert_named_log(f"its log: {server.log_path}")
+
+
+def test_names_stand_for_addresses(stand_in_repository: Path) -> None:
+    with TritonServer(stand_in_repository, device="cpu", address="localhost") as server:
+        assert server.grpc_url.startswith("127.0.0.1:")
+    for address in "", "::1", "no.such.host.invalid":
+        assert_refused(run("--repository", stand_in_repository, "--address", address), "cannot be used")
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "0", "1e300"])
+def test_timeouts_are_checked(stand_in_repository: Path, seconds: str) -> None:
+    assert_refused(run("--repository", stand_in_repository, f"--exit-timeout={seconds}"), "expected more than 0")
+
+
+def test_another_servers_answer_is_not_taken_for_ours(
+    stand_in_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that start at once both find the ports free."""
+    with TritonServer(stand_in_repository, device="cpu") as first:
+        ports = {"http": first.http_url, "grpc": first.grpc_url, "metrics": first.metrics_url.split("/")[2]}
+        taken = {api: int(url.rpartition(":")[2]) for api, url in ports.items()}
+        monkeypatch.setattr("server.triton.choose_ports", lambda address, ports: taken)
+        with pytest.raises(ServerError, match="did not start: .*in use|did not start: .*bind") as info:
+            TritonServer(stand_in_repository, device="cpu").start()
+    assert_named_log(str(info.value))
+
+
+def test_a_log_that_is_no_file(stand_in_repository: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert_refused(run("--repository", stand_in_repository, "--log", tmp_path / "fifo"), "No such device or address")
+    command = [sys.executable, "-m", "server", f"--repository={stand_in_repository}", "--device=cpu", *FREE_PORTS]
+    process = subprocess.Popen([*command, "--log=/dev/stdout"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("ready in"):
+            process.send_signal(signal.SIGHUP)
+    assert process.wait(30) == 0
+    assert any("Started GRPCInferenceService" in line for line in lines)
+
+
 def test_server_that_dies_is_reported(stand_in_repository: Path) -> None:
     with pytest.raises(ServerError, match="was killed by SIGKILL while serving"):
         with TritonServer(stand_in_repository, device="cpu") as server:

@@ -38,6 +38,7 @@ INT16_SCALE = np.float32(1 / 32768)
 MAGIC = (b"RIFF", b"RF64", b"riff", b"fLaC", b"OggS", b"ID3", b"\xff", b"FORM", b".snd", b"caff", b"NIST")
 UNKNOWN_FRAMES = 1 << 62  # libsndfile says 2^63 - 1 where a stream's header does not tell
 MAX_MISSING = 0.5  # s, that a file may end before its header says: MP3 counts are estimates
+MAX_CHUNKS = 1_000  # of a WAV file, to look at in search of its samples
 BLOCK = 1 << 18  # samples, all channels together, that are decoded at a time: 1 MiB of float32
 
 
@@ -82,7 +83,7 @@ def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) ->
         _check_array(name, audio)
         return _collect(name, _array_blocks(audio), rate, len(audio) / rate, max_samples)
     try:
-        with _open(name, audio) as file:
+        with _open(name, audio) as (file, frames):
             rate = file.samplerate
             _check_rate(name, rate)
             if sample_rate not in (None, rate):
@@ -90,7 +91,7 @@ def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) ->
                     f"{name}: the file is at {rate} Hz, sample_rate says {sample_rate}: "
                     "leave sample_rate out for files, they are resampled as needed"
                 )
-            return _collect(name, _file_blocks(name, file), rate, file.frames / rate, max_samples)
+            return _collect(name, _file_blocks(name, file, frames), rate, frames / rate, max_samples)
     except OSError as exc:
         raise AudioFileError(f"{name}: cannot be read ({exc.strerror}): get a whole copy") from exc
     except soundfile.SoundFileError as exc:
@@ -190,23 +191,50 @@ class _Bytes(io.BytesIO):
 
 
 @contextmanager
-def _open(name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview) -> Iterator[_Forward]:
+def _open(name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview) -> Iterator[tuple[_Forward, int]]:
+    """The file, and how many frames its header promises."""
+    raw: _Bytes | io.FileIO
     if isinstance(audio, bytes | bytearray | memoryview):
-        data = bytes(audio)
-        _check_magic(name, data[:4])
-        with _Forward(_Bytes(data)) as file:
-            yield file
+        raw = _Bytes(bytes(audio))
     elif isinstance(audio, str | os.PathLike):
-        # By descriptor: no RAW format by suffix, no encoding of the name, and reasons from the system.
-        with _open_path(name, audio) as raw:
-            _check_magic(name, raw.read(4))
-            raw.seek(0)
-            with _Forward(raw.fileno(), closefd=False) as file:
-                yield file
+        raw = _open_path(name, audio)
     else:
         raise AudioFormatError(
             f"audio is a {name}: expected a path, the bytes of an audio file or a NumPy array of samples"
         )
+    with raw:
+        _check_magic(name, raw.read(4))
+        times = _promised(raw)
+        raw.seek(0)
+        # By descriptor: no RAW format by suffix, no encoding of the name, and reasons from the system.
+        with _Forward(raw.fileno() if isinstance(raw, io.FileIO) else raw, closefd=False) as file:
+            yield file, round(file.frames * times) if times > 1 else file.frames
+
+
+def _promised(raw: io.BytesIO | io.FileIO) -> float:
+    """How many times the samples there are a WAV header promises; libsndfile lowers its count to those there."""
+    size = raw.seek(0, os.SEEK_END)
+    raw.seek(0)
+    place = 12 if raw.read(4) in (b"RIFF", b"RF64") else size
+    long_length = 0
+    for _ in range(MAX_CHUNKS):
+        raw.seek(place)
+        head = raw.read(24)
+        place += 8
+        if place >= size:
+            break
+        kind, length = head[:4], int.from_bytes(head[4:8], "little")
+        if kind == b"ds64":
+            long_length = int.from_bytes(head[16:24], "little")
+        elif kind == b"data":
+            # What a program writes that does not know yet, such as one into a pipe: 0, or about the most there is.
+            if length == 0xFFFFFFFF and long_length < UNKNOWN_FRAMES:
+                length = long_length
+            elif length | 0xFFF in (0x7FFFFFFF, 0x80000FFF, 0xFFFFFFFF):
+                length = 0
+            return max(1.0, length / (size - place))
+        place += length + length % 2
+    return 1.0
 
 
 def _check_magic(name: str, start: bytes) -> None:
@@ -228,18 +256,18 @@ def _open_path(name: str, path: str | os.PathLike[str]) -> io.FileIO:
         ) from exc
 
 
-def _file_blocks(name: str, file: _Forward) -> Iterator[Waveform]:
-    """Mono float32 blocks of a file, with an error if it ends before its header says so."""
+def _file_blocks(name: str, file: _Forward, frames: int) -> Iterator[Waveform]:
+    """Mono float32 blocks of a file, with an error if it ends before the frames that its header promises."""
     step = max(1, BLOCK // file.channels)
     done = 0
     while len(block := file.read(step, dtype="float32", always_2d=True)):
         done += len(block)
         yield _mono(block)
-    missing = file.frames - done
+    missing = frames - done
     if file.frames < UNKNOWN_FRAMES and missing > MAX_MISSING * file.samplerate:
         raise NotAudioError(
             f"{name}: ends after {done / file.samplerate:.2f} s, its header promises "
-            f"{file.frames / file.samplerate:.2f} s: damaged or cut off, get a whole copy"
+            f"{frames / file.samplerate:.2f} s: damaged or cut off, get a whole copy"
         )
 
 

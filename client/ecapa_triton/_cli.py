@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._audio import describe
-from ._client import Embedded, Long, SpeakerClient
+from ._client import MAX_TIMEOUT, Embedded, Long, SpeakerClient
 from ._errors import (
     ClosedError,
     ConnectError,
@@ -38,6 +38,7 @@ HOPELESS = (ClosedError, ConnectError, ModelNotFoundError, ModelNotReadyError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    _open_closed_streams()
     arguments = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
@@ -191,16 +192,19 @@ def _check_output(path: Path) -> None:
 
 def _write_npz(path: Path, **arrays: NDArray[np.generic]) -> None:
     """Write under another name and rename, so that a reader sees all of it or the file before."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **arrays)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as exc:
+        raise EcapaError(f"{describe(path)}: cannot be written ({exc.strerror or exc}): choose another place") from exc
 
 
 def _umask() -> int:
@@ -210,14 +214,21 @@ def _umask() -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a time: expected seconds above 0")
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) <= MAX_TIMEOUT:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r}: expected seconds above 0 and up to {MAX_TIMEOUT:.0f}")
 
 
 def _complain(message: str) -> None:
     print(f"ecapa-triton: {message}", file=sys.stderr, flush=True)
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null for streams that the shell closed: else a file or socket would get their number."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
 def _abandon_stdout() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections import deque
@@ -35,6 +34,9 @@ from ._wire import Limits, Reply, Statistics
 
 Embedding: TypeAlias = NDArray[np.float32]
 Long: TypeAlias = Literal["error", "truncate", "windows"]
+
+MAX_TIMEOUT = 1e6  # s; gRPC takes deadlines in the far future for ones in the past
+MAX_DURATION = 86_400  # s
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,11 @@ class SpeakerClient:
     Args:
         url: `HOST:PORT` of Triton's gRPC endpoint, with or without `grpc://`.
         model: Name of the model.
-        timeout: Seconds that one request may take, from sending to reply; None waits for ever.
+        timeout: Seconds that one request may take, from sending to reply, up to 1e6; None waits for ever.
         model_version: Version of the model; empty: the server chooses.
         max_in_flight: Requests that one call of `embed_many`, or of `embed` in windows, keeps under way.
             A CPU answers 8 long clips within the default timeout; a GPU has use for 32 and more.
-        max_duration: Seconds of audio that `long="windows"` reads at most; longer is an error.
+        max_duration: Seconds of audio that `long="windows"` reads at most, up to 86400; longer is an error.
             An hour takes 230 MB, twice that while it is read; such clips are read one at a time.
     """
 
@@ -103,8 +105,12 @@ class SpeakerClient:
         max_in_flight: int = 8,
         max_duration: float = 3600.0,
     ) -> None:
-        if timeout is not None and not 0 < timeout < math.inf:
-            raise ValueError(f"timeout is {timeout}: expected seconds above 0, or None to wait for ever")
+        if timeout is not None and not 0 < timeout <= MAX_TIMEOUT:
+            raise ValueError(
+                f"timeout is {timeout}: expected seconds above 0 and up to {MAX_TIMEOUT:.0f}, or None to wait for ever"
+            )
+        if not 0 < max_duration <= MAX_DURATION:
+            raise ValueError(f"max_duration is {max_duration}: expected seconds above 0 and up to {MAX_DURATION}")
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight is {max_in_flight}: expected 1 or more")
         target = url.removeprefix(_wire.SCHEME).rstrip("/")
@@ -305,8 +311,8 @@ class SpeakerClient:
         clip = _audio.read(audio, sample_rate, max_samples=round(self._max_duration * SAMPLE_RATE))
         if clip.cut:
             raise TooLongError(
-                f"{clip.name}: longer than the {self._max_duration:g} s that this client reads: "
-                "raise max_duration, or cut the recording"
+                f"{clip.name}: longer than the {self._max_duration:g} s that this client reads "
+                "(max_duration of SpeakerClient): cut the recording"
             )
         windows = _audio.windows(len(clip.waveform), limits.max_samples)
         return clip, [clip.waveform[window] for window in windows]
@@ -420,8 +426,11 @@ def _check_length(clip: Clip, limits: Limits, long: Long) -> None:
     if len(clip.waveform) < limits.min_samples:
         raise _too_short(clip.name, len(clip.waveform), limits)
     if clip.cut and long == "error":
+        seconds = clip.source_seconds
+        digits = next((n for n in range(1, 7) if round(seconds, n) > limits.max_seconds), None)  # 30.0001, not 30.0
+        length = "longer than its header says" if digits is None else f"{seconds:.{digits}f} s long"
         raise TooLongError(
-            f"{clip.name}: {clip.source_seconds:.1f} s long, the model takes up to {limits.max_seconds:g} s: "
+            f"{clip.name}: {length}, the model takes up to {limits.max_seconds:g} s: "
             "choose long=truncate (the first of it) or long=windows (the mean over all of it)"
         )
 

@@ -21,6 +21,8 @@ CHANNEL_ARGS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A Triton endpoint is addressed directly; gRPC would hand clips, even those for 127.0.0.1, to $http_proxy.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 
