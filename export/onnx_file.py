@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ OPSET = 18
 MAX_IR_VERSION = 10  # the newest that ONNX Runtime 1.19 of the official container reads
 # What the graph guards against, by name: a server may refuse a model that lacks one.
 GUARDS = ("empty", "short", "not-finite", "torn", "max-seconds")
+METADATA = {"source", "origin", "weights_sha256", "verification_threshold", "max_seconds", "min_samples", "guards"}
 PACKAGES = ("torch", "speechbrain", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -80,8 +82,8 @@ def up_to_date(path: Path, source: str | None = None) -> bool:
         metadata = {item.key: item.value for item in onnx.load(str(path)).metadata_props}
     except Exception:  # whatever is wrong with the file, it is not up to date
         return False
-    _, _, made_from = metadata.get("origin", "").partition("--source ")
-    if source is not None and source not in (made_from, made_from.partition(" ")[0]):
+    _, made_from, *_ = [*shlex.split(metadata.get("origin", "")), "", ""]  # --source NAME ...
+    if source is not None and made_from not in (source, str(Path(source).resolve())):
         return False
     inputs = list(Path(__file__).parent.glob("*.py"))
     folder = MINI if made_from == "mini" else Path(made_from)
@@ -129,7 +131,7 @@ class OnnxModel:
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
             raise OnnxFileError(f"{path} is not a readable ONNX model ({error}): run python -m export again") from error
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
-        missing = {"source", "weights_sha256", "max_seconds", "guards"} - set(self.metadata)
+        missing = METADATA - set(self.metadata)
         if missing:
             raise OnnxFileError(
                 f"{path} has no metadata {', '.join(sorted(missing))}: it was not written by python -m export"

@@ -36,12 +36,12 @@ class PackedEcapa(nn.Module):
         classifier: the ``EncoderClassifier`` in eval mode; its modules are read, not changed.
         threshold: cosine above which two embeddings are of one speaker; NaN where there is none.
         max_seconds: a clip is embedded by its first ``max_seconds``, which bounds memory and time.
-        group: channels that are aggregated and pooled at a time, for the caches of a CPU; None: all.
+        group: channels that are aggregated and pooled at a time, for the caches of a CPU.
     """
 
     info: Tensor
 
-    def __init__(self, classifier: Any, threshold: float, max_seconds: float = 30.0, group: int | None = GROUP) -> None:
+    def __init__(self, classifier: Any, threshold: float, max_seconds: float = 30.0, group: int = GROUP) -> None:
         super().__init__()
         model = classifier.mods.embedding_model
         _check_supported(classifier)
@@ -63,7 +63,7 @@ class PackedEcapa(nn.Module):
         given = Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs]))
         mfa = Tdnn(model.mfa, given)
         self.mfa_window = mfa.window
-        self.pooling = AttentivePooling(mfa, model.asp, group or mfa.linear.out_features)
+        self.pooling = AttentivePooling(mfa, model.asp, group)
         self.last = _final_linear(model, self.pooling.output)
         self.embedding_size: int = self.last.out_features
 

@@ -38,7 +38,7 @@ class Group:
         """Take in one embedding ``[E]`` and its reference ``[E]``."""
         error, cosine = difference(got, expected)
         self.clips += 1
-        if not error <= self.error:  # also when it is NaN
+        if self.error == self.error and not error <= self.error:  # a NaN is the worst, and stays
             self.error, self.worst = error, label
         self.cosine = min(self.cosine, cosine) if cosine == cosine else cosine
 

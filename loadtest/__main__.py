@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from export.checkpoint import CheckpointError
+from export.__main__ import ERRORS as EXPORT_ERRORS
 from server.triton import ServerError
 
 from . import memory, model
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (CheckpointError, ServerError, OSError) as error:
+    except (ServerError, OSError, *EXPORT_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from ecapa_triton import EcapaError, SpeakerClient, cosine
 
 from export import checkpoint
 from export.__main__ import ERRORS as EXPORT_ERRORS
-from export.__main__ import export
+from export.__main__ import export, step
 from export.configs import MODEL
 from export.onnx_file import OnnxModel, up_to_date
 from server.triton import ServerError, TritonServer
@@ -52,14 +49,18 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
         return 2
 
     clips = sorted(path for path in FOLDER.iterdir() if path.suffix in {".flac", ".wav"})
-    with TritonServer(repository, device=device) as server:  # type: ignore[arg-type]
-        print(f"start tritonserver {server.version}: {_since()}\n  device {server.chosen}")
+    server = TritonServer(repository, device=device)  # type: ignore[arg-type]
+    with step("start tritonserver"):
+        server.start()
+    try:
+        print(f"  version {server.version}, device {server.chosen}")
         with SpeakerClient(server.grpc_url, timeout=60) as client:
             before = client.status().statistics
-            with _step(f"embed the {len(clips)} clips of samples/, all at once"):
+            with step(f"embed the {len(clips)} clips of samples/, all at once"):
                 embeddings = client.embed_many(clips)
             after = client.status().statistics
-        with _step("stop the server"):
+    finally:
+        with step("stop the server"):
             server.stop()
 
     names = [path.stem for path in clips]
@@ -93,7 +94,6 @@ def _model(repository: Path, source: str | None) -> OnnxModel:
         if model.metadata["origin"] == "--source mini" and source is None:
             print(f"{MINI_NOTE}\n(`make export` fetches the published one)\n")
         print(f"{path} is up to date: {model.metadata['source']}")
-        _since()
         return model
     try:
         export(repository, source or checkpoint.HUB_ID)
@@ -102,29 +102,11 @@ def _model(repository: Path, source: str | None) -> OnnxModel:
             raise
         print(f"\n{error}\n\n{MINI_NOTE}\n")
         export(repository, "mini")
-    _since()
     return OnnxModel(path)
 
 
 def _speaker(name: str) -> str:
     return name.partition("_")[0]
-
-
-@contextmanager
-def _step(what: str) -> Iterator[None]:
-    _since()
-    yield
-    print(f"{what}: {_since()}", flush=True)
-
-
-_last = time.perf_counter()
-
-
-def _since() -> str:
-    """The time since this was last asked."""
-    global _last
-    before, _last = _last, time.perf_counter()
-    return f"{_last - before:.1f} s"
 
 
 if __name__ == "__main__":

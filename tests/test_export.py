@@ -162,8 +162,9 @@ def test_tensors_that_are_not_plain(folder: Path) -> None:
 
 def test_an_embedding_of_zeros_is_refused() -> None:
     group = verify.Group("zeros")
-    group.add("clip", np.zeros(3), np.zeros(3))
-    assert not group.passed
+    group.add("zeros", np.zeros(3), np.zeros(3))
+    group.add("good", np.ones(3), np.ones(3))
+    assert not group.passed and group.worst == "zeros" and np.isnan(group.error)
 
 
 def test_a_model_that_speechbrain_cannot_run(tmp_path: Path) -> None:
@@ -252,7 +253,8 @@ def test_verify_refuses_other_weights(repository: Path, folder: Path, capsys: py
     assert "made from weights ff14eec9332f (mini)" in capsys.readouterr().err
 
 
-def test_a_folder_is_exported_verified_and_up_to_date(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_is_exported_verified_and_up_to_date(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a source, with a space")
     target = copy_configs(tmp_path)
     arguments = ["--repository", str(target), "--source", str(folder), "--max-seconds", "5"]
     assert main(arguments) == 0
