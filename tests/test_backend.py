@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,6 +67,7 @@ def expected(waveforms: np.ndarray, scale: float) -> np.ndarray:
 
 
 def executions(triton: InferenceServerClient, model: str) -> tuple[int, int]:
+    time.sleep(0.5)  # Triton counts a request just after it has replied
     statistics = triton.get_inference_statistics(model).model_stats[0]
     return statistics.inference_count, statistics.execution_count
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,7 @@ def noise(samples: int, seed: int) -> np.ndarray:
 
 def executions(triton: InferenceServerClient) -> tuple[int, int]:
     """Requests and executions that the server has counted."""
+    time.sleep(0.5)  # Triton counts a request just after it has replied
     (statistics,) = triton.get_inference_statistics("ecapa").model_stats
     return statistics.inference_count, statistics.execution_count
 
