@@ -20,6 +20,7 @@ ERRORS = (
     packed.UnsupportedModel,
     onnx_file.OnnxFileError,
     configs.ConfigError,
+    configs.ModelFileError,
     verify.VerificationError,
 )
 LONGEST_MAX_SECONDS = 3600.0
@@ -96,7 +97,7 @@ def export(
         with step("write ONNX"):
             onnx_file.write(model, loaded, partial)
         exported = onnx_file.OnnxModel(partial)
-        configs.check(folder, exported)
+        configs.check_all(folder, configs.ModelFile.read(partial))
         _verify(exported, loaded)
         os.replace(partial, target)
     finally:
@@ -112,8 +113,9 @@ def export(
 def run_verify(options: argparse.Namespace) -> None:
     """Verify the model that is in the repository against the source that its metadata names."""
     folder = options.repository / configs.MODEL
-    exported = onnx_file.OnnxModel(folder / "1" / "model.onnx")
-    configs.check(folder, exported)
+    path = folder / "1" / "model.onnx"
+    exported = onnx_file.OnnxModel(path)
+    configs.check_all(folder, configs.ModelFile.read(path))
     if options.source is None:
         origin = shlex.split(exported.metadata["origin"])
         options = _parser().parse_args(["verify", "--repository", str(options.repository), *origin])

@@ -1,22 +1,69 @@
-"""The hand-written Triton configs of a model, read back and checked against the exported file."""
+"""The hand-written Triton configs of a model, read back and checked against the exported file they serve."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import onnx
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from .onnx_file import OnnxModel
+from . import seal
 
 MODEL = "ecapa"
-_TRITON_TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int32)": "TYPE_INT32"}
+_TRITON_TYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT32: "TYPE_INT32"}
 
 
 class ConfigError(Exception):
     """A config disagrees with the model; the message says which line to change."""
+
+
+class ModelFileError(Exception):
+    """A model file cannot be served; the message says what to do."""
+
+
+class Tensor(NamedTuple):
+    """An input or output of a model file: Triton's name of its type; a dimension that may vary has a name or is 0."""
+
+    name: str
+    data_type: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What an exported file says of itself. It is read, not run: neither torch nor ONNX Runtime is needed."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    metadata: dict[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> ModelFile:
+        """Read a file that is whole and has every guard.
+
+        Raises:
+            ModelFileError: it is missing, damaged, changed, unguarded, or not one of ours.
+        """
+        try:
+            seal.check(path)
+            proto = onnx.load(str(path), load_external_data=False)
+            metadata = {item.key: item.value for item in proto.metadata_props}
+            seal.check_guards(path, metadata)
+        except OSError as error:
+            raise ModelFileError(f"{path} cannot be read ({error.strerror}): write it with python -m export") from error
+        except seal.SealError as error:
+            raise ModelFileError(str(error)) from error
+        inputs, outputs = ([_tensor(value) for value in values] for values in (proto.graph.input, proto.graph.output))
+        if [item.name for item in inputs] != ["waveform", "lengths"]:
+            raise ModelFileError(
+                f"{path} has inputs {', '.join(item.name for item in inputs)}, expected waveform and lengths: "
+                "run python -m export"
+            )
+        return cls(inputs, outputs, metadata)
 
 
 def config_files(folder: Path) -> list[Path]:
@@ -24,7 +71,7 @@ def config_files(folder: Path) -> list[Path]:
     return [folder / "config.pbtxt", *sorted((folder / "configs").glob("*.pbtxt"))]
 
 
-def check(folder: Path, model: OnnxModel) -> list[Path]:
+def check_all(folder: Path, model: ModelFile) -> list[Path]:
     """Check every config of a model folder and return their paths.
 
     Raises:
@@ -32,34 +79,57 @@ def check(folder: Path, model: OnnxModel) -> list[Path]:
     """
     files = config_files(folder)
     for path in files:
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: restore it from the project")
-        text = path.read_text(encoding="utf-8", errors="replace")
-        try:
-            config = text_format.Parse(text, pb.ModelConfig())
-        except text_format.ParseError as error:
-            raise ConfigError(f"{path} is not a Triton model config: line {error}") from error
-        for section, name, key, found, expected in _differences(config, model, folder.name):
-            line = _line_of(text, section, name, key)
-            where = f"line {line}" if line else "add a line"
-            raise ConfigError(
-                f"{path} {where}: {key} of {name} is {found}, the model in {folder.name}/1 needs {expected}"
-            )
+        check(path, model, folder.name)
     return files
 
 
-def _differences(config: Any, model: OnnxModel, name: str) -> list[tuple[str, str, str, str, str]]:
+def check(path: Path, model: ModelFile, name: str) -> None:
+    """Check one config of the model called ``name``.
+
+    Raises:
+        ConfigError: the config is missing, unreadable or disagrees with the model.
+    """
+    config = read(path)
+    for section, block, key, found, expected in _differences(config, model, name):
+        line = _line_of(path.read_text(encoding="utf-8", errors="replace"), section, block, key)
+        where = f"line {line}" if line else "add a line"
+        raise ConfigError(f"{path} {where}: {key} of {block} is {found}, the model in {name}/1 needs {expected}")
+
+
+def read(path: Path) -> Any:
+    """Triton's ``ModelConfig`` of a config file. Fields that are newer than the installed tritonclient are passed over.
+
+    Raises:
+        ConfigError: it is missing or is not a config.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: restore it from the project")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return text_format.Parse(text, pb.ModelConfig(), allow_unknown_field=True)
+    except text_format.ParseError as error:
+        raise ConfigError(f"{path} is not a Triton model config: line {error}") from error
+
+
+def is_ours(config: Any) -> bool:
+    """Whether the config is of a model of this project, which is served with its guards or not at all."""
+    return any(item.name == "waveform" for item in config.input) and any(
+        item.name == "embedding" for item in config.output
+    )
+
+
+def _differences(config: Any, model: ModelFile, name: str) -> list[tuple[str, str, str, str, str]]:
     """What differs: (section, block name, key, found, expected)."""
     wanted: list[tuple[str, str, str, Any, Any]] = [
         ("", name, "name", config.name or name, name),
         ("", name, "backend", config.backend, "onnxruntime"),
         ("", name, "max_batch_size", config.max_batch_size, max(1, config.max_batch_size)),
     ]
-    waveform, lengths = model.session.get_inputs()
+    waveform, lengths = model.inputs
     inputs = {item.name: item for item in config.input}
     given = inputs.pop(waveform.name, pb.ModelInput())
     wanted += [
-        ("input", waveform.name, "data_type", _type(given), _TRITON_TYPES[waveform.type]),
+        ("input", waveform.name, "data_type", _type(given), waveform.data_type),
         ("input", waveform.name, "dims", list(given.dims), [-1]),
         ("input", waveform.name, "allow_ragged_batch", given.allow_ragged_batch, True),
         *(("input", extra, "name", extra, "no such input") for extra in inputs),
@@ -68,22 +138,30 @@ def _differences(config: Any, model: OnnxModel, name: str) -> list[tuple[str, st
     wanted += [
         ("batch_input", lengths.name, "target_name", list(batch.target_name), [lengths.name]),
         ("batch_input", lengths.name, "kind", pb.BatchInput.Kind.Name(batch.kind), "BATCH_ITEM_SHAPE"),
-        ("batch_input", lengths.name, "data_type", _type(batch), _TRITON_TYPES[lengths.type]),
+        ("batch_input", lengths.name, "data_type", _type(batch), lengths.data_type),
         ("batch_input", lengths.name, "source_input", list(batch.source_input), [waveform.name]),
     ]
     outputs = {item.name: item for item in config.output}
-    for output in model.session.get_outputs():
+    for output in model.outputs:
         given_output = outputs.pop(output.name, pb.ModelOutput())
         wanted += [
-            ("output", output.name, "data_type", _type(given_output), _TRITON_TYPES[output.type]),
+            ("output", output.name, "data_type", _type(given_output), output.data_type),
             ("output", output.name, "dims", list(given_output.dims), output.shape[1:]),
         ]
     wanted += [("output", extra, "name", extra, "no such output") for extra in outputs]
+    guards = config.parameters["required_guards"].string_value if "required_guards" in config.parameters else ""
+    wanted += [("parameters", "required_guards", "string_value", guards, ",".join(seal.GUARDS))]
     return [(s, n, k, str(found), str(expected)) for s, n, k, found, expected in wanted if found != expected]
 
 
 def _type(item: Any) -> str:
     return str(pb.DataType.Name(item.data_type))
+
+
+def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    shape: list[int | str] = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+    return Tensor(value.name, _TRITON_TYPES.get(kind.elem_type, "another type"), shape)
 
 
 def _line_of(text: str, section: str, name: str, key: str) -> int | None:

@@ -14,13 +14,12 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from . import seal
 from .checkpoint import HYPERPARAMS, MINI, WEIGHTS, Checkpoint
 from .packed import SAMPLE_RATE, PackedEcapa
 
 OPSET = 18
 MAX_IR_VERSION = 10  # the newest that ONNX Runtime 1.19 of the official container reads
-# What the graph guards against, by name: a server may refuse a model that lacks one.
-GUARDS = ("empty", "short", "not-finite", "torn", "max-seconds")
 METADATA = {"source", "origin", "weights_sha256", "verification_threshold", "max_seconds", "min_samples", "guards"}
 PACKAGES = ("torch", "speechbrain", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -30,7 +29,7 @@ class OnnxFileError(Exception):
 
 
 def write(model: PackedEcapa, checkpoint: Checkpoint, path: Path) -> None:
-    """Write the packed model to ``path``, with metadata that says where it comes from.
+    """Write the packed model to ``path``, with metadata that says where it comes from, and sealed.
 
     Inputs ``waveform`` float32 ``[S]`` and ``lengths`` int32 ``[B, 1]``, outputs ``embedding`` float32 ``[B, E]`` and
     ``model_info`` float32 ``[B, 3]``: see :meth:`PackedEcapa.forward`.
@@ -67,6 +66,7 @@ def write(model: PackedEcapa, checkpoint: Checkpoint, path: Path) -> None:
     onnx.helper.set_model_props(proto, _metadata(model, checkpoint))
     onnx.checker.check_model(proto)
     onnx.save(proto, str(path))
+    seal.seal(path)
 
 
 def up_to_date(path: Path, source: str | None = None) -> bool:
@@ -79,6 +79,7 @@ def up_to_date(path: Path, source: str | None = None) -> bool:
     if not path.is_file():
         return False
     try:
+        seal.check(path)
         metadata = {item.key: item.value for item in onnx.load(str(path)).metadata_props}
     except Exception:  # whatever is wrong with the file, it is not up to date
         return False
@@ -101,7 +102,7 @@ def _metadata(model: PackedEcapa, checkpoint: Checkpoint) -> dict[str, str]:
         "max_seconds": repr(model.max_samples / SAMPLE_RATE),
         "min_samples": str(model.min_samples),
         "sample_rate": str(SAMPLE_RATE),
-        "guards": ",".join(GUARDS),
+        "guards": ",".join(seal.GUARDS),
         "packages": ",".join(f"{name}=={version(name)}" for name in PACKAGES),
     }
 
@@ -136,6 +137,11 @@ class OnnxModel:
             raise OnnxFileError(
                 f"{path} has no metadata {', '.join(sorted(missing))}: it was not written by python -m export"
             )
+        try:
+            seal.check(path)
+            seal.check_guards(path, self.metadata)
+        except seal.SealError as error:
+            raise OnnxFileError(str(error)) from error
         self.max_samples = round(float(self.metadata["max_seconds"]) * SAMPLE_RATE)
         self.min_samples = int(self.metadata["min_samples"])
 
@@ -143,5 +149,9 @@ class OnnxModel:
         """Embed float32 16 kHz clips ``[samples]`` as one packed batch: float32 ``[len(clips), E]``."""
         waveform = np.concatenate(clips).astype(np.float32, copy=False)
         lengths = np.array([[len(clip)] for clip in clips], dtype=np.int32)
+        return self.run(waveform, lengths)
+
+    def run(self, waveform: NDArray[np.float32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Embed samples ``[S]`` that are said to be clips of ``lengths`` ``[B, 1]``: float32 ``[B, E]``."""
         (embedding,) = self.session.run(["embedding"], {"waveform": waveform, "lengths": lengths})
         return np.asarray(embedding)

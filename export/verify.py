@@ -191,6 +191,13 @@ def _guards(model: OnnxModel, groups: dict[str, dict[str, Array]], reference: Re
     if not np.isnan(model.embed([np.zeros(0, np.float32)])).all():
         raise VerificationError("a lone empty clip got an embedding, expected NaN: the model is not used")
 
+    torn = np.concatenate([before[1], behind[0][1]])
+    for lost in 1, len(behind[0][1]):  # what a server hands over that stopped copying
+        if not np.isnan(model.run(torn[:-lost], np.array([[len(before[1])], [len(behind[0][1])]], np.int32))).all():
+            raise VerificationError(
+                "clips of which samples are missing got an embedding, expected NaN: the model is not used"
+            )
+
     random = np.random.default_rng(seed)
     long = (random.standard_normal(2 * model.max_samples + 777) * 0.1).astype(np.float32)
     rows = model.embed([before[1], long, behind[0][1]])

@@ -23,7 +23,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
+
+from export import configs
 
 Device = Literal["auto", "cpu", "gpu"]
 
@@ -335,6 +337,8 @@ def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Pat
     libraries = [str(wheel.parents[1] / "nvidia_pytriton.libs"), *_libpython_folder(python)]
     libraries += filter(None, [environment.get("LD_LIBRARY_PATH")])
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    paths = [str(_BACKENDS.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)  # the backend checks model files by export.seal
     # The stub embeds Python and finds this environment by the python3 that comes first on PATH.
     path = environment.get("PATH", os.defpath)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
@@ -404,7 +408,10 @@ def choose_device(device: Device, gpus: Sequence[str], no_gpu: str) -> tuple[str
 
 
 def check_repository(repository: Path, device: str) -> list[str]:
-    """Checks that every model of the repository has the file its config asks for.
+    """Checks that every model of the repository has the file its config asks for, and ours that they are safe to serve.
+
+    A model of this project is refused when its file is damaged, was changed since the export, lacks a guard against
+    bad input, or disagrees with its config.
 
     Args:
         repository: The model repository.
@@ -419,17 +426,35 @@ def check_repository(repository: Path, device: str) -> list[str]:
     if not models:
         raise ServerError(f"model repository {repository} has no models: expected a folder {repository}/ecapa")
     for model in models:
-        configs = [model / "configs" / f"{device.lower()}.pbtxt", model / "config.pbtxt"]
-        config = next((path for path in configs if path.is_file()), None)
-        if config is None:
-            raise ServerError(f"model {model} has no config: expected {configs[1]}")
-        text = re.sub(r"#.*", "", config.read_text(encoding="utf-8", errors="replace"))
-        fields = dict(re.findall(r'\b(backend|default_model_filename)\s*:\s*"([^"]*)"', text))
-        filename = fields.get("default_model_filename") or _MODEL_FILES.get(fields.get("backend", ""))
-        versions = [path for path in model.iterdir() if path.is_dir() and path.name.isdigit()]
-        if filename and not any((version / filename).exists() for version in versions):
-            raise ServerError(f"{model}/1/{filename} is missing: write it with `python -m export`")
+        paths = [model / "configs" / f"{device.lower()}.pbtxt", model / "config.pbtxt"]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise ServerError(f"model {model} has no config: expected {paths[1]}")
+        try:
+            config = configs.read(path)
+            files = _served_files(model, config)
+            if configs.is_ours(config):
+                for file in files:
+                    configs.check(path, configs.ModelFile.read(file), model.name)
+        except (configs.ConfigError, configs.ModelFileError) as error:
+            raise ServerError(str(error)) from error
     return [model.name for model in models]
+
+
+def _served_files(model: Path, config: Any) -> list[Path]:
+    """The model files that Triton would load, of the backends that are known here."""
+    filename = config.default_model_filename or _MODEL_FILES.get(config.backend, "")
+    if not filename:
+        return []
+    versions = sorted(int(path.name) for path in model.iterdir() if path.is_dir() and path.name.isdigit())
+    if config.version_policy.WhichOneof("policy_choice") in (None, "latest"):
+        versions = versions[-(config.version_policy.latest.num_versions or 1) :]
+    files = [file for version in versions if (file := model / str(version) / filename).exists()]
+    if not files:
+        raise ServerError(
+            f"{model / str(versions[-1] if versions else 1) / filename} is missing: write it with `python -m export`"
+        )
+    return files
 
 
 def resolve(address: str) -> str:

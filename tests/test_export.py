@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from conftest import ROOT, copy_configs
 from test_packed import make_folder
 
-from export import checkpoint, configs, onnx_file, verify
+from export import checkpoint, configs, onnx_file, seal, verify
 from export.__main__ import main
 
 
@@ -286,6 +288,7 @@ def tampered(path: Path, operator: str, to: str) -> None:
     node = [node for node in proto.graph.node if node.op_type == operator][-1]
     node.op_type = to
     onnx.save(proto, str(path))
+    seal.seal(path)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +305,53 @@ def test_verify_finds_a_changed_graph(
     tampered(exported / "ecapa/1/model.onnx", operator, to)
     assert main(["verify", "--repository", str(exported)]) == 1
     assert message in capsys.readouterr().err
+
+
+def without_guards(path: Path) -> None:
+    proto = onnx.load(str(path))
+    for item in proto.metadata_props:
+        if item.key == "guards":
+            item.value = "short,max-seconds"
+    onnx.save(proto, str(path))
+    seal.seal(path)
+
+
+def other_inputs(path: Path) -> None:
+    proto = onnx.load(str(path))
+    proto.graph.input[0].name = "audio"
+    onnx.save(proto, str(path))
+    seal.seal(path)
+
+
+def changed(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: changed(path, lambda data: data[:-1]), "ends without a checksum"),
+        (lambda path: changed(path, lambda data: data[: len(data) // 2]), "ends without a checksum"),
+        (lambda path: changed(path, lambda data: data[-80:]), "checksum differs"),
+        (lambda path: changed(path, lambda data: b"\0" + data[1:]), "checksum differs"),
+        (lambda path: changed(path, lambda data: data[:1000000] + b"\1" + data[1000001:]), "checksum differs"),
+        (lambda path: path.write_bytes(b""), "ends without a checksum"),
+        (without_guards, "does not guard against bad input of the kinds empty, not-finite, torn"),
+        (other_inputs, "has inputs audio, lengths, expected waveform and lengths"),
+        (Path.unlink, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_file_that_is_not_as_exported_is_not_served(
+    exported: Path, damage: Callable[[Path], Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported / "ecapa/1/model.onnx"
+    damage(path)
+    with pytest.raises(configs.ModelFileError, match=re.escape(message)) as info:
+        configs.ModelFile.read(path)
+    assert "python -m export" in str(info.value)
+    assert not onnx_file.up_to_date(path) or damage in (without_guards, other_inputs)
+    assert main(["verify", "--repository", str(exported)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model"])
@@ -366,7 +416,7 @@ def test_a_config_that_disagrees_is_named_with_its_line(
     assert old in text
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(configs.ConfigError) as info:
-        configs.check(exported / "ecapa", onnx_file.OnnxModel(exported / "ecapa/1/model.onnx"))
+        configs.check_all(exported / "ecapa", configs.ModelFile.read(exported / "ecapa/1/model.onnx"))
     assert f"{path} " in str(info.value) and message in str(info.value)
     if "model_info" not in old:
         line = text[: text.index(old)].count("\n") + 1
@@ -377,11 +427,11 @@ def test_a_config_that_is_none(exported: Path) -> None:
     path = exported / "ecapa/configs/cpu.pbtxt"
     path.write_text("max_batch_size: 4\nbackend onnxruntime\n")
     with pytest.raises(configs.ConfigError, match=r"cpu\.pbtxt is not a Triton model config: line 2"):
-        configs.check(exported / "ecapa", onnx_file.OnnxModel(exported / "ecapa/1/model.onnx"))
+        configs.check_all(exported / "ecapa", configs.ModelFile.read(exported / "ecapa/1/model.onnx"))
 
 
 def test_the_projects_own_configs_agree(repository: Path) -> None:
-    files = configs.check(repository / "ecapa", onnx_file.OnnxModel(repository / "ecapa/1/model.onnx"))
+    files = configs.check_all(repository / "ecapa", configs.ModelFile.read(repository / "ecapa/1/model.onnx"))
     assert [path.read_text() for path in files] == [
         path.read_text() for path in configs.config_files(ROOT / "model_repository/ecapa")
     ]

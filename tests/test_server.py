@@ -22,6 +22,7 @@ import pytest
 import stand_in
 from tritonclient.grpc import InferenceServerClient, InferInput
 
+from export import seal
 from server import ServerError, TritonServer
 from server.triton import (
     assemble_wheel,
@@ -289,6 +290,17 @@ def test_gpu_without_a_gpu(stand_in_repository: Path) -> None:
     assert_refused(result, "error: device gpu: no NVIDIA driver")
 
 
+def guarded(model: Path) -> None:
+    with (model / "config.pbtxt").open("a") as config:
+        config.write('parameters { key: "required_guards" value: { string_value: "torn,empty" } }')
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.skipif(find_installed() is not None, reason="the messages are those of our backend")
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -296,6 +308,30 @@ def test_gpu_without_a_gpu(stand_in_repository: Path) -> None:
         (lambda model: (model / "1/model.onnx").write_bytes(b"no model"), "Protobuf parsing failed"),
         (lambda model: replace(model, "dims", "dimensions"), "failed to read text proto"),
         (lambda model: replace(model, "ITEM_SHAPE", "ELEMENT_COUNT"), "not supported: use BATCH_ITEM_SHAPE"),
+        (
+            lambda model: replace(
+                model, '"length" data_type: TYPE_FP32 dims: [ 1', '"length" data_type: TYPE_FP32 dims: [ 2'
+            ),
+            "output length has dims [2] in the config, [1] behind the batch axis in the model",
+        ),
+        (
+            lambda model: replace(model, '"sum" data_type: TYPE_FP32', '"sum" data_type: TYPE_FP64'),
+            "output sum is TYPE_FP64 in the config, tensor(float) in the model",
+        ),
+        (lambda model: replace(model, '"scale"', '"gain"'), "the model has no input gain, it has clip, scale, samples"),
+        (
+            lambda model: replace(model, 'input { name: "scale" data_type: TYPE_FP32 dims: [ 1 ] }', ""),
+            "the config lacks the model's input scale",
+        ),
+        (guarded, "model.onnx ends without a checksum: it was cut off, or not written by this version"),
+        (
+            lambda model: (guarded(model), seal.seal(model / "1/model.onnx")),
+            "model.onnx does not guard against bad input of the kinds empty, torn: run python -m export again",
+        ),
+        (
+            lambda model: (guarded(model), seal.seal(model / "1/model.onnx"), flip_a_bit(model / "1/model.onnx")),
+            "model.onnx is not as it was written (its checksum differs): run python -m export again",
+        ),
     ],
 )
 def test_model_that_does_not_load(stand_in_repository: Path, damage: object, message: str) -> None:
@@ -318,8 +354,8 @@ def test_options_for_tritonserver(stand_in_repository: Path, tmp_path: Path) -> 
     assert_refused(result, f"cannot write the log {tmp_path}/nowhere/log: No such file or directory")
 
 
-def replace(model: Path, old: str, new: str) -> None:
-    config = model / "config.pbtxt"
+def replace(model: Path, old: str, new: str, name: str = "config.pbtxt") -> None:
+    config = model / name
     config.write_text(config.read_text().replace(old, new))
 
 
@@ -376,6 +412,25 @@ def test_repository_is_checked_for_the_device(tmp_path: Path) -> None:
     (tmp_path / "sums/config.pbtxt").unlink()
     with pytest.raises(ServerError, match=r"expected .*sums/config\.pbtxt"):
         check_repository(tmp_path, "CPU")
+
+
+def test_the_version_that_is_served_is_checked(repository: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(repository / "ecapa", tmp_path / "ecapa"))
+    shutil.copytree(model / "1", model / "10")
+    shutil.copytree(model / "1", model / "9")
+    flip_a_bit(model / "9/model.onnx")
+    assert check_repository(tmp_path, "CPU") == ["ecapa"]
+    replace(model, "latest { num_versions: 1 }", "latest { num_versions: 2 }", "configs/cpu.pbtxt")
+    with pytest.raises(ServerError, match=r"ecapa/9/model\.onnx is not as it was written"):
+        check_repository(tmp_path, "CPU")
+    shutil.rmtree(model / "9")
+    replace(model, "dims: [ 192 ]", "dims: [ 191 ]", "configs/cpu.pbtxt")
+    with pytest.raises(ServerError, match=r"cpu\.pbtxt line \d+: dims of embedding is \[191\]"):
+        check_repository(tmp_path, "CPU")
+    assert check_repository(tmp_path, "GPU") == ["ecapa"]
+    replace(model, "torn,", "", "configs/gpu.pbtxt")
+    with pytest.raises(ServerError, match=r"gpu\.pbtxt line \d+: string_value of required_guards is empty,short,not-f"):
+        check_repository(tmp_path, "GPU")
 
 
 @pytest.mark.parametrize(

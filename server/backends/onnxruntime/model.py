@@ -6,15 +6,19 @@ It knows no model. What a config means to the C++ backend it means here, so one 
 - the requests of a batch are concatenated in their order; of ragged inputs the samples, end to end
 - `batch_input` of kind BATCH_ITEM_SHAPE: one row per item, so a request of shape [2, L] gives two rows L
 - the outputs are split by the number of items in each request
+- the names, types and dimensions of inputs and outputs must be those of the model file
 - `default_model_filename`, the instance's device, and the parameters `intra_op_thread_count`,
   `inter_op_thread_count`, `enable_mem_arena`, `enable_mem_pattern`, `memory.enable_memory_arena_shrinkage`,
   `gpu_mem_limit`, `arena_extend_strategy` and those of the `cuda` execution accelerator are obeyed
 
-It differs in one thing: when a batch fails, its requests run again one by one, and only the culprit fails.
+It differs in two things. When a batch fails, its requests run again one by one, and only the culprit fails. And where
+the config has a parameter `required_guards`, the model file must be as it was exported and must name those guards in
+its metadata, or it is not loaded: not at the start, and not when it is replaced under a running server.
 """
 
 import ctypes
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,15 @@ import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from export import seal
+
+_TYPES = {  # ONNX Runtime's names
+    "TYPE_FP32": "tensor(float)",
+    "TYPE_FP16": "tensor(float16)",
+    "TYPE_FP64": "tensor(double)",
+    "TYPE_INT32": "tensor(int32)",
+    "TYPE_INT64": "tensor(int64)",
+}
 _ARENA_EXTEND_STRATEGY = {"0": "kNextPowerOfTwo", "1": "kSameAsRequested"}
 
 
@@ -54,11 +67,17 @@ class TritonPythonModel:
         ]
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         filename = config["default_model_filename"] or "model.onnx"
+        path = Path(args["model_repository"], args["model_version"], filename)
+        guards = parameters.get("required_guards")
+        if guards is not None:
+            _checked(seal.check, path)
         self._session = ort.InferenceSession(
-            Path(args["model_repository"], args["model_version"], filename),
-            _session_options(parameters),
-            providers=_providers(args, config, parameters),
+            path, _session_options(parameters), providers=_providers(args, config, parameters)
         )
+        if guards is not None:
+            metadata = self._session.get_modelmeta().custom_metadata_map
+            _checked(seal.check_guards, path, metadata, guards.split(","))
+        _check_tensors(config, self._session)
         wants_cuda = args["model_instance_kind"] == "GPU"
         if wants_cuda and "CUDAExecutionProvider" not in self._session.get_providers():
             raise pb_utils.TritonModelException("the instance is KIND_GPU and CUDA could not be initialised")
@@ -112,6 +131,47 @@ def _pack(arrays: list[NDArray[Any]], ragged: bool) -> NDArray[Any]:
 def _failure(message: str) -> Any:
     pb_utils.Logger.log_error(message)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+
+
+def _checked(check: Callable[..., None], *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except seal.SealError as error:
+        raise pb_utils.TritonModelException(str(error)) from error
+
+
+def _check_tensors(config: dict[str, Any], session: Any) -> None:
+    """The config must speak of the model's own inputs and outputs; their first axis is Triton's batch axis."""
+    for what, declared, found in (
+        ("input", [*config["input"], *_batch_inputs(config)], session.get_inputs()),
+        ("output", config["output"], session.get_outputs()),
+    ):
+        tensors = {tensor.name: tensor for tensor in found}
+        for entry in declared:
+            tensor = tensors.get(entry["name"])
+            if tensor is None:
+                raise pb_utils.TritonModelException(
+                    f"the model has no {what} {entry['name']}, it has {', '.join(tensors)}"
+                )
+            if _TYPES.get(entry["data_type"]) != tensor.type:
+                raise pb_utils.TritonModelException(
+                    f"{what} {entry['name']} is {entry['data_type']} in the config, {tensor.type} in the model"
+                )
+            dims, shape = [int(dim) for dim in entry.get("dims", [])], tensor.shape[1:]
+            ragged = what == "input" and (entry.get("allow_ragged_batch") or "dims" not in entry)
+            if not ragged and (
+                len(dims) != len(shape) or any(a != b for a, b in zip(dims, shape, strict=True) if isinstance(b, int))
+            ):
+                raise pb_utils.TritonModelException(
+                    f"{what} {entry['name']} has dims {dims} in the config, {shape} behind the batch axis in the model"
+                )
+        if what == "input" and (missing := set(tensors) - {entry["name"] for entry in declared}):
+            raise pb_utils.TritonModelException(f"the config lacks the model's input {', '.join(sorted(missing))}")
+
+
+def _batch_inputs(config: dict[str, Any]) -> list[dict[str, Any]]:
+    entries = config["batch_input"]
+    return [{"name": name, "data_type": entry["data_type"]} for entry in entries for name in entry["target_name"]]
 
 
 def _session_options(parameters: dict[str, str]) -> Any:
