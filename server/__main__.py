@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
     begin = time.monotonic()
     try:
         server.start()
+        if server.warning:
+            print(f"warning: {server.warning}", file=sys.stderr)
         print(f"device {server.chosen}")
         print(
             f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "

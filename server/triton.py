@@ -33,6 +33,9 @@ _INSTALLED = "/opt/tritonserver/bin/tritonserver"
 _BACKENDS = Path(__file__).parent / "backends"
 LONGEST_TIMEOUT = 86400  # s
 _SHM = Path("/dev/shm")
+# Bytes. A batch passes through shared memory on its way to the model, and Triton does not limit what a request holds.
+# Where it does not fit, the clips that share the batch fail, and requests stay behind that hold up the server's stop.
+_ENOUGH_SHM = 1 << 30
 _MODEL_FILES = {"onnxruntime": "model.onnx", "pytorch": "model.pt"}  # Triton's default name for each backend
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)
@@ -124,6 +127,7 @@ class TritonServer:
         self.http_url, self.grpc_url = f"{host}:{ports['http']}", f"{host}:{ports['grpc']}"
         self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
 
+        self.warning = "" if installed else shm_warning()
         self._folder = Path(tempfile.mkdtemp(prefix="ecapa-triton-"))
         self.log_path = (self._log or self._folder / "tritonserver.log").absolute()
         try:
@@ -344,6 +348,20 @@ def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Pat
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy computes nothing there
     return wheel / "bin/tritonserver", backends
+
+
+def shm_warning() -> str:
+    """What to tell who serves with little shared memory; empty where there is enough."""
+    try:
+        free = shutil.disk_usage(_SHM).free
+    except OSError as error:
+        return f"{_SHM} cannot be used ({error.strerror}): tritonserver passes clips to the model through it"
+    if free >= _ENOUGH_SHM:
+        return ""
+    return (
+        f"{_SHM} has {free / 1e6:.0f} MB free: large requests will fail, and clips that share their batch with them; "
+        f"give it {_ENOUGH_SHM >> 30} GB or more (docker run --shm-size={_ENOUGH_SHM >> 30}g)"
+    )
 
 
 def _libpython_folder(python: str) -> list[str]:

@@ -16,7 +16,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from export.verify import difference
-from server.triton import TritonServer
+from server.triton import TritonServer, find_installed
 
 Reference = Callable[[np.ndarray], np.ndarray]
 LENGTHS = [640, 5000, 16000, 33333, 48000, 80000]  # samples
@@ -85,7 +85,7 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_hostile_neighbours(server: TritonServer, reference: Reference, bad: str) -> None:
-    """A neighbour gets the right embedding; beside an empty request it may get NaN too, never a wrong one."""
+    """A neighbour gets the right embedding; with a C++ backend, NaN behind an empty request, never a wrong one."""
     good = [noise(LENGTHS[i % 5], 100 + i) for i in range(6)]
     clips = [clip for pair in zip(good, [BAD[bad]] * 6, strict=True) for clip in pair] * 2
 
@@ -102,12 +102,12 @@ def test_hostile_neighbours(server: TritonServer, reference: Reference, bad: str
                 assert difference(row, reference(clip[: 30 * 16000]))[0] < 1e-4
             else:
                 assert np.isnan(row).all()
-        elif bad == "empty" and np.isnan(row).all():
-            continue
+        elif bad == "empty" and find_installed() is not None and np.isnan(row).all():
+            continue  # Triton's C++ backend does not put the empty clip last
         else:
             assert difference(row, reference(clip))[0] < 1e-4
             right += 1
-    assert right == 12 if bad != "empty" else right >= 1
+    assert right == 12 if bad != "empty" or find_installed() is None else right >= 1
 
 
 @pytest.mark.parametrize(

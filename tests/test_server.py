@@ -32,6 +32,7 @@ from server.triton import (
     cuda_gpus,
     failure_reason,
     find_installed,
+    shm_warning,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -396,6 +397,15 @@ def test_choice_of_ports() -> None:
         choose_ports("127.0.0.1", {"http": 70000})
     with pytest.raises(ServerError, match=r"cannot listen on no\.such\.host\.invalid port 0 for http"):
         choose_ports("no.such.host.invalid", {"http": 0})
+
+
+def test_little_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.triton._ENOUGH_SHM", 0)
+    assert shm_warning() == ""
+    monkeypatch.setattr("server.triton._ENOUGH_SHM", 1 << 60)
+    assert re.match(r"/dev/shm has \d+ MB free: large requests will fail", shm_warning())
+    monkeypatch.setattr("server.triton._SHM", Path("/dev/nowhere"))
+    assert "cannot be used (No such file" in shm_warning()
 
 
 def test_repository_is_checked_for_the_device(tmp_path: Path) -> None:

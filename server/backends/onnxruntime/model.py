@@ -11,7 +11,8 @@ It knows no model. What a config means to the C++ backend it means here, so one 
   `inter_op_thread_count`, `enable_mem_arena`, `enable_mem_pattern`, `memory.enable_memory_arena_shrinkage`,
   `gpu_mem_limit`, `arena_extend_strategy` and those of the `cuda` execution accelerator are obeyed
 
-It differs in two things. When a batch fails, its requests run again one by one, and only the culprit fails. And where
+It differs in three things, so that nobody pays for another's request. When a batch fails, its requests run again one
+by one, and only the culprit fails. Requests with an empty ragged input go behind the others of their batch. And where
 the config has a parameter `required_guards`, the model file must be as it was exported and must name those guards in
 its metadata, or it is not loaded: not at the start, and not when it is replaced under a running server.
 """
@@ -89,11 +90,20 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers the requests of one batch, each with its own rows or its own error."""
+        # An empty clip goes last: a model may have no answer for what lies behind one.
+        order = sorted(range(len(requests)), key=lambda number: self._is_empty(requests[number]))
+        responses = dict(zip(order, self._answer([requests[number] for number in order]), strict=True))
+        return [responses[number] for number in range(len(requests))]
+
+    def _is_empty(self, request: Any) -> bool:
+        return any(0 in pb_utils.get_input_tensor_by_name(request, name).shape() for name in self._ragged)
+
+    def _answer(self, requests: list[Any]) -> list[Any]:
         try:
             return self._run(requests)
         except Exception as error:
             if len(requests) > 1:
-                return [response for request in requests for response in self.execute([request])]
+                return [response for request in requests for response in self._answer([request])]
             return [_failure(str(error))]
 
     def _run(self, requests: list[Any]) -> list[Any]:
