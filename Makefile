@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCE ?=
+SOAK_MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint export verify serve bench clean
+.PHONY: help demo test lint export verify serve bench soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -32,6 +33,10 @@ serve: $(BIN)/installed ## Triton on 127.0.0.1, ports 8000 (HTTP), 8001 (gRPC), 
 bench: $(BIN)/installed ## the model against SpeechBrain and the machine's matrix products, on the CPU
 	$(BIN)/python -m loadtest model
 
+soak: $(BIN)/installed ## the server under mixed and hostile load for SOAK_MINUTES (10): right embeddings, level memory
+	$(BIN)/python -m loadtest soak --minutes $(SOAK_MINUTES) $(if $(SOURCE),--source $(SOURCE)) \
+		--json build/soak.json --plot build/soak.png
+
 clean: ## remove the environment and the exported models
 	rm -rf .venv model_repository/*/1/model.*
 
@@ -41,6 +46,6 @@ $(BIN)/installed: pyproject.toml constraints.txt
 		{ echo "$$($(PYTHON) --version) found, Python 3.10 to 3.12 is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
 	@echo "install into .venv (some minutes the first time) ..."
 	@begun=$$(date +%s) && $(PYTHON) -m venv .venv && \
-		$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,server,dev]' && \
+		$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,server,loadtest,dev]' && \
 		echo "install into .venv: $$(($$(date +%s) - begun)) s"
 	@touch $@

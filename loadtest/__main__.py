@@ -1,23 +1,26 @@
-"""`python -m loadtest model`: the exported model against SpeechBrain and the machine's matrix products."""
+"""`python -m loadtest model`: speed of the exported model; `python -m loadtest soak`: the server under mixed load."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import signal
 import sys
 from pathlib import Path
 
 from export.__main__ import ERRORS as EXPORT_ERRORS
 from server.triton import ServerError
 
-from . import memory, model
+from . import model, soak
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         options.run(options)
-    except (ServerError, OSError, *EXPORT_ERRORS) as error:
+    except (soak.SoakError, ServerError, OSError, *EXPORT_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -35,16 +38,27 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: %(default)s)")
     bench.add_argument("--threads", type=int, default=0, help="of every contender (default: all cores)")
 
-    resident = commands.add_parser("memory", help="resident memory of the whole server under mixed clips")
-    resident.set_defaults(run=memory.run)
-    resident.add_argument("--seconds", type=float, default=60.0, help="of load (default: %(default)s)")
-    resident.add_argument("--clients", type=int, default=8, help="clips in flight (default: %(default)s)")
+    load = commands.add_parser("soak", help="the server under mixed and hostile load: right embeddings, level memory")
+    load.set_defaults(run=soak.run)
+    load.add_argument("--minutes", type=_positive, default=10.0, help="of load (default: %(default)g)")
+    load.add_argument("--clients", type=int, default=8, help="that send at once (default: %(default)s)")
+    load.add_argument("--hostile", type=float, default=0.05, help="share of what they do (default: %(default)s)")
+    load.add_argument("--device", choices=["auto", "cpu", "gpu"], default="cpu", help="default: %(default)s")
+    load.add_argument("--repository", type=Path, metavar="DIR", help="serve what is exported there, not --source")
+    load.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over time there, a PNG")
 
-    for command in (bench, resident):
-        command.add_argument("--source", default="random", help="as for python -m export (default: %(default)s)")
+    for command, source in (bench, "random"), (load, "mini"):
+        command.add_argument("--source", default=source, help="as for python -m export (default: %(default)s)")
         command.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0")
+    return value
 
 
 if __name__ == "__main__":

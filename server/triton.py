@@ -4,8 +4,10 @@ An installed tritonserver (the container's) is used with its own backends. Else 
 nvidia-pytriton is, with the Python-based backend in `server/backends` in place of the missing C++ one.
 """
 
+import contextlib
 import ctypes
 import ctypes.util
+import fcntl
 import http.client
 import importlib.util
 import json
@@ -32,6 +34,9 @@ Device = Literal["auto", "cpu", "gpu"]
 _INSTALLED = "/opt/tritonserver/bin/tritonserver"
 _BACKENDS = Path(__file__).parent / "backends"
 LONGEST_TIMEOUT = 86400  # s
+_FOLDER = "ecapa-triton-"  # in the system's folder for temporary files, and more letters
+_LOCK = "lock"  # held by the process whose folder it is
+_SETTING_UP = 60  # s, at most, between the making of a folder and of its lock
 _SHM = Path("/dev/shm")
 # Bytes. A batch passes through shared memory on its way to the model, and Triton does not limit what a request holds.
 # Where it does not fit, the clips that share the batch fail, and requests stay behind that hold up the server's stop.
@@ -128,7 +133,9 @@ class TritonServer:
         self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
 
         self.warning = "" if installed else shm_warning()
-        self._folder = Path(tempfile.mkdtemp(prefix="ecapa-triton-"))
+        remove_stale_folders()
+        self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
+        self._lock = _lock(self._folder)
         self.log_path = (self._log or self._folder / "tritonserver.log").absolute()
         try:
             self._launch(installed, ports)
@@ -197,16 +204,26 @@ class TritonServer:
         assert self._process is not None
         return self._process.pid
 
-    def memory(self) -> int:
-        """Resident bytes of the server and its stub processes, shared pages counted once (PSS)."""
-        total = 0
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of "tritonserver", of the "model" processes, and of the "shared" memory between them.
+
+        Pages of libraries that several processes map count in parts (PSS). Of shared memory, all that the segments
+        hold counts, also what no process has touched through its latest mapping.
+        """
+        parts = {"tritonserver": 0, "model": 0, "shared": 0}
+        segments = set()
         for pid in self._session():
             try:
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
-            except (OSError, IndexError):  # the process has just ended
+                rollup = dict(re.findall(r"(\w+): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
+                segments |= set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text()))
+                own = 1024 * (int(rollup["Pss"]) - int(rollup["Pss_Shmem"]))
+            except (OSError, KeyError):  # the process has just ended
                 continue
-        return total
+            parts["tritonserver" if pid == self.pid else "model"] += own
+        for segment in segments:
+            with contextlib.suppress(OSError):
+                parts["shared"] += 512 * os.stat(segment).st_blocks
+        return parts
 
     def _launch(self, installed: Path | None, ports: dict[str, int]) -> None:
         assert self._folder is not None
@@ -217,6 +234,8 @@ class TritonServer:
             "metrics-config": "summary_latencies=true",
             "allow-gpu-metrics": str(self.device == "GPU").lower(),
             "exit-timeout-secs": math.ceil(self._exit_timeout),
+            # Else Triton keeps the last requests with their clips, to use their memory again.
+            "grpc-infer-allocation-pool-size": 0,
         }
         for api, port in ports.items():
             options |= {f"{api}-address": self._address, f"{api}-port": port}
@@ -295,8 +314,35 @@ class TritonServer:
             self._process = None
         for segment in _SHM.glob(f"{self._folder.name}-*"):
             segment.unlink(missing_ok=True)
+        (self._folder / _LOCK).unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
         keep = self._keep_log and self.log_path.parent == self._folder
         shutil.rmtree(self._folder / "backends" if keep else self._folder, ignore_errors=True)
+
+
+def remove_stale_folders() -> None:
+    """Removes what servers left behind whose process was killed: their folder, with the log that nobody asked for."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*/{_LOCK}"):
+        try:
+            status = lock.lstat()
+            old = status.st_uid == os.getuid() and time.time() - status.st_mtime > _SETTING_UP
+            if old and (descriptor := _lock(lock.parent)) is not None:
+                shutil.rmtree(lock.parent, ignore_errors=True)
+                os.close(descriptor)
+        except OSError:  # another user's, or just removed
+            continue
+
+
+def _lock(folder: Path) -> int | None:
+    """The descriptor of the folder's lock, which is free again when this process ends; None if another holds it."""
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def find_installed() -> Path | None:

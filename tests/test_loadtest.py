@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from export import checkpoint
 from export.packed import PackedEcapa
-from loadtest import model
+from loadtest import model, soak
 from loadtest.__main__ import main
 
 
@@ -58,9 +60,76 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["model", "--channels", "32", "--rounds", "1"])
 
 
-def test_the_memory_measurement_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", [True, False])
+def test_the_soak_runs(
+    exported: bool,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(soak, "LENGTHS", 12)
+    figures, drawn = tmp_path / "new" / "figures.json", tmp_path / "new" / "memory.png"
+    served = ["--repository", str(repository)] if exported else ["--source", "random", "--channels", "32"]
+    load = ["--minutes", "0.1", "--clients", "3", "--hostile", "0.4"]
+    assert main(["soak", *served, *load, "--json", str(figures), "--plot", str(drawn)]) == 0
+    report = json.loads(figures.read_text())
+    assert report["counts"]["requests"] > report["counts"]["hostile"] > 0
+    assert report["counts"]["right"] > 0
+    assert report["wrong"] == [] and report["errors"] == {}
+    assert report["levels_off"] is None  # so short
+    assert report["largest_bytes"] >= report["ready_bytes"] > 1e7
+    for sample in report["samples"]:
+        assert sample["bytes"] == sample["tritonserver"] + sample["model"] + sample["shared"]
+    assert drawn.read_bytes().startswith(b"\x89PNG\r\n")
+    said = capsys.readouterr().out
+    assert "0 wrong" in said and "too short to judge" in said and str(drawn) in said
+
+
+def test_another_clips_embedding_is_wrong(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = soak.make_clips
+
+    def exchanged(*arguments: Any) -> list[soak.Clips]:
+        clips = right(*arguments)
+        behind = [*clips[1:], clips[0]]
+        return [
+            soak.Clips(a.waveforms, b.embeddings[[0] * len(a.waveforms)]) for a, b in zip(clips, behind, strict=True)
+        ]
+
+    monkeypatch.setattr(soak, "LENGTHS", 8)
+    monkeypatch.setattr(soak, "make_clips", exchanged)
     path = tmp_path / "figures.json"
-    assert main(["memory", "--source", "mini", "--seconds", "2", "--clients", "2", "--json", str(path)]) == 0
-    report = json.loads(path.read_text())
-    assert report["clips"] > 0
-    assert report["largest_bytes"] >= report["after_load_bytes"] > 1e7
+    load = ["--minutes", "0.05", "--clients", "1", "--hostile", "0", "--json", str(path)]
+    assert main(["soak", "--repository", str(repository), *load]) == 1
+    assert "embeddings were wrong (in a request)" in capsys.readouterr().err
+    assert json.loads(path.read_text())["counts"].keys() == {"requests", "hostile", "wrong"}
+
+
+MB = 1e6
+
+
+@pytest.mark.parametrize(
+    ("what", "bytes_at", "levels_off"),
+    [
+        ("level at once", lambda at: 300 * MB, True),
+        ("rises, then level", lambda at: min(100 + at, 300) * MB, True),
+        ("sinks", lambda at: (900 - at) * MB, True),
+        ("a leak of 10 MB a minute", lambda at: (300 + at / 6) * MB, False),
+        ("a leak that is small beside 2 GB", lambda at: (2000 + at / 6) * MB, True),
+        ("large batches now and then", lambda at: (800 if at % 10 == 0 else 300) * MB, True),
+        ("one step up at the end", lambda at: (300 if at < 595 else 900) * MB, True),
+        ("a step up that stays", lambda at: (300 if at < 450 else 330) * MB, False),
+    ],
+)
+def test_the_verdict_on_memory(what: str, bytes_at: Callable[[float], float], levels_off: bool) -> None:
+    verdict = soak.judge([(float(at), bytes_at(at)) for at in range(0, 601, 2)])
+    assert verdict.levels_off is levels_off, verdict
+    assert ("GROWS" in str(verdict)) is not levels_off
+
+
+def test_a_short_run_is_not_judged() -> None:
+    verdict = soak.judge([(float(at), (100 + at) * MB) for at in range(0, 179, 2)])
+    assert verdict.levels_off is None
+    assert "too short to judge" in str(verdict)
