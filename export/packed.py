@@ -90,6 +90,8 @@ class PackedEcapa(nn.Module):
         """
         lengths = lengths.reshape(-1)
         ends = torch.cumsum(lengths, 0, dtype=torch.int32)
+        # Inside the samples even where the lengths are not theirs: beyond 32 bits an index would be a negative one.
+        starts = torch.clamp(ends - lengths, min=0, max=waveform.shape[0])
         used = torch.clamp(lengths, min=0, max=self.max_samples)
         frames = used // self.hop + 1
         n_clips = lengths.shape[0]
@@ -97,7 +99,7 @@ class PackedEcapa(nn.Module):
 
         rows = torch.arange(n_rows, dtype=torch.int32, device=waveform.device)[: n_clips * self.max_frames]
         clips = Clips(rows, frames)
-        features, audible = self.features(waveform, ends - lengths, used, clips, rows)
+        features, audible = self.features(waveform, starts, used, clips, rows)
 
         gathers = {window: clips.window(window) for window in self.windows if window[0] > 1}
         x = self.first(features, gathers)
@@ -109,7 +111,8 @@ class PackedEcapa(nn.Module):
         embedding = self.last(self.pooling(x, clips))
 
         empty_so_far = torch.cumsum((lengths <= 0).to(torch.int32), 0) > 0
-        torn = ends[-1:] != waveform.shape[0]  # lengths of other samples than these
+        # Lengths of other samples than these; a sum that has gone round in 32 bits was negative on its way.
+        torn = (ends[-1:] != waveform.shape[0]) | (torch.minimum(lengths, ends) < 0).any()
         valid = audible & (lengths >= self.min_samples) & ~empty_so_far & ~torn
         embedding = torch.where(valid[:, None], embedding, math.nan)
         return embedding, self.info.expand(n_clips, -1)
@@ -213,7 +216,7 @@ class Features(nn.Module):
         )
         silence = waveform.shape[0]
         length = torch.index_select(used, 0, hops.index)[:, None]
-        inside = (offset >= 0) & (offset < length) & hops.member.any(0)[:, None]
+        inside = (offset >= 0) & (offset < length)  # never so in a row left over
         index = torch.where(inside, torch.index_select(starts, 0, hops.index)[:, None] + offset, silence)
         index = torch.clamp(index, max=silence)
         samples = torch.cat([waveform, torch.zeros(1, device=waveform.device)])

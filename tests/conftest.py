@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from export import checkpoint
 from export.__main__ import export
@@ -16,11 +18,25 @@ from server.triton import TritonServer
 
 ROOT = Path(__file__).parent.parent
 
+# The same examples every time; pytest --hypothesis-profile=more draws others, and many more of them.
+QUICK = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", QUICK)
+settings.register_profile("more", QUICK, derandomize=False, max_examples=2000, print_blob=True)
+settings.load_profile("repeatable")
+
 
 def copy_configs(folder: Path) -> Path:
     """A model repository in `folder` with the project's configs and no model files."""
     ignored = shutil.ignore_patterns("model.onnx", "model*.pt", ".*")
     return Path(shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignored))
+
+
+@pytest.fixture(autouse=True)
+def lazy_modules_stay_lazy() -> None:
+    """Hypothesis asks each module for its file, at which SpeechBrain's lazy ones would import what is not installed."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("speechbrain"):
+            vars(module).setdefault("__file__", None)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
+import fuzz_audio
 import numpy as np
 import pytest
 import soundfile
@@ -18,21 +27,17 @@ from ecapa_triton import (
     NotFiniteError,
 )
 from ecapa_triton._audio import BLOCK, read, windows
+from fuzz_audio import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SECOND = 16_000
 LIMIT = 30 * SECOND
+ROOT = Path(__file__).parent.parent
 
 
 def tone(seconds: float, rate: int = SECOND, hertz: float = 440.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
-
-
-def encoded(samples: np.ndarray, rate: int, container: str, subtype: str | None = None) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format=container, subtype=subtype)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -267,43 +272,128 @@ def test_a_header_that_claims_ten_hours() -> None:
     assert peak < 5 * LIMIT * 4
 
 
-FILES = [
-    encoded(tone(0.2), SECOND, "WAV", "PCM_16"),
-    encoded(np.stack([tone(0.1, 22_050)] * 2, axis=1), 22_050, "WAV", "FLOAT"),
-    encoded(tone(0.2), SECOND, "FLAC"),
-    encoded(tone(0.2), SECOND, "OGG", "VORBIS"),
-    encoded(tone(0.2, 44_100), 44_100, "MP3"),
-]
+def with_field(data: bytes, place: int, value: bytes) -> bytes:
+    return data[:place] + value + data[place + len(value) :]
 
 
-@st.composite
-def damaged(draw: st.DrawFn) -> bytes:
-    data = bytearray(draw(st.sampled_from(FILES)))
-    for _ in range(draw(st.integers(1, 8))):
-        place = draw(st.integers(0, len(data)) | st.integers(0, min(len(data), 64)))  # headers more often
-        match draw(st.sampled_from(["set", "insert", "delete", "cut"])):
-            case "set":
-                new = draw(st.binary(min_size=1, max_size=4))
-                data[place : place + len(new)] = new
-            case "insert":
-                data[place:place] = draw(st.binary(min_size=1, max_size=8))
-            case "delete":
-                del data[place : place + draw(st.integers(1, 100))]
-            case "cut":
-                del data[place:]
-    return bytes(data)
+@pytest.mark.parametrize(
+    ("container", "place", "layout", "value", "kind", "words"),
+    [
+        ("WAV", 22, "<H", 65_535, NotAudioError, "cannot be read"),
+        ("WAV", 24, "<I", 4_000_000_000, NotAudioError, "cannot be read"),
+        ("AU", 16, ">I", 2_000_000_000, AudioFormatError, "sample rate is 2000000000, expected"),
+        ("AU", 20, ">I", 65_535, NotAudioError, "cannot be read"),
+        ("AIFF", 20, ">H", 65_535, NotAudioError, "cannot be read"),
+        ("CAF", 20, ">d", 4e9, NotAudioError, "cannot be read"),
+        ("CAF", 20, ">d", float("nan"), NotAudioError, "cannot be read"),
+        ("CAF", 44, ">I", 65_535, NotAudioError, "cannot be read"),
+        ("RF64", 28, "<Q", 10**15, NotAudioError, "ends after 1.00 s|cannot be read"),
+    ],
+)
+def test_extreme_headers(
+    container: str, place: int, layout: str, value: float, kind: type[AudioError], words: str
+) -> None:
+    data = with_field(encoded(tone(1), SECOND, container, "PCM_16"), place, struct.pack(layout, value))
+    with pytest.raises(kind, match=words):
+        read(data, max_samples=LIMIT)
 
 
-@settings(max_examples=400, deadline=None)
-@given(damaged() | st.binary(max_size=200))
-def test_damaged_bytes_give_a_finite_waveform_or_an_error_of_ours(data: bytes) -> None:
-    try:
-        clip = read(data, max_samples=LIMIT)
-    except AudioError as exc:
-        assert "\n" not in str(exc)
-    else:
-        assert clip.waveform.dtype == np.float32 and clip.waveform.ndim == 1
-        assert len(clip.waveform) <= LIMIT and np.isfinite(clip.waveform).all()
+def test_a_file_of_more_samples_a_second_than_anyone_records() -> None:
+    """255 channels of Opus: a second of silence is 50 kB and takes two seconds to decode."""
+    data = encoded(np.zeros((4_800, 255), np.float32), 48_000, "OGG", "OPUS")
+    with pytest.raises(AudioFormatError, match="255 channels at 48000 Hz, expected at most 10000000 samples a second"):
+        read(data, max_samples=LIMIT)
+
+
+def test_a_flac_stream_of_unknown_length() -> None:
+    """Its header says 0 samples, which libsndfile makes 2^63 - 1."""
+    whole = encoded(tone(2), SECOND, "FLAC")
+    stream = with_field(whole, 21, bytes([whole[21] & 0xF0, 0, 0, 0, 0]))
+    clip = read(stream, max_samples=SECOND)
+    assert clip.cut and clip.source_seconds == 0
+    expected = read(whole, max_samples=LIMIT).waveform
+    np.testing.assert_array_equal(read(stream, max_samples=LIMIT).waveform, expected)
+
+
+def test_an_mp3_that_goes_on_behind_its_count(tmp_path: Path) -> None:
+    """libsndfile would leave out the rest without a word."""
+    quiet_then_loud = np.concatenate([tone(10) * 1e-4, np.random.default_rng(0).uniform(-0.5, 0.5, 10 * SECOND)])
+    data = encoded(quiet_then_loud, SECOND, "MP3")
+    assert len(read(data + b"TAG" + bytes(125), max_samples=LIMIT).waveform) == pytest.approx(20 * SECOND, abs=2_000)
+    without_header = data[data.index(data[:2], 4) :]  # the first frame tells how many there are
+    path = tmp_path / "clip.mp3"
+    for damaged_data in (without_header, data + data):
+        path.write_bytes(damaged_data)
+        for audio in (damaged_data, path):
+            with pytest.raises(NotAudioError, match=r"goes on behind the \d+\.\d\d s .*convert it"):
+                read(audio, max_samples=3 * LIMIT)
+            assert read(audio, max_samples=SECOND).cut
+
+
+@settings(max_examples=150)
+@given(st.randoms(use_true_random=False), st.sampled_from(fuzz_audio.LIMITS))
+def test_damaged_bytes_give_a_finite_waveform_or_an_error_of_ours(random: Random, max_samples: int) -> None:
+    fuzz_audio.check(fuzz_audio.damaged(random), max_samples)
+
+
+def test_thousands_of_damaged_files_in_bounded_time_and_memory() -> None:
+    command = [sys.executable, "-m", "tests.fuzz_audio", "--seed", "0", "--files", "1500"]
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 0, run.stdout
+    counts = {kind: int(count) for kind, count in re.findall(r"(\w+) (\d+)[,;]", run.stdout)}
+    assert counts["waveform"] > 150 and counts["NotAudioError"] > 150 and counts["NotFiniteError"] > 1, run.stdout
+
+
+def dies(*arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(*arguments: object) -> None:
+    while True:
+        pass
+
+
+def is_greedy(*arguments: object) -> None:
+    np.ones(fuzz_audio.MEMORY // 8 + (1 << 20))
+
+
+def raises(*arguments: object) -> None:
+    raise ZeroDivisionError("division by zero")
+
+
+def prints(*arguments: object) -> None:
+    os.write(2, b"Note: skipped\nFrom cffi callback\n")
+
+
+@pytest.mark.parametrize(
+    ("misbehaves", "words"),
+    [
+        (dies, "the process died: SIGKILL"),
+        (hangs, "the process died: SIGPROF"),
+        (is_greedy, "took 1[0-9]{2} MiB, allowed are 96"),
+        (raises, "ZeroDivisionError: division by zero"),
+        (prints, "printed b'From cffi callback'"),
+    ],
+)
+def test_the_fuzzer_tells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaves: Callable[..., None], words: str
+) -> None:
+    numbers = iter(range(1_000))
+
+    def check(audio: bytes | Path, max_samples: int) -> str:
+        return "waveform" if next(numbers) == 0 else misbehaves() or "waveform"
+
+    monkeypatch.setattr(fuzz_audio, "check", check)
+    if misbehaves is hangs:
+        monkeypatch.setattr(fuzz_audio, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said: list[str] = []
+    summary = fuzz_audio.run(0, 5, lambda done: done < 2, said.append)
+    assert [failure.number for failure in summary.failures] == [6]
+    saved = tmp_path / "fuzz_audio_0_6"
+    assert re.search(words, said[0]) and str(saved) in said[0]
+    assert saved.read_bytes() == fuzz_audio.make(0, 6)[0]
+    assert summary.kinds == {"waveform": 1, "FAILED": 1}
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6).filter(lambda size: size > 1_000))

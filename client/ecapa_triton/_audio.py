@@ -32,6 +32,9 @@ SAMPLE_RATE = 16_000  # Hz, the rate of the model's training data
 MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; outside it is a broken header rather than a recording of speech
 MAX_AMPLITUDE = 1e4  # full scale is 1; beyond this the model answers NaN
 MAX_CHANNELS = 32  # of an array: more is a transposed array rather than a microphone array
+# Samples per second of a file, all channels together. A few bytes can stand for seconds of silence in 255 channels:
+# 30 s of the slowest coding (Opus, 5 million a second decoded) then take a minute at the most.
+MAX_FLOW = 10_000_000
 INT16_SCALE = np.float32(1 / 32768)
 # How the files start that are handed to libsndfile: WAV, RF64, W64, FLAC, OGG, MP3, AIFF, AU, CAF, SPHERE.
 # Its parsers of rarer formats print to the terminal and see less use.
@@ -50,7 +53,7 @@ class Clip:
         name: How error messages call it.
         waveform: float32 [samples], mono, 16 kHz, finite.
         cut: Whether the source goes on behind `waveform`.
-        source_seconds: Length of the source in seconds; a file's is what its header claims.
+        source_seconds: Length of the source in seconds; a file's is what its header claims, 0 where it does not tell.
     """
 
     name: str
@@ -83,15 +86,21 @@ def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) ->
         _check_array(name, audio)
         return _collect(name, _array_blocks(audio), rate, len(audio) / rate, max_samples)
     try:
-        with _open(name, audio) as (file, frames):
+        with _open(name, audio) as (file, frames, raw):
             rate = file.samplerate
             _check_rate(name, rate)
+            if rate * file.channels > MAX_FLOW:
+                raise AudioFormatError(
+                    f"{name}: {file.channels} channels at {rate} Hz, expected at most {MAX_FLOW} samples a second "
+                    "in all: give fewer channels or a lower rate"
+                )
             if sample_rate not in (None, rate):
                 raise AudioFormatError(
                     f"{name}: the file is at {rate} Hz, sample_rate says {sample_rate}: "
                     "leave sample_rate out for files, they are resampled as needed"
                 )
-            return _collect(name, _file_blocks(name, file, frames), rate, frames / rate, max_samples)
+            source_seconds = frames / rate if file.frames < UNKNOWN_FRAMES else 0.0
+            return _collect(name, _file_blocks(name, file, frames, raw), rate, source_seconds, max_samples)
     except OSError as exc:
         raise AudioFileError(f"{name}: cannot be read ({exc.strerror}): get a whole copy") from exc
     except soundfile.SoundFileError as exc:
@@ -191,8 +200,10 @@ class _Bytes(io.BytesIO):
 
 
 @contextmanager
-def _open(name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview) -> Iterator[tuple[_Forward, int]]:
-    """The file, and how many frames its header promises."""
+def _open(
+    name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview
+) -> Iterator[tuple[_Forward, int, _Bytes | io.FileIO]]:
+    """The file, how many frames its header promises, and what libsndfile reads it from."""
     raw: _Bytes | io.FileIO
     if isinstance(audio, bytes | bytearray | memoryview):
         raw = _Bytes(bytes(audio))
@@ -208,7 +219,7 @@ def _open(name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryv
         raw.seek(0)
         # By descriptor: no RAW format by suffix, no encoding of the name, and reasons from the system.
         with _Forward(raw.fileno() if isinstance(raw, io.FileIO) else raw, closefd=False) as file:
-            yield file, round(file.frames * times) if times > 1 else file.frames
+            yield file, round(file.frames * times) if times > 1 else file.frames, raw
 
 
 def _promised(raw: io.BytesIO | io.FileIO) -> float:
@@ -256,10 +267,10 @@ def _open_path(name: str, path: str | os.PathLike[str]) -> io.FileIO:
         ) from exc
 
 
-def _file_blocks(name: str, file: _Forward, frames: int) -> Iterator[Waveform]:
-    """Mono float32 blocks of a file, with an error if it ends before the frames that its header promises."""
+def _file_blocks(name: str, file: _Forward, frames: int, raw: _Bytes | io.FileIO) -> Iterator[Waveform]:
+    """Mono float32 blocks of a file, with an error if it ends before or goes on behind what its header promises."""
     step = max(1, BLOCK // file.channels)
-    done = 0
+    done, start = 0, raw.tell()
     while len(block := file.read(step, dtype="float32", always_2d=True)):
         done += len(block)
         yield _mono(block)
@@ -269,6 +280,16 @@ def _file_blocks(name: str, file: _Forward, frames: int) -> Iterator[Waveform]:
             f"{name}: ends after {done / file.samplerate:.2f} s, its header promises "
             f"{frames / file.samplerate:.2f} s: damaged or cut off, get a whole copy"
         )
+    # libsndfile reads an MP3 up to its count, which is a guess from the first frame's bit rate where no header tells.
+    place, following = raw.tell(), raw.read(2)
+    if file.format == "MP3" and following[:1] == b"\xff" and following[1:] >= b"\xe0":
+        seconds = done / file.samplerate
+        left = (raw.seek(0, os.SEEK_END) - place) * seconds / max(place - start, 1)
+        if left > MAX_MISSING:
+            raise NotAudioError(
+                f"{name}: goes on behind the {seconds:.2f} s that it seems to have: several MP3 files in one, or "
+                "one whose header does not tell its length: convert it to FLAC or WAV"
+            )
 
 
 def _mono(block: Waveform) -> Waveform:
