@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from server.triton import ServerError, TritonServer
 
+# Seconds to wait before a server that died is started again: doubled each time that it has not lived for CALM.
+FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
@@ -18,7 +20,7 @@ class _Stop(BaseException):
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the server until it is told to stop.
+    """Runs the server until it is told to stop; one that dies is started again.
 
     Args:
         arguments: The command line without the program's name.
@@ -40,19 +42,20 @@ def main(arguments: list[str]) -> int:
     )
     for number in STOPPING:
         signal.signal(number, _on_signal)
-    begin = time.monotonic()
+    pause = FIRST_PAUSE
     try:
-        server.start()
-        if server.warning:
-            print(f"warning: {server.warning}", file=sys.stderr)
-        print(f"device {server.chosen}")
-        print(
-            f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
-            f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
-            f"metrics {server.metrics_url}",
-            flush=True,
-        )
-        server.wait()
+        while True:
+            _start(server)
+            ready = time.monotonic()
+            try:
+                server.wait()
+            except ServerError as error:
+                if not options.restart:
+                    raise
+                pause = FIRST_PAUSE if time.monotonic() - ready > CALM else min(2 * pause, LAST_PAUSE)
+                print(f"error: {error}; starting again in {pause:g} s", file=sys.stderr, flush=True)
+            server.stop()
+            time.sleep(pause)
     except _Stop:
         print(f"stopping: requests in flight have {options.exit_timeout:g} s", flush=True)
         if not server.stop():
@@ -66,6 +69,20 @@ def main(arguments: list[str]) -> int:
         server.stop()  # also when standard output has gone and a print failed
     print("stopped")
     return 0
+
+
+def _start(server: TritonServer) -> None:
+    begin = time.monotonic()
+    server.start()
+    if server.warning:
+        print(f"warning: {server.warning}", file=sys.stderr)
+    print(f"device {server.chosen}")
+    print(
+        f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
+        f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
+        f"metrics {server.metrics_url}",
+        flush=True,
+    )
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -90,6 +107,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         default=30,
         metavar="SECONDS",
         help="time that requests in flight have when the server stops (%(default)s)",
+    )
+    argument(
+        "--restart",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start again on the same ports when tritonserver or a process of it dies (%(default)s)",
     )
     argument("--log", type=Path, metavar="FILE", help="append Triton's log here (else kept after failures only)")
     return parser.parse_args(own), extra

@@ -126,13 +126,14 @@ class TritonServer:
         self.device, self.chosen = choose_device(self._device, gpus, no_gpu)
         self.models = check_repository(self.repository, self.device)
         self._address = resolve(self._address)
-        ports = choose_ports(self._address, self._ports)
+        ports = self._ports = choose_ports(self._address, self._ports)  # the same ones when it is started again
         # What listens on every address is reached on the loopback one.
         host = "127.0.0.1" if self._address == "0.0.0.0" else self._address
         self.http_url, self.grpc_url = f"{host}:{ports['http']}", f"{host}:{ports['grpc']}"
         self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
 
         self.warning = "" if installed else shm_warning()
+        self._keep_log = False
         remove_stale_folders()
         self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
         self._lock = _lock(self._folder)

@@ -53,21 +53,21 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = unused_segments()
     yield
-    assert processes(tmp_path) == []
+    assert processes(tmp_path) == {}
     assert list(tmp_path.glob("ecapa-triton-*")) == []
     assert unused_segments() - before == set()
 
 
-def processes(folder: Path) -> list[str]:
+def processes(folder: Path) -> dict[int, str]:
     """The processes that name the folder: tritonserver its repository, a stub its model and its backend."""
-    found = []
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_text().replace("\0", " ")
         except OSError:
             continue
         if str(folder) in command:
-            found.append(command)
+            found[int(process.name)] = command
     return found
 
 
@@ -229,6 +229,37 @@ def test_a_stub_that_dies_ends_the_server(stand_in_repository: Path) -> None:
     assert_named_log(f"its log: {server.log_path}")
 
 
+def test_the_command_starts_a_dead_server_again(stand_in_repository: Path, tmp_path: Path) -> None:
+    with serving(stand_in_repository) as (process, ready):
+        clip = np.ones((1, 10), np.float32)
+        for victim in "tritonserver", "triton_python_backend_stub":
+            (pid,) = [pid for pid, command in processes(tmp_path).items() if f"/{victim} " in command]
+            os.kill(pid, signal.SIGKILL)
+            assert process.stdout is not None
+            again = next(line for line in process.stdout if line.startswith("ready"))
+            assert re.sub(r"ready in \S+", "", again) == re.sub(r"ready in \S+", "", ready)  # on the same ports
+            assert ask(grpc_url(ready), clip) == 10
+        process.terminate()
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        errors = process.stderr.read().splitlines()
+    assert re.match(r"error: tritonserver was killed by SIGKILL while serving; .*; starting again in 1 s", errors[0])
+    assert re.match(r"error: process \d+ of tritonserver, .*; starting again in 2 s", errors[1])
+    for line in errors:
+        assert_named_log(line)
+
+
+def test_the_command_may_leave_that_to_a_supervisor(stand_in_repository: Path, tmp_path: Path) -> None:
+    with serving(stand_in_repository, "--no-restart") as (process, _):
+        (pid,) = [pid for pid, command in processes(tmp_path).items() if "/tritonserver " in command]
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(20) == 1
+        assert process.stderr is not None
+        message = process.stderr.read()
+    assert message.startswith("error: tritonserver was killed by SIGKILL while serving; its log: ")
+    assert_named_log(message)
+
+
 def test_names_stand_for_addresses(stand_in_repository: Path) -> None:
     with TritonServer(stand_in_repository, device="cpu", address="localhost") as server:
         assert server.grpc_url.startswith("127.0.0.1:")
@@ -377,7 +408,9 @@ def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> No
 
 def assert_named_log(error: str) -> None:
     """The log that a message names is there. Removes it."""
-    log = Path(error.rpartition("its log: ")[2].strip())
+    match = re.search(r"its log: ([^;\n]+)", error)
+    assert match
+    log = Path(match[1])
     assert log.stat().st_size > 0
     log.unlink()
     log.parent.rmdir()  # nothing else was kept
