@@ -5,7 +5,7 @@ SOURCE ?=
 SOAK_MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint export verify serve bench soak clean
+.PHONY: help demo test faults lint export verify serve bench soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -15,6 +15,9 @@ demo: $(BIN)/installed ## export, serve on real Triton, tell the voices of sampl
 
 test: $(BIN)/installed lint ## lint, types and all tests, the served ones against a real tritonserver
 	$(BIN)/python -m pytest
+
+faults: $(BIN)/installed ## the fault tests alone: hostile requests, overload, kills; counts what came of every reply
+	$(BIN)/python -m pytest tests/faults
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check

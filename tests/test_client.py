@@ -206,6 +206,7 @@ def test_nan_in_one_window_is_asked_again(fake: FakeTriton, client: SpeakerClien
             "'ecapa' is not ready",
         ),
         (refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size"), OverloadedError, "too many requests"),
+        (refuse(grpc.StatusCode.UNAVAILABLE, "Server is stopping, scheduler for"), ConnectError, "once it is back"),
         (refuse(grpc.StatusCode.UNAVAILABLE, "Request timeout expired"), OverloadedError, "too many requests"),
         (refuse(grpc.StatusCode.UNAVAILABLE, "Socket closed"), ConnectError, "no Triton answers at"),
         (refuse(grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape"), RejectedError, "refuses .*unexpected shape"),

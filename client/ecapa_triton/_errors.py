@@ -129,6 +129,8 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
         return OverloadedError(
             f"the server at {url} has too many requests ({detail}): try again later, or send fewer at once"
         )
+    if "server is stopping" in words:
+        return ConnectError(f"the server at {url} is stopping ({detail}): try again once it is back")
     if status == "UNAVAILABLE":
         return ConnectError(
             f"no Triton answers at {url} ({detail}): is it running, and is this its gRPC port, usually 8001?"

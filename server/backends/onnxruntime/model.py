@@ -19,7 +19,6 @@ its metadata, or it is not loaded: not at the start, and not when it is replaced
 
 import ctypes
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ _TYPES = {  # ONNX Runtime's names
     "TYPE_INT32": "tensor(int32)",
     "TYPE_INT64": "tensor(int64)",
 }
-_MAX_ELEMENTS = 2**31 - 1  # of an input, the most that int32 lengths can tell; gRPC carries a quarter of that
 _ARENA_EXTEND_STRATEGY = {"0": "kNextPowerOfTwo", "1": "kSameAsRequested"}
 
 
@@ -92,28 +90,13 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers the requests of one batch, each with its own rows or its own error."""
-        responses = {number: self._refusal(request) for number, request in enumerate(requests)}
-        taken = [number for number, response in responses.items() if response is None]
         # An empty clip goes last: a model may have no answer for what lies behind one.
-        taken.sort(key=lambda number: any(0 in shape for shape in self._shapes(requests[number]).values()))
-        if taken:
-            answers = self._answer([requests[number] for number in taken])
-            responses.update(zip(taken, answers, strict=True))
-        return list(responses.values())
+        order = sorted(range(len(requests)), key=lambda number: self._is_empty(requests[number]))
+        answers = dict(zip(order, self._answer([requests[number] for number in order]), strict=True))
+        return [answers[number] for number in range(len(requests))]
 
-    def _refusal(self, request: Any) -> Any:
-        """The answer to a request that Triton should have refused; None to a good one.
-
-        Triton computes the bytes of a shape modulo 2^64, so [1, 2^62 + 1] comes with four bytes and would be read far
-        behind them.
-        """
-        for name, shape in self._shapes(request).items():
-            if math.prod(shape) > _MAX_ELEMENTS:
-                return _failure(f"input {name} has shape {shape}: expected at most {_MAX_ELEMENTS} elements")
-        return None
-
-    def _shapes(self, request: Any) -> dict[str, list[int]]:
-        return {name: list(pb_utils.get_input_tensor_by_name(request, name).shape()) for name in self._inputs}
+    def _is_empty(self, request: Any) -> bool:
+        return any(0 in pb_utils.get_input_tensor_by_name(request, name).shape() for name in self._ragged)
 
     def _answer(self, requests: list[Any]) -> list[Any]:
         try:

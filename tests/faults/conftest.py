@@ -1,0 +1,123 @@
+"""What the fault tests share: the pool of clips, the tally, the server that no test kills, and the summary."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server import triton
+from server.triton import TritonServer, find_installed
+
+from .harness import ROOT, SECOND, Clip, Gate, Tally, Urls, assert_right
+
+SUMMARY = pytest.StashKey[Tally]()
+LENGTHS = [640, 641, 1599, 1600, 5000, 7999, 8000, 16001, 33333, 48000, 80000]  # samples
+SAME_LENGTH = 8  # clips of exactly one second, which no length tells apart
+
+
+@pytest.fixture(scope="package", autouse=True)
+def logs_go_with_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A server that was killed leaves its log."""
+    folder = str(tmp_path_factory.mktemp("logs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+@pytest.fixture(scope="session")
+def pool(reference: Callable[[np.ndarray], np.ndarray]) -> list[Clip]:
+    """Good clips, each with SpeechBrain's embedding of it alone."""
+    from ecapa_triton._audio import read
+
+    random = np.random.default_rng(0)
+    clips = {
+        path.stem: read(path, max_samples=10 * SECOND).waveform
+        for path in sorted((ROOT / "samples").glob("*"))
+        if path.suffix in (".flac", ".wav")
+    }
+    clips |= {f"second of {name}": clip[:SECOND] for name, clip in clips.items()}
+    for number in range(SAME_LENGTH - len(clips) // 2):
+        clips[f"second of noise {number}"] = random.standard_normal(SECOND).astype(np.float32) * 0.1
+    for samples in LENGTHS:
+        clips[f"{samples} of noise"] = random.standard_normal(samples).astype(np.float32) * 0.1
+    assert sum(len(clip) == SECOND for clip in clips.values()) == SAME_LENGTH
+    pool = [Clip(name, clip, reference(clip)) for name, clip in clips.items()]
+    for one in pool:
+        for other in pool:
+            assert one is other or not one.is_right(other.reference), "a swapped reply would not be seen"
+    return pool
+
+
+@pytest.fixture(scope="session")
+def short(pool: list[Clip]) -> list[Clip]:
+    """Those of the pool that take at most a second: for cases that need many."""
+    return [clip for clip in pool if len(clip.waveform) <= SECOND]
+
+
+@pytest.fixture(scope="session")
+def tiny(short: list[Clip]) -> list[Clip]:
+    """Those that take less than a second."""
+    return [clip for clip in short if len(clip.waveform) < SECOND]
+
+
+@pytest.fixture(scope="session")
+def whole_run(request: pytest.FixtureRequest, pool: list[Clip]) -> Tally:
+    request.config.stash[SUMMARY] = tally = Tally(pool)
+    return tally
+
+
+@pytest.fixture
+def tally(whole_run: Tally) -> Iterator[Tally]:
+    """Judges every reply; a wrong one fails the test that got it."""
+    before = len(whole_run.wrong)
+    yield whole_run
+    assert whole_run.wrong[before:] == []
+
+
+@pytest.fixture
+def repository_copy(repository: Path, tmp_path: Path) -> Path:
+    """The model repository, to be changed at will."""
+    return Path(shutil.copytree(repository, tmp_path / "model_repository"))
+
+
+@pytest.fixture(scope="session")
+def served(repository: Path) -> Iterator[Urls]:
+    """The server that no test kills, with the shipped config for a CPU."""
+    with TritonServer(repository, device="cpu") as server:
+        yield Urls.of(server)
+
+
+@pytest.fixture(scope="session")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    if find_installed() is not None:
+        pytest.skip("this Triton has its own backend, which nothing holds")
+    return Gate(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture(scope="session")
+def held(repository: Path, gate: Gate) -> Iterator[Urls]:
+    """Like `served`, but the model waits while `gate.hold()` lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "_BACKENDS", gate.backends)
+        with TritonServer(repository, device="cpu") as server:
+            yield Urls.of(server)
+
+
+@pytest.fixture
+def still_right(served: Urls, short: list[Clip], tally: Tally) -> Iterator[None]:
+    """Whatever the test did to the shared server: its queue drains, and everyone is answered right."""
+    yield
+    assert_right(served, short[::7], tally)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    tally = terminalreporter.config.stash.get(SUMMARY, None)
+    if tally is not None:
+        terminalreporter.section("replies under faults")
+        terminalreporter.write_line(str(tally))
