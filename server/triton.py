@@ -384,12 +384,15 @@ def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Pat
     shutil.copytree(wheel / "backends", backends)
     shutil.copy2(stub, backends / "python")
     shutil.copytree(_BACKENDS, backends, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    # Stubs import from here, whatever their working directory: they pass over PYTHONPATH.
+    modules = backends / "python" / "export"
+    modules.mkdir()
+    for module in "__init__.py", "seal.py":
+        shutil.copy2(Path(configs.__file__).parent / module, modules)
 
     libraries = [str(wheel.parents[1] / "nvidia_pytriton.libs"), *_libpython_folder(python)]
     libraries += filter(None, [environment.get("LD_LIBRARY_PATH")])
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
-    paths = [str(_BACKENDS.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)  # the backend checks model files by export.seal
     # The stub embeds Python and finds this environment by the python3 that comes first on PATH.
     path = environment.get("PATH", os.defpath)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])

@@ -117,7 +117,8 @@ def ask(url: str, clip: np.ndarray) -> float:
         return float(client.infer("sums", inputs, client_timeout=20).as_numpy("sum")[0, 0])
 
 
-def test_in_code(stand_in_repository: Path, tmp_path: Path) -> None:
+def test_in_code(stand_in_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")  # nothing of the server may hang on the working directory
     log = tmp_path / "triton.log"
     with TritonServer(stand_in_repository, device="cpu", log=log) as server:
         assert (server.device, server.models, server.chosen) == ("CPU", ["sums"], "CPU, as asked")

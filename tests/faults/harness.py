@@ -55,7 +55,13 @@ class Refusal:
         return f"`{self.code}` {self.message}".rstrip()
 
 
+REQUEST_ID = "[request id: <id_unknown>] "  # Triton puts it before some of its messages
 Outcome = Array | Refusal  # embedding [n, 192] or why there is none
+
+
+def words(outcome: Outcome) -> str:
+    """A refusal as the tables tell it."""
+    return str(outcome).replace(REQUEST_ID, "") if isinstance(outcome, Refusal) else "an embedding"
 
 
 @dataclass(frozen=True)
@@ -330,7 +336,6 @@ def assert_right(urls: Urls, clips: Sequence[Clip], tally: Tally) -> None:
 def changed_backend(folder: Path, change: str) -> Path:
     """A copy of the backends for `server.triton._BACKENDS`, with code at its end that changes the model's class."""
     backends = Path(shutil.copytree(ROOT / "server/backends", folder / "server/backends"))
-    (folder / "export").symlink_to(ROOT / "export")
     with (backends / "onnxruntime/model.py").open("a") as model:
         model.write(change)
     return backends

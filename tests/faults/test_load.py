@@ -45,8 +45,10 @@ from .harness import (
     shuffled,
     wait_until,
     wait_until_queued,
+    words,
 )
 from .hostile import MAX_BATCH
+from .test_kill import BAD_TIMES as TABLE
 
 CLIENTS = 64
 OF_THE_POOL = 2  # clips of any length that each of them sends
@@ -99,7 +101,7 @@ def test_deadlines_shorter_than_the_queue(held: Urls, gate: Gate, short: list[Cl
             outcomes = [grpc_outcome(call) for call in hasty]
         for clip, outcome, call in zip(short, outcomes, patient, strict=True):
             assert tally.check(clip, outcome) == "refused"
-            assert isinstance(outcome, Refusal) and outcome.code == "DEADLINE_EXCEEDED"
+            assert words(outcome) == TABLE["the client's own deadline has passed"]
             assert tally.check(clip, grpc_outcome(call)) == "right"
     assert_right(held, short[::5], tally)
 
@@ -268,11 +270,12 @@ def test_three_times_the_capacity(repository: Path, served: Urls, short: list[Cl
     for clip, took, outcome in answers:
         seconds[tally.check(clip, outcome)].append(took)
         if isinstance(outcome, Refusal):
-            assert outcome.code == "UNAVAILABLE", outcome
+            assert words(outcome) == TABLE["the queue is full"]
     tally.fault(refusals(answers))
     assert len(seconds["right"]) >= longest_queue
     assert statistics.median(seconds["refused"]) < statistics.median(seconds["right"])
-    assert longest_queue / 2 < longest_seen <= longest_queue
+    # Triton counts as pending what it has put together for the next execution, too.
+    assert longest_queue / 2 < longest_seen <= longest_queue + MAX_BATCH
 
 
 def refusals(answers: Sequence[tuple[Clip, float, Outcome]]) -> int:

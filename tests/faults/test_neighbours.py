@@ -28,13 +28,13 @@ from .harness import (
     Urls,
     all_at_once,
     changed_backend,
+    words,
 )
 from .hostile import STREAMS, Hostile, requests
 
 README = (Path(__file__).parent / "README.md").read_text()
 TABLE = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
 ROWS = {case: cells for case, *cells in TABLE if case != "case"}
-REQUEST_ID = "[request id: <id_unknown>] "
 SAME_WORDS = "the same words"  # as over gRPC
 EMPTY = "an empty clip", "three empty clips"
 NOT_SAID = "–"  # this protocol has no words for the case
@@ -64,7 +64,7 @@ def ask(served: Urls, request: Hostile) -> Outcome:
 
 def described(verdict: str, outcome: Outcome) -> str:
     if isinstance(outcome, Refusal):
-        return str(outcome).replace(REQUEST_ID, "")
+        return words(outcome)
     return "NaN" if verdict == "refused" else verdict
 
 
