@@ -36,7 +36,8 @@ serve: $(BIN)/installed ## Triton on 127.0.0.1, ports 8000 (HTTP), 8001 (gRPC), 
 bench: $(BIN)/installed ## the model against SpeechBrain and the machine's matrix products, on the CPU
 	$(BIN)/python -m loadtest model
 
-soak: $(BIN)/installed ## the server under mixed and hostile load for SOAK_MINUTES (10): right embeddings, level memory
+soak: $(BIN)/installed ## a minute of damaged audio files, then the server under mixed and hostile load for SOAK_MINUTES (10)
+	$(BIN)/python -m tests.fuzz_audio --seconds 60
 	$(BIN)/python -m loadtest soak --minutes $(SOAK_MINUTES) $(if $(SOURCE),--source $(SOURCE)) \
 		--json build/soak.json --plot build/soak.png
 

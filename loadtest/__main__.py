@@ -6,6 +6,7 @@ import argparse
 import math
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from export.__main__ import ERRORS as EXPORT_ERRORS
@@ -41,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     load = commands.add_parser("soak", help="the server under mixed and hostile load: right embeddings, level memory")
     load.set_defaults(run=soak.run)
     load.add_argument("--minutes", type=_positive, default=10.0, help="of load (default: %(default)g)")
-    load.add_argument("--clients", type=int, default=8, help="that send at once (default: %(default)s)")
-    load.add_argument("--hostile", type=float, default=0.05, help="share of what they do (default: %(default)s)")
+    load.add_argument("--clients", type=_count, default=8, help="that send at once (default: %(default)s)")
+    load.add_argument("--hostile", type=_share, default=0.05, help="share of what they do (default: %(default)s)")
     load.add_argument("--device", choices=["auto", "cpu", "gpu"], default="cpu", help="default: %(default)s")
     load.add_argument("--repository", type=Path, metavar="DIR", help="serve what is exported there, not --source")
     load.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over time there, a PNG")
@@ -55,10 +56,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected more than 0")
-    return value
+    return _between(text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def _share(text: str) -> float:
+    return _between(text, lambda value: 0 <= value < 1, "0 or more and less than 1")
+
+
+def _count(text: str) -> int:
+    return int(_between(text, lambda value: value >= 1 and value == int(value), "a whole number of 1 or more"))
+
+
+def _between(text: str, allowed: Callable[[float], bool], expected: str) -> float:
+    try:
+        value = float(text)
+        if allowed(value):
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
 
 
 if __name__ == "__main__":

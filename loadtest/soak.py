@@ -9,6 +9,7 @@ beforehand: one that is another clip's, or any where there is none, is wrong.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import shlex
@@ -114,6 +115,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SoakError: an embedding was wrong, a good clip failed, a process ended, or memory grows.
     """
+    for path in filter(None, [options.json, options.plot]):  # a bad path costs nobody minutes of load
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SoakError("--plot needs matplotlib: pip install -e '.[loadtest]'")
     with tempfile.TemporaryDirectory() as folder:
         repository = options.repository or Path(folder) / "repository"
         if options.repository:
@@ -148,10 +154,8 @@ def run(options: argparse.Namespace) -> None:
     report |= {"second_third_bytes": verdict.second_third, "last_third_bytes": verdict.last_third}
     report["levels_off"] = verdict.levels_off
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(report, options.plot)
     _conclude(report, verdict, [path for path in (options.json, options.plot) if path])
 

@@ -41,16 +41,17 @@ def main(arguments: list[str]) -> int:
         exit_timeout=options.exit_timeout,
     )
     for number in STOPPING:
-        signal.signal(number, _on_signal)
-    pause = FIRST_PAUSE
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, _on_signal)
+    pause, ready = FIRST_PAUSE / 2, 0.0  # ready: when it last became so
     try:
         while True:
-            _start(server)
-            ready = time.monotonic()
             try:
+                _start(server)
+                ready = time.monotonic()
                 server.wait()
             except ServerError as error:
-                if not options.restart:
+                if not ready or not options.restart:
                     raise
                 pause = FIRST_PAUSE if time.monotonic() - ready > CALM else min(2 * pause, LAST_PAUSE)
                 print(f"error: {error}; starting again in {pause:g} s", file=sys.stderr, flush=True)

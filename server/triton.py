@@ -281,7 +281,8 @@ class TritonServer:
         awaited = [(self.http_url, "/v2/health/ready"), (metrics, f"/{path}")]
         while awaited:
             if self._process.poll() is not None:
-                reason = self._failure() or f"exit status {self._process.returncode}"
+                code = self._process.returncode
+                reason = f"killed by {signal.Signals(-code).name}" if code < 0 else self._failure() or f"status {code}"
                 raise ServerError(f"tritonserver did not start: {reason}; its log: {self.log_path}")
             try:
                 _get(*awaited[0])
@@ -511,10 +512,12 @@ def check_repository(repository: Path, device: str) -> list[str]:
 
 def _served_files(model: Path, config: Any) -> list[Path]:
     """The model files that Triton would load, of the backends that are known here."""
-    filename = config.default_model_filename or _MODEL_FILES.get(config.backend, "")
+    usual = "model.onnx" if configs.is_ours(config) else ""  # one of ours is not served unchecked
+    filename = config.default_model_filename or _MODEL_FILES.get(config.backend, usual)
     if not filename:
         return []
-    versions = sorted(int(path.name) for path in model.iterdir() if path.is_dir() and path.name.isdigit())
+    names = (path.name for path in model.iterdir() if path.is_dir())
+    versions = sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]*", name))
     if config.version_policy.WhichOneof("policy_choice") in (None, "latest"):
         versions = versions[-(config.version_policy.latest.num_versions or 1) :]
     files = [file for version in versions if (file := model / str(version) / filename).exists()]

@@ -251,10 +251,10 @@ def _memory(name: str) -> int:
     return int(found[1]) << 10
 
 
-def _child(seed: int, first: int, results: Connection) -> None:
+def _child(seed: int, first: int, folder: str, results: Connection) -> None:
     """Reads file after file until it is killed; says what it is at, so that a death can be put down to a file."""
     whole_files()
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output"), "w+b", buffering=0) as output:
+    with open(Path(folder, "output"), "w+b", buffering=0) as output:
         for descriptor in (1, 2):
             os.dup2(output.fileno(), descriptor)
         limit = _memory("VmSize") + ADDRESS_SPACE
@@ -293,13 +293,18 @@ class Summary:
 
 def run(seed: int, first: int, wanted: Callable[[int], bool], say: Callable[[str], object]) -> Summary:
     """Read the files from `first` on while `wanted(files so far)`."""
+    with tempfile.TemporaryDirectory() as folder:  # of this process: the others are killed
+        return _run(seed, first, folder, wanted, say)
+
+
+def _run(seed: int, first: int, folder: str, wanted: Callable[[int], bool], say: Callable[[str], object]) -> Summary:
     summary = Summary()
     context = multiprocessing.get_context("fork")
     number = first
     told = time.monotonic()
     while wanted(number - first):
         receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(seed, number, sender), daemon=True)
+        child = context.Process(target=_child, args=(seed, number, folder, sender), daemon=True)
         child.start()
         sender.close()
         try:

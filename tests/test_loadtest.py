@@ -107,6 +107,18 @@ def test_another_clips_embedding_is_wrong(
     assert json.loads(path.read_text())["counts"].keys() == {"requests", "hostile", "wrong"}
 
 
+@pytest.mark.parametrize("wrong", ["--clients=0", "--clients=2.5", "--hostile=5", "--hostile=nan", "--minutes=abc"])
+def test_wrong_options(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["soak", wrong])
+    assert f"{wrong.partition('=')[2]}: expected " in capsys.readouterr().err
+
+
+def test_a_soak_that_could_not_write_does_not_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["soak", "--json", str(tmp_path)]) == 1
+    assert "Is a directory" in capsys.readouterr().err
+
+
 MB = 1e6
 
 

@@ -244,10 +244,36 @@ def test_the_command_starts_a_dead_server_again(stand_in_repository: Path, tmp_p
         assert process.wait(20) == 0
         assert process.stderr is not None
         errors = process.stderr.read().splitlines()
-    assert re.match(r"error: tritonserver was killed by SIGKILL while serving; .*; starting again in 1 s", errors[0])
-    assert re.match(r"error: process \d+ of tritonserver, .*; starting again in 2 s", errors[1])
+    assert re.match(r"error: tritonserver was killed by SIGKILL while serving; .*; starting again in 0.5 s", errors[0])
+    assert re.match(r"error: process \d+ of tritonserver, .*; starting again in 1 s", errors[1])
     for line in errors:
         assert_named_log(line)
+
+
+def test_a_start_that_fails_is_tried_again(stand_in_repository: Path, tmp_path: Path) -> None:
+    path = stand_in_repository / "sums/1/model.onnx"
+    with serving(stand_in_repository) as (process, _):
+        assert process.stdout is not None and process.stderr is not None
+        moved = path.rename(path.with_name("moved"))
+        (pid,) = [pid for pid, command in processes(tmp_path).items() if "/tritonserver " in command]
+        os.kill(pid, signal.SIGKILL)
+        death = process.stderr.readline()
+        assert "model.onnx is missing" in process.stderr.readline()
+        assert_named_log(death)
+        moved.rename(path)
+        assert any(line.startswith("ready") for line in process.stdout)
+
+
+def test_a_hangup_that_is_ignored_stays_so(stand_in_repository: Path) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serving(stand_in_repository) as (process, ready):
+            process.send_signal(signal.SIGHUP)
+            assert ask(grpc_url(ready), np.ones((1, 10), np.float32)) == 10
+            assert process.poll() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_command_may_leave_that_to_a_supervisor(stand_in_repository: Path, tmp_path: Path) -> None:
@@ -469,6 +495,7 @@ def test_the_version_that_is_served_is_checked(repository: Path, tmp_path: Path)
     model = Path(shutil.copytree(repository / "ecapa", tmp_path / "ecapa"))
     shutil.copytree(model / "1", model / "10")
     shutil.copytree(model / "1", model / "9")
+    (model / "\N{SUPERSCRIPT TWO}").mkdir()  # a digit, but no version
     flip_a_bit(model / "9/model.onnx")
     assert check_repository(tmp_path, "CPU") == ["ecapa"]
     replace(model, "latest { num_versions: 1 }", "latest { num_versions: 2 }", "configs/cpu.pbtxt")
@@ -479,6 +506,10 @@ def test_the_version_that_is_served_is_checked(repository: Path, tmp_path: Path)
     with pytest.raises(ServerError, match=r"cpu\.pbtxt line \d+: dims of embedding is \[191\]"):
         check_repository(tmp_path, "CPU")
     assert check_repository(tmp_path, "GPU") == ["ecapa"]
+    replace(model, 'backend: "onnxruntime"', 'platform: "onnxruntime_onnx"')
+    (model / "configs/cpu.pbtxt").unlink()
+    with pytest.raises(ServerError, match=r"config\.pbtxt .*: backend of ecapa is , the model in ecapa/1 needs onnxr"):
+        check_repository(tmp_path, "CPU")
     replace(model, "torn,", "", "configs/gpu.pbtxt")
     with pytest.raises(ServerError, match=r"gpu\.pbtxt line \d+: string_value of required_guards is empty,short,not-f"):
         check_repository(tmp_path, "GPU")
