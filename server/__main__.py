@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         exit_timeout=options.exit_timeout,
     )
     for number in STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, _on_signal)
     pause, ready = FIRST_PAUSE / 2, 0.0  # ready: when it last became so
     try:
