@@ -554,7 +554,7 @@ def choose_ports(address: str, ports: dict[str, int]) -> dict[str, int]:
                 listener.bind((address, port))
                 listener.listen()
             except (OSError, OverflowError) as error:
-                why = error.strerror if isinstance(error, OSError) else "a port is at most 65535"
+                why = error.strerror if isinstance(error, OSError) else "a port is 0 to 65535"
                 raise ServerError(
                     f"cannot listen on {address} port {port} for {api}: {why}; "
                     f"choose another with --{api}-port (0 takes a free one) or --address"
