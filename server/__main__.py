@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from server import gateway
 from server.triton import ServerError, TritonServer
 
 # Seconds to wait before a server that died is started again: doubled each time that it has not lived for CALM.
@@ -29,6 +30,9 @@ def main(arguments: list[str]) -> int:
         The exit status: 0 after an orderly stop, 1 after a failure.
     """
     options, extra = _parse(arguments)
+    limits = None
+    if options.gateway == "on" or (options.gateway == "auto" and gateway.find()):
+        limits = gateway.Limits(options.max_requests, options.max_request_mb)
     server = TritonServer(
         options.repository,
         device=options.device,
@@ -36,6 +40,7 @@ def main(arguments: list[str]) -> int:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         address=options.address,
+        limits=limits,
         extra=extra,
         log=options.log,
         exit_timeout=options.exit_timeout,
@@ -48,6 +53,13 @@ def main(arguments: list[str]) -> int:
         while True:
             try:
                 _start(server)
+                if limits is None and options.gateway == "auto":
+                    print(
+                        "warning: nginx is not installed, so requests have no limits: trust their senders, or "
+                        "apt install nginx-light",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 ready = time.monotonic()
                 server.wait()
             except ServerError as error:
@@ -103,6 +115,20 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="%(default)s; 0: a free one")
     argument("--address", default="127.0.0.1", help="where all three listen (%(default)s)")
     argument(
+        "--gateway",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="nginx in front of Triton for the limits below; auto: where nginx is installed",
+    )
+    argument(
+        "--max-requests",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="inference requests in work at once; one more is refused with UNAVAILABLE (%(default)s)",
+    )
+    argument("--max-request-mb", type=_positive, default=64, metavar="MB", help="largest request (%(default)s)")
+    argument(
         "--exit-timeout",
         type=float,
         default=30,
@@ -117,6 +143,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     argument("--log", type=Path, metavar="FILE", help="append Triton's log here (else kept after failures only)")
     return parser.parse_args(own), extra
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _on_signal(number: int, frame: FrameType | None) -> NoReturn:

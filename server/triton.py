@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 from export import configs
+from server.gateway import Gateway, GatewayError, Limits
 
 Device = Literal["auto", "cpu", "gpu"]
 
@@ -66,6 +67,7 @@ class TritonServer:
         grpc_port: int = 0,
         metrics_port: int = 0,
         address: str = "127.0.0.1",
+        limits: Limits | None = None,
         extra: Sequence[str] = (),
         log: Path | None = None,
         start_timeout: float = 120,
@@ -80,6 +82,8 @@ class TritonServer:
             grpc_port: Port of the gRPC API.
             metrics_port: Port of the Prometheus metrics.
             address: Address that all three listen on.
+            limits: What clients may ask for; nginx then listens in front of Triton's HTTP and gRPC APIs. Triton itself
+                sets no limit.
             extra: Further options for tritonserver.
             log: File that Triton's log is appended to. Without one it goes to a temporary file, which stays
                 only when something went wrong.
@@ -90,6 +94,7 @@ class TritonServer:
         self._device: Device = device
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._address = address
+        self._limits = limits
         self._extra = extra
         self._log = log
         self._start_timeout = start_timeout
@@ -97,6 +102,7 @@ class TritonServer:
         self._keep_log = False
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._gateway: Gateway | None = None
         self._log_start: int | None = None
 
     def __enter__(self) -> "TritonServer":
@@ -131,6 +137,11 @@ class TritonServer:
         host = "127.0.0.1" if self._address == "0.0.0.0" else self._address
         self.http_url, self.grpc_url = f"{host}:{ports['http']}", f"{host}:{ports['grpc']}"
         self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
+        # Where Triton itself listens.
+        listen = {api: (self._address, port) for api, port in ports.items()}
+        if self._limits is not None:
+            behind = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
+            listen |= {api: ("127.0.0.1", port) for api, port in behind.items()}
 
         self.warning = "" if installed else shm_warning()
         self._keep_log = False
@@ -139,13 +150,17 @@ class TritonServer:
         self._lock = _lock(self._folder)
         self.log_path = (self._log or self._folder / "tritonserver.log").absolute()
         try:
-            self._launch(installed, ports)
-            self._wait_until_ready()
+            self._launch(installed, listen)
+            self._wait_until_ready(f"{'127.0.0.1' if self._limits else host}:{listen['http'][1]}")
             self._parts = self._session()
+            if self._limits is not None:
+                self._open_gateway(self._limits, listen)
             self.version: str = json.loads(_get(self.http_url, "/v2"))["version"]
         except BaseException as error:
             self._keep_log = isinstance(error, ServerError)
             self._clean_up()
+            if isinstance(error, GatewayError):
+                raise ServerError(str(error)) from error
             if isinstance(error, OSError):  # a full disk, say
                 raise ServerError(f"cannot set up the server in {self._folder}: {error}") from error
             raise
@@ -175,6 +190,11 @@ class TritonServer:
                 code = self._process.wait(timeout=1)
                 break
             except subprocess.TimeoutExpired:
+                try:
+                    if self._gateway is not None:
+                        self._gateway.check()
+                except GatewayError as error:
+                    raise ServerError(str(error)) from None
                 if gone := self._parts - self._session():
                     # Triton goes on, says it is ready and fails every request: it would not even stop in order.
                     self._process.kill()
@@ -226,7 +246,7 @@ class TritonServer:
                 parts["shared"] += 512 * os.stat(segment).st_blocks
         return parts
 
-    def _launch(self, installed: Path | None, ports: dict[str, int]) -> None:
+    def _launch(self, installed: Path | None, listen: dict[str, tuple[str, int]]) -> None:
         assert self._folder is not None
         options = {
             "model-repository": self.repository.absolute(),
@@ -238,8 +258,8 @@ class TritonServer:
             # Else Triton keeps the last requests with their clips, to use their memory again.
             "grpc-infer-allocation-pool-size": 0,
         }
-        for api, port in ports.items():
-            options |= {f"{api}-address": self._address, f"{api}-port": port}
+        for api, (address, port) in listen.items():
+            options |= {f"{api}-address": address, f"{api}-port": port}
         environment = dict(os.environ)
         if self.device == "CPU":
             environment["CUDA_VISIBLE_DEVICES"] = ""  # or Triton takes some memory of every GPU it sees
@@ -274,11 +294,26 @@ class TritonServer:
         except OSError as error:
             raise ServerError(f"cannot run {binary}: {error.strerror}") from error
 
-    def _wait_until_ready(self) -> None:
+    def _open_gateway(self, limits: Limits, behind: dict[str, tuple[str, int]]) -> None:
+        assert self._folder is not None
+        folder = self._folder / "gateway"
+        folder.mkdir()
+        places = {
+            api: (f"{self._address}:{self._ports[api]}", "{}:{}".format(*behind[api])) for api in ("grpc", "http")
+        }
+        self._gateway = Gateway(folder, limits, preexec_fn=_die_with(os.getpid()), **places)
+        deadline = time.monotonic() + self._start_timeout
+        while not all(_listens(self._gateway.pid, self._ports[api]) for api in places):
+            self._gateway.check()
+            if time.monotonic() > deadline:
+                raise ServerError(f"nginx was not ready within {self._start_timeout:g} s")
+            time.sleep(0.01)
+
+    def _wait_until_ready(self, http_url: str) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self._start_timeout
         metrics, _, path = self.metrics_url.removeprefix("http://").partition("/")
-        awaited = [(self.http_url, "/v2/health/ready"), (metrics, f"/{path}")]
+        awaited = [(http_url, "/v2/health/ready"), (metrics, f"/{path}")]
         while awaited:
             if self._process.poll() is not None:
                 code = self._process.returncode
@@ -314,13 +349,17 @@ class TritonServer:
                 pass
             self._process.wait()
             self._process = None
+        if self._gateway is not None:
+            self._gateway.stop()
+            self._gateway = None
         for segment in _SHM.glob(f"{self._folder.name}-*"):
             segment.unlink(missing_ok=True)
         (self._folder / _LOCK).unlink(missing_ok=True)
         if self._lock is not None:
             os.close(self._lock)
         keep = self._keep_log and self.log_path.parent == self._folder
-        shutil.rmtree(self._folder / "backends" if keep else self._folder, ignore_errors=True)
+        for part in ("backends", "gateway") if keep else ("",):
+            shutil.rmtree(self._folder / part, ignore_errors=True)
 
 
 def remove_stale_folders() -> None:

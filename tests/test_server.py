@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 import stand_in
 from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
 
 from export import seal
-from server import ServerError, TritonServer
+from server import ServerError, TritonServer, gateway
 from server.triton import (
     assemble_wheel,
     check_repository,
@@ -243,11 +244,78 @@ def test_the_command_starts_a_dead_server_again(stand_in_repository: Path, tmp_p
         process.terminate()
         assert process.wait(20) == 0
         assert process.stderr is not None
-        errors = process.stderr.read().splitlines()
+        errors = [line for line in process.stderr.read().splitlines() if line.startswith("error")]
     assert re.match(r"error: tritonserver was killed by SIGKILL while serving; .*; starting again in 0.5 s", errors[0])
     assert re.match(r"error: process \d+ of tritonserver, .*; starting again in 1 s", errors[1])
     for line in errors:
         assert_named_log(line)
+
+
+needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
+
+
+@needs_nginx
+def test_gateway(stand_in_repository: Path, tmp_path: Path) -> None:
+    """Both APIs are behind it, Triton listens on this machine only, and nothing of a killed nginx is left."""
+    limits = gateway.Limits(requests=1, request_mb=1)
+    with TritonServer(stand_in_repository, device="cpu", address="127.0.0.2", limits=limits) as server:
+        for port in int(server.http_url.partition(":")[2]), int(server.grpc_url.partition(":")[2]):
+            with socket.create_connection(("127.0.0.2", port)), pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+        assert ask(server.grpc_url, np.ones((1, 10), np.float32)) == 10
+        with pytest.raises(InferenceServerException, match="The request is larger than 1 MB"):
+            ask(server.grpc_url, np.ones((1, 1 << 18), np.float32))
+        with urlopen(f"http://{server.http_url}/v2/models/sums/ready", timeout=20) as reply:
+            assert reply.status == 200
+        nginx = server._gateway.pid
+        os.kill(nginx, signal.SIGKILL)
+        with pytest.raises(ServerError, match="^nginx in front of tritonserver was killed by SIGKILL$"):
+            server.wait()
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(nginx, 0)  # its group: the workers
+            time.sleep(0.1)
+
+
+def test_gateway_is_optional(stand_in_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "PLACES", ["no-such-nginx"])
+    limits = gateway.Limits(requests=1, request_mb=1)
+    with pytest.raises(ServerError, match="^nginx is not installed: apt install nginx-light, or --gateway off"):
+        TritonServer(stand_in_repository, device="cpu", limits=limits).start()
+    command = [sys.executable, "-c", WITHOUT_NGINX, f"--repository={stand_in_repository}", "--device=cpu", *FREE_PORTS]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(
+            line.startswith("warning: nginx is not installed, so requests have no limits") for line in process.stderr
+        )
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+WITHOUT_NGINX = """
+import sys
+from server import __main__, gateway
+gateway.PLACES = ["no-such-nginx"]
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@needs_nginx
+def test_gateway_that_does_not_start(
+    stand_in_repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    template = tmp_path / "template"
+    template.write_text(gateway._TEMPLATE.read_text() + "nonsense;")
+    monkeypatch.setattr(gateway, "_TEMPLATE", template)
+    with pytest.raises(ServerError, match='^nginx does not start: unknown directive "nonsense" in '):
+        TritonServer(stand_in_repository, device="cpu", limits=gateway.Limits(1, 1)).start()
+
+
+@pytest.mark.parametrize("limit", ["--max-requests=0", "--max-request-mb=x"])
+def test_limits_are_checked(limit: str) -> None:
+    result = run(limit)
+    assert result.returncode == 2 and f"argument {limit.partition('=')[0]}: invalid" in result.stderr
 
 
 def test_a_start_that_fails_is_tried_again(stand_in_repository: Path, tmp_path: Path) -> None:

@@ -135,7 +135,9 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
         return ConnectError(
             f"no Triton answers at {url} ({detail}): is it running, and is this its gRPC port, usually 8001?"
         )
-    if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED"):
+    if status == "RESOURCE_EXHAUSTED":
+        return RejectedError(f"too large for the server at {url} ({detail}): send less audio in one request")
+    if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
         return RejectedError(
             f"the server at {url} refuses the request ({detail}): is {model!r} a model of this project?"
         )

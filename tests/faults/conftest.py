@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server import triton
+from server import gateway, triton
+from server.gateway import Limits
 from server.triton import TritonServer, find_installed
 
 from .harness import ROOT, SECOND, Clip, Gate, Tally, Urls, assert_right
@@ -90,6 +91,21 @@ def repository_copy(repository: Path, tmp_path: Path) -> Path:
 def served(repository: Path) -> Iterator[Urls]:
     """The server that no test kills, with the shipped config for a CPU."""
     with TritonServer(repository, device="cpu") as server:
+        yield Urls.of(server)
+
+
+@pytest.fixture(scope="session")
+def limits() -> Limits:
+    """Those that `python -m server` sets where nginx is installed."""
+    if gateway.find() is None:
+        pytest.skip("nginx, which sets the limits, is not installed")
+    return Limits(requests=128, request_mb=64)
+
+
+@pytest.fixture(scope="session")
+def limited(repository: Path, limits: Limits) -> Iterator[Urls]:
+    """A server with nginx in front."""
+    with TritonServer(repository, device="cpu", limits=limits) as server:
         yield Urls.of(server)
 
 

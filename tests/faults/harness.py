@@ -427,7 +427,7 @@ sys.exit(__main__.main(sys.argv[1:]))
 class ServerCommand:
     """`python -m server` in a process of its own."""
 
-    def __init__(self, repository: Path, backends: Path | None = None) -> None:
+    def __init__(self, repository: Path, backends: Path | None = None, *, gateway: bool = False) -> None:
         ports = choose_ports("127.0.0.1", {"grpc": 0, "http": 0, "metrics": 0})
         self.urls = Urls(
             f"127.0.0.1:{ports['grpc']}",
@@ -437,6 +437,7 @@ class ServerCommand:
         listen = [f"--{api}-port={port}" for api, port in ports.items()]
         command = ["-m", "server"] if backends is None else ["-c", WITH_BACKENDS, str(backends)]
         self._command = [sys.executable, *command, f"--repository={repository}", "--device=cpu", *listen]
+        self._command.append(f"--gateway={'on' if gateway else 'off'}")
         self._changed = threading.Condition()
         self.lines: list[str] = []  # what it has said
 
@@ -470,8 +471,15 @@ class ServerCommand:
         return self.process.wait()
 
     def tritonserver(self) -> int:
-        """Process id of tritonserver, the only child of `python -m server`."""
-        (pid,) = _children(self.process.pid)
+        """Process id of tritonserver."""
+        return self._child("tritonserver")
+
+    def nginx(self) -> int:
+        """Process id of nginx's master process."""
+        return self._child("nginx")
+
+    def _child(self, name: str) -> int:
+        (pid,) = (pid for pid in _children(self.process.pid) if Path(f"/proc/{pid}/comm").read_text().strip() == name)
         return pid
 
     def stub(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from server import gateway
 from server.triton import TritonServer
 
 from .harness import (
@@ -41,18 +42,28 @@ DEADLY = "shape [1, 2^62 + 16000], one second of bytes"
 UNANSWERED = "shape [0, 0]"
 
 
-@pytest.mark.parametrize("victim", ["tritonserver", "stub"])
-def test_killed_under_load(victim: str, repository: Path, short: list[Clip], tally: Tally) -> None:
+@pytest.mark.parametrize(
+    "victim, behind_gateway", [("tritonserver", False), ("stub", False), ("tritonserver", True), ("nginx", True)]
+)
+def test_killed_under_load(
+    victim: str, behind_gateway: bool, repository: Path, short: list[Clip], tally: Tally
+) -> None:
     """It is started again, and a SpeakerClient that was there before goes on by itself."""
-    with ServerCommand(repository) as server, under_load(server, short, tally) as load:
+    if behind_gateway and gateway.find() is None:
+        pytest.skip("nginx is not installed")
+    with ServerCommand(repository, gateway=behind_gateway) as server, under_load(server, short, tally) as load:
         load.wait_for_more(len(short))
-        os.kill(server.tritonserver() if victim == "tritonserver" else server.stub(), signal.SIGKILL)
+        os.kill(getattr(server, victim)(), signal.SIGKILL)
         tally.fault()
         server.wait_for_start(2)
         load.wait_for_more(2 * len(short))
     (error,) = (line for line in server.lines if line.startswith("error"))
-    how = "tritonserver was killed by SIGKILL" if victim == "tritonserver" else "in which a model ran, ended"
-    assert how in error and "; starting again in " in error
+    how = {
+        "tritonserver": "tritonserver was killed by SIGKILL",
+        "stub": "in which a model ran, ended",
+        "nginx": "nginx in front of tritonserver was killed by SIGKILL",
+    }
+    assert how[victim] in error and "; starting again in " in error
 
 
 def under_load(server: ServerCommand, clips: Sequence[Clip], tally: Tally) -> Load:

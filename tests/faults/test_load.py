@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import configs
 from server import triton
+from server.gateway import Limits
 from server.triton import TritonServer
 
 from .harness import (
@@ -117,8 +117,12 @@ def test_timeout_parameter_where_the_config_obeys_it(
 ) -> None:
     """The request is refused and not computed late."""
     config = repository_copy / "ecapa/configs/cpu.pbtxt"
-    action = "timeout_action: REJECT"
-    config.write_text(config.read_text().replace(action, f"{action} allow_timeout_override: true"))
+    policy = "timeout_action: REJECT default_timeout_microseconds: 10000000 allow_timeout_override: true"
+    text = config.read_text()
+    assert "dynamic_batching { }" in text
+    config.write_text(
+        text.replace("dynamic_batching { }", f"dynamic_batching {{ default_queue_policy {{ {policy} }} }}")
+    )
     monkeypatch.setattr(triton, "_BACKENDS", gate.backends)
     with TritonServer(repository_copy, device="cpu") as server:
         for outcome, clip in zip(hasty_outcomes(Urls.of(server), gate, short, tally), short, strict=True):
@@ -224,14 +228,11 @@ def test_sockets_closed_halfway_through_a_body(served: Urls, short: list[Clip], 
     assert set(load.verdicts) == {"right"}
 
 
-@on_the_shared_server
-def test_three_times_the_capacity(repository: Path, served: Urls, short: list[Clip], tally: Tally) -> None:
-    """An open loop against the shipped queue: what finds it full is refused sooner than the others are answered."""
-    config = configs.read(repository / "ecapa/configs/cpu.pbtxt")
-    longest_queue = config.dynamic_batching.default_queue_policy.max_queue_size
+def test_three_times_the_capacity(limited: Urls, limits: Limits, short: list[Clip], tally: Tally) -> None:
+    """An open loop against the usual limits: what finds them reached is refused sooner than others are answered."""
     # Of one second, so that the model has more to do than their sender.
     clips = [clip for clip in short if len(clip.waveform) == SECOND]
-    with Load([lambda: GrpcSender(served.grpc)] * 8, clips, tally.check) as load:
+    with Load([lambda: GrpcSender(limited.grpc)] * 8, clips, tally.check) as load:
         load.wait_for_more(10)
         begun = time.monotonic()
         load.wait_for_more(MEASURED)
@@ -243,12 +244,12 @@ def test_three_times_the_capacity(repository: Path, served: Urls, short: list[Cl
     def watch() -> None:
         nonlocal longest_seen
         while not finished.wait(0.02):
-            longest_seen = max(longest_seen, pending(served))
+            longest_seen = max(longest_seen, pending(limited))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     answers: list[tuple[Clip, float, Outcome]] = []
-    with GrpcSender(served.grpc) as sender:
+    with GrpcSender(limited.grpc) as sender:
 
         def send(clip: Clip) -> None:
             sent = time.monotonic()
@@ -257,7 +258,7 @@ def test_three_times_the_capacity(repository: Path, served: Urls, short: list[Cl
 
         due, started = time.monotonic(), 0
         while refusals(answers) < ENOUGH_REFUSALS:
-            assert started < 20 * longest_queue, "three times the capacity does not fill the queue"
+            assert started < 20 * limits.requests, "three times the capacity is never refused"
             send(clips[started % len(clips)])
             started += 1
             due += interval
@@ -270,12 +271,28 @@ def test_three_times_the_capacity(repository: Path, served: Urls, short: list[Cl
     for clip, took, outcome in answers:
         seconds[tally.check(clip, outcome)].append(took)
         if isinstance(outcome, Refusal):
-            assert words(outcome) == TABLE["the queue is full"]
+            assert words(outcome) == TABLE["as many requests in work as the server takes"]
     tally.fault(refusals(answers))
-    assert len(seconds["right"]) >= longest_queue
+    assert len(seconds["right"]) >= limits.requests
     assert statistics.median(seconds["refused"]) < statistics.median(seconds["right"])
-    # Triton counts as pending what it has put together for the next execution, too.
-    assert longest_queue / 2 < longest_seen <= longest_queue + MAX_BATCH
+    assert limits.requests / 2 < longest_seen <= limits.requests
+    assert_right(limited, clips, tally)
+
+
+def test_a_request_larger_than_the_limit(limited: Urls, limits: Limits, short: list[Clip], tally: Tally) -> None:
+    """Over gRPC and HTTP, announced and not, and the same clips right beside it."""
+    large = Clip("too large", np.zeros((limits.request_mb << 20) // 4, np.float32), None)
+    expected = TABLE["a request larger than the server takes"]
+    with Load(limited.senders(), short, tally.check) as load:
+        with GrpcSender(limited.grpc) as grpc_sender, HttpSender(limited.http) as http_sender:
+            tally.fault(2)
+            outcome = grpc_sender.ask(large.waveform)
+            assert tally.check(large, outcome) == "refused" and words(outcome) == expected
+            outcome = http_sender.ask(large.waveform)
+            assert tally.check(large, outcome) == "refused"
+            assert str(outcome) == f"`413` {expected.partition('` ')[2]}"
+        load.wait_for_more(len(short))
+    assert set(load.verdicts) == {"right"}
 
 
 def refusals(answers: Sequence[tuple[Clip, float, Outcome]]) -> int:

@@ -1,0 +1,127 @@
+"""nginx in front of Triton, from `nginx.conf.template`: bounds the size and the number of the requests in work.
+
+Triton takes a request of any size. Its own limit on waiting requests, the queue policy of a model's config, makes its
+scheduler miss requests for up to half a second, so the configs have none.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+_TEMPLATE = Path(__file__).parent / "nginx.conf.template"
+_STOPPING = 3  # s until it is killed; what it still has to send takes it one at most
+PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the PATH of root alone
+
+
+class GatewayError(Exception):
+    """nginx did not start. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the gateway lets through.
+
+    Attributes:
+        requests: Inference requests in work at once, over both APIs; one more is refused at once, as Triton would.
+        request_mb: Megabytes (2^20 bytes) of the largest request.
+    """
+
+    requests: int
+    request_mb: int
+
+
+def find() -> str | None:
+    """Finds the nginx binary."""
+    return next(filter(None, map(shutil.which, PLACES)), None)
+
+
+class Gateway:
+    """A running nginx, which passes gRPC and HTTP on to a Triton."""
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits,
+        *,
+        grpc: tuple[str, str],
+        http: tuple[str, str],
+        preexec_fn: Callable[[], None] | None = None,
+    ) -> None:
+        """Starts it.
+
+        Args:
+            folder: An empty folder for its files.
+            limits: What it lets through.
+            grpc: Address and port that it listens on for gRPC, and those of Triton behind it; `http` likewise.
+            http: See `grpc`.
+            preexec_fn: What the child runs first.
+
+        Raises:
+            GatewayError: With one line on what is in the way.
+        """
+        binary = find()
+        if binary is None:
+            raise GatewayError("nginx is not installed: apt install nginx-light, or --gateway off")
+        values = {
+            "FOLDER": folder,
+            "GRPC": grpc[0],
+            "GRPC_BEHIND": grpc[1],
+            "HTTP": http[0],
+            "HTTP_BEHIND": http[1],
+            "MAX_REQUESTS": limits.requests,
+            "MAX_REQUEST_MB": limits.request_mb,
+        }
+        configuration = folder / "nginx.conf"
+        configuration.write_text(re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), _TEMPLATE.read_text()))
+        self._log = folder / "nginx.log"
+        command = [binary, "-c", str(configuration), "-p", str(folder), "-e", "stderr"]
+        test = subprocess.run([*command, "-t"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if test.returncode != 0:
+            raise GatewayError(f"nginx does not start: {_first(test.stderr)}")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=preexec_fn,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id of nginx's master process."""
+        return self._process.pid
+
+    def check(self) -> None:
+        """Raises GatewayError when it has ended."""
+        if self._process.poll() is not None:
+            self._raise_ended()
+
+    def stop(self) -> None:
+        """Ends it once it has passed on what it was given."""
+        self._process.send_signal(signal.SIGQUIT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOPPING)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # workers that outlived it, too
+        self._process.wait()
+
+    def _raise_ended(self) -> NoReturn:
+        code = self._process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        words = _first(self._log.read_text(errors="replace"))
+        raise GatewayError(f"nginx in front of tritonserver {how}{': ' if words else ''}{words}")
+
+
+def _first(log: str) -> str:
+    """The first line of nginx's log that tells of a failure."""
+    found = re.search(r"\[(?:emerg|alert|crit)\] (?:\d+#\d+: )?(.*)", log)
+    return found[1].strip() if found else ""
