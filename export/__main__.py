@@ -9,16 +9,17 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import checkpoint, configs, onnx_file, packed, verify
+from . import checkpoint, configs, exported, onnx_file, packed, seal, torchscript_file, verify
 
 ERRORS = (
     checkpoint.CheckpointError,
     packed.UnsupportedModel,
-    onnx_file.OnnxFileError,
+    exported.ExportError,
+    seal.SealError,
     configs.ConfigError,
     configs.ModelFileError,
     verify.VerificationError,
@@ -56,6 +57,8 @@ def run_export(options: argparse.Namespace) -> None:
         seed=options.seed,
         channels=options.channels,
         max_seconds=options.max_seconds,
+        formats=list(configs.FORMATS) if options.format == "all" else [options.format],
+        half=options.fp16,
     )
 
 
@@ -67,8 +70,10 @@ def export(
     seed: int = 0,
     channels: int = 1024,
     max_seconds: float = 30.0,
-) -> Path:
-    """Load, check, write beside the old model, verify, put in its place; say what is done and how long it took.
+    formats: Sequence[str] = ("onnx",),
+    half: bool = True,
+) -> list[Path]:
+    """Load, check, write beside the old files, verify, put in their place; say what is done and how long it took.
 
     Args:
         repository: a copy of this project's ``model_repository``, with its configs.
@@ -77,62 +82,102 @@ def export(
         seed: of random weights.
         channels: of random weights.
         max_seconds: the model hears only this much of a clip.
+        formats: of :data:`configs.FORMATS`.
+        half: write the float16 files for GPUs too.
 
     Returns:
-        The path of the model file. When anything is raised, one of :data:`ERRORS`, the old file is still there.
+        The paths of the model files. When anything is raised, one of :data:`ERRORS`, the old files of the format that
+        was being written are still there.
     """
-    folder = repository / configs.MODEL
-    for path in configs.config_files(folder):
+    kinds = [configs.FORMATS[name] for name in formats]
+    for path in (path for kind in kinds for path in configs.config_files(repository / kind.folder)):
         if not path.is_file():
             raise configs.ConfigError(
                 f"{path} is missing: --repository must be a copy of this project's model_repository with its configs"
             )
     with step(f"load {source}"):
         loaded = checkpoint.load(source, revision, seed=seed, channels=channels)
-        model = packed.PackedEcapa(loaded.classifier, loaded.threshold, max_seconds).eval()
-    target = folder / "1" / "model.onnx"
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(f".model.onnx.{os.getpid()}.partial")
+    return [path for kind in kinds for path in _export(repository / kind.folder, kind, loaded, max_seconds, half)]
+
+
+def _export(
+    folder: Path, kind: configs.Format, loaded: checkpoint.Checkpoint, max_seconds: float, half: bool
+) -> list[Path]:
+    (folder / "1").mkdir(exist_ok=True)
+    partials: dict[Path, Path] = {}
     try:
-        with step("write ONNX"):
-            onnx_file.write(model, loaded, partial)
-        exported = onnx_file.OnnxModel(partial)
-        configs.check_all(folder, configs.ModelFile.read(partial))
-        _verify(exported, loaded)
-        os.replace(partial, target)
+        for name in (kind.file, kind.half_file) if half else (kind.file,):
+            target = folder / "1" / name
+            partial = partials[target] = target.with_name(f".{name}.{os.getpid()}.partial")
+            with step(f"write {target}"):
+                # What a GPU alone runs has no use for pieces that fit into a CPU's caches.
+                model = packed.PackedEcapa(
+                    loaded.classifier,
+                    loaded.threshold,
+                    max_seconds,
+                    group=None if name == kind.half_file else packed.GROUP,
+                    half=name == kind.half_file,
+                ).eval()
+                (onnx_file if kind.backend == "onnxruntime" else torchscript_file).write(model, loaded, partial)
+        configs.check_all(folder, {path.name: configs.ModelFile.read(file) for path, file in partials.items()})
+        for path, file in partials.items():
+            _verify(path, _open(kind, file), loaded)
+        for path, file in partials.items():
+            os.replace(file, path)
     finally:
-        partial.unlink(missing_ok=True)
+        for file in partials.values():
+            file.unlink(missing_ok=True)
     threshold = "none" if math.isnan(loaded.threshold) else f"{loaded.threshold:g}"
-    print(
-        f"{target}: {target.stat().st_size / 1e6:.1f} MB, {model.embedding_size}-dimensional embeddings, "
-        f"clips of {model.min_samples / packed.SAMPLE_RATE:g} s to {max_seconds:g} s, threshold {threshold}"
-    )
-    return target
+    for path in partials:
+        print(
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB, {model.embedding_size}-dimensional embeddings, "
+            f"clips of {model.min_samples / packed.SAMPLE_RATE:g} s to {max_seconds:g} s, threshold {threshold}"
+        )
+    return list(partials)
+
+
+def _open(kind: configs.Format, path: Path) -> exported.ExportedModel:
+    return onnx_file.OnnxModel(path) if kind.backend == "onnxruntime" else torchscript_file.TorchScriptModel(path)
 
 
 def run_verify(options: argparse.Namespace) -> None:
-    """Verify the model that is in the repository against the source that its metadata names."""
-    folder = options.repository / configs.MODEL
-    path = folder / "1" / "model.onnx"
-    exported = onnx_file.OnnxModel(path)
-    configs.check_all(folder, configs.ModelFile.read(path))
-    if options.source is None:
-        origin = shlex.split(exported.metadata["origin"])
-        options = _parser().parse_args(["verify", "--repository", str(options.repository), *origin])
-    with step(f"load {options.source}"):
-        loaded = checkpoint.load(options.source, options.revision, seed=options.seed, channels=options.channels)
-    made_from = exported.metadata["weights_sha256"]
-    if made_from != loaded.sha256:
-        raise verify.VerificationError(
-            f"the model was made from weights {made_from[:12]} ({exported.metadata['source']}), "
-            f"--source {options.source} has {loaded.sha256[:12]}: name the one it was made from, or export again"
-        )
-    _verify(exported, loaded)
+    """Verify the models that are in the repository against the source that their metadata names."""
+    loaded: dict[str, checkpoint.Checkpoint] = {}
+    for path, kind in _exported_files(options.repository):
+        model = _open(kind, path)
+        configs.check_all(options.repository / kind.folder, {path.name: configs.ModelFile.read(path)})
+        chosen = options
+        if options.source is None:
+            origin = shlex.split(model.metadata["origin"])
+            chosen = _parser().parse_args(["verify", "--repository", str(options.repository), *origin])
+        if chosen.source not in loaded:
+            with step(f"load {chosen.source}"):
+                loaded[chosen.source] = checkpoint.load(
+                    chosen.source, chosen.revision, seed=chosen.seed, channels=chosen.channels
+                )
+        source = loaded[chosen.source]
+        made_from = model.metadata["weights_sha256"]
+        if made_from != source.sha256:
+            raise verify.VerificationError(
+                f"{path} was made from weights {made_from[:12]} ({model.metadata['source']}), --source {chosen.source} "
+                f"has {source.sha256[:12]}: name the one it was made from, or export again"
+            )
+        _verify(path, model, source)
 
 
-def _verify(exported: onnx_file.OnnxModel, loaded: checkpoint.Checkpoint) -> None:
-    with step("verify against SpeechBrain, clip by clip alone"):
-        for group in verify.verify(exported, loaded.classifier):
+def _exported_files(repository: Path) -> list[tuple[Path, configs.Format]]:
+    """The model files that are there, and where there is none the first that should be."""
+    files = [
+        (repository / kind.folder / "1" / name, kind)
+        for kind in configs.FORMATS.values()
+        for name in (kind.file, kind.half_file)
+    ]
+    return [item for item in files if item[0].is_file()] or files[:1]
+
+
+def _verify(path: Path, model: exported.ExportedModel, loaded: checkpoint.Checkpoint) -> None:
+    with step(f"verify {path} against SpeechBrain, clip by clip alone"):
+        for group in verify.verify(model, loaded.classifier):
             print(f"  {group}", flush=True)
 
 
@@ -148,7 +193,7 @@ def step(what: str) -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
-        description="Turn a SpeechBrain ECAPA-TDNN into the packed ONNX model of the Triton repository, verified.",
+        description="Turn a SpeechBrain ECAPA-TDNN into the packed models of the Triton repository, verified.",
     )
     parser.add_argument(
         "command", nargs="?", choices=["export", "verify"], default="export", help="verify: only check what is there"
@@ -165,6 +210,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of --source random (default: %(default)s)")
     parser.add_argument(
         "--channels", type=int, default=1024, help="of --source random (default: %(default)s, the published size)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=[*configs.FORMATS, "all"],
+        default="onnx",
+        help="onnx is the model ecapa, torchscript the model ecapa_torchscript (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fp16",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write a float16 file for GPUs too, beside the float32 one (default: %(default)s)",
     )
     parser.add_argument(
         "--max-seconds",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +16,25 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from . import seal
 
-MODEL = "ecapa"
+METADATA_FILE = "metadata.json"  # in a TorchScript archive
+
+
+class Format(NamedTuple):
+    """A kind of model file: the model's folder, the backend that serves it, its files in float32 and in float16."""
+
+    folder: str
+    backend: str
+    file: str
+    half_file: str
+
+
+FORMATS = {
+    "onnx": Format("ecapa", "onnxruntime", "model.onnx", "model_fp16.onnx"),
+    "torchscript": Format("ecapa_torchscript", "pytorch", "model.pt", "model_fp16.pt"),
+}
+MODEL = FORMATS["onnx"].folder  # the one that clients ask for unless told otherwise
+# What a backend loads where the config names no file.
+USUAL_FILES = {kind.backend: kind.file for kind in FORMATS.values()}
 _TRITON_TYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT32: "TYPE_INT32"}
 
 
@@ -37,6 +58,7 @@ class Tensor(NamedTuple):
 class ModelFile:
     """What an exported file says of itself. It is read, not run: neither torch nor ONNX Runtime is needed."""
 
+    backend: str
     inputs: list[Tensor]
     outputs: list[Tensor]
     metadata: dict[str, str]
@@ -50,20 +72,39 @@ class ModelFile:
         """
         try:
             seal.check(path)
-            proto = onnx.load(str(path), load_external_data=False)
-            metadata = {item.key: item.value for item in proto.metadata_props}
-            seal.check_guards(path, metadata)
+            model = _read_torchscript(path) if ".pt" in path.suffixes else _read_onnx(path)
+            seal.check_guards(path, model.metadata)
         except OSError as error:
             raise ModelFileError(f"{path} cannot be read ({error.strerror}): write it with python -m export") from error
         except seal.SealError as error:
             raise ModelFileError(str(error)) from error
-        inputs, outputs = ([_tensor(value) for value in values] for values in (proto.graph.input, proto.graph.output))
-        if [item.name for item in inputs] != ["waveform", "lengths"]:
+        if [item.name for item in model.inputs] != ["waveform", "lengths"]:
             raise ModelFileError(
-                f"{path} has inputs {', '.join(item.name for item in inputs)}, expected waveform and lengths: "
+                f"{path} has inputs {', '.join(item.name for item in model.inputs)}, expected waveform and lengths: "
                 "run python -m export"
             )
-        return cls(inputs, outputs, metadata)
+        return model
+
+
+def _read_onnx(path: Path) -> ModelFile:
+    proto = onnx.load(str(path), load_external_data=False)
+    metadata = {item.key: item.value for item in proto.metadata_props}
+    inputs, outputs = ([_tensor(value) for value in values] for values in (proto.graph.input, proto.graph.output))
+    return ModelFile("onnxruntime", inputs, outputs, metadata)
+
+
+def _read_torchscript(path: Path) -> ModelFile:
+    """Its tensors are those of every model of this project: the archive itself says nothing of their types."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}"))
+            metadata = json.loads(archive.read(name))
+        size = int(metadata["embedding_size"])
+    except (zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise ModelFileError(f"{path} was not written by python -m export: run it") from error
+    inputs = [Tensor("waveform", "TYPE_FP32", ["S"]), Tensor("lengths", "TYPE_INT32", ["B", 1])]
+    outputs = [Tensor("embedding", "TYPE_FP32", ["B", size]), Tensor("model_info", "TYPE_FP32", ["B", 3])]
+    return ModelFile("pytorch", inputs, outputs, metadata)
 
 
 def config_files(folder: Path) -> list[Path]:
@@ -71,16 +112,23 @@ def config_files(folder: Path) -> list[Path]:
     return [folder / "config.pbtxt", *sorted((folder / "configs").glob("*.pbtxt"))]
 
 
-def check_all(folder: Path, model: ModelFile) -> list[Path]:
-    """Check every config of a model folder and return their paths.
+def check_all(folder: Path, models: Mapping[str, ModelFile]) -> None:
+    """Check every config of a model folder against the file that it chooses, as far as that was exported.
+
+    Args:
+        folder: of the model.
+        models: the exported files by name.
 
     Raises:
-        ConfigError: a config is missing, unreadable or disagrees with the model.
+        ConfigError: a config is missing, unreadable, chooses an unknown file or disagrees with its file.
     """
-    files = config_files(folder)
-    for path in files:
-        check(path, model, folder.name)
-    return files
+    (kind,) = (kind for kind in FORMATS.values() if kind.folder == folder.name)
+    for path in config_files(folder):
+        file = read(path).default_model_filename or kind.file
+        if file not in (kind.file, kind.half_file):
+            raise ConfigError(f"{path}: default_model_filename is {file}, expected {kind.file} or {kind.half_file}")
+        if file in models:
+            check(path, models[file], folder.name)
 
 
 def check(path: Path, model: ModelFile, name: str) -> None:
@@ -122,7 +170,7 @@ def _differences(config: Any, model: ModelFile, name: str) -> list[tuple[str, st
     """What differs: (section, block name, key, found, expected)."""
     wanted: list[tuple[str, str, str, Any, Any]] = [
         ("", name, "name", config.name or name, name),
-        ("", name, "backend", config.backend, "onnxruntime"),
+        ("", name, "backend", config.backend, model.backend),
         ("", name, "max_batch_size", config.max_batch_size, max(1, config.max_batch_size)),
     ]
     waveform, lengths = model.inputs

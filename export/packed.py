@@ -36,12 +36,21 @@ class PackedEcapa(nn.Module):
         classifier: the ``EncoderClassifier`` in eval mode; its modules are read, not changed.
         threshold: cosine above which two embeddings are of one speaker; NaN where there is none.
         max_seconds: a clip is embedded by its first ``max_seconds``, which bounds memory and time.
-        group: channels that are aggregated and pooled at a time, for the caches of a CPU.
+        group: channels that are aggregated and pooled at a time, for the caches of a CPU; None for all, on a GPU.
+        half: with the frames and the large matrix products in float16. Inputs, outputs, features, pooled statistics,
+            softmax, gates and the last layer stay float32.
     """
 
     info: Tensor
 
-    def __init__(self, classifier: Any, threshold: float, max_seconds: float = 30.0, group: int = GROUP) -> None:
+    def __init__(
+        self,
+        classifier: Any,
+        threshold: float,
+        max_seconds: float = 30.0,
+        group: int | None = GROUP,
+        half: bool = False,
+    ) -> None:
         super().__init__()
         model = classifier.mods.embedding_model
         _check_supported(classifier)
@@ -63,7 +72,7 @@ class PackedEcapa(nn.Module):
         given = Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs]))
         mfa = Tdnn(model.mfa, given)
         self.mfa_window = mfa.window
-        self.pooling = AttentivePooling(mfa, model.asp, group)
+        self.pooling = AttentivePooling(mfa, model.asp, group or given.sign.shape[0])
         self.last = _final_linear(model, self.pooling.output)
         self.embedding_size: int = self.last.out_features
 
@@ -72,6 +81,11 @@ class PackedEcapa(nn.Module):
         reach = max(kernel // 2 * dilation for kernel, dilation in self.windows)
         # Reflection needs more frames than it reaches over; SpeechBrain raises on a shorter clip.
         self.min_samples: int = max(1, reach * self.hop)
+        self.dtype = torch.float16 if half else torch.float32  # of the frames
+        if half:
+            for module in self.modules():
+                if isinstance(module, Tdnn | Res2Net | SERes2Net | ChannelGroup):
+                    module.to_half()
         info = torch.tensor([[threshold, self.max_samples / SAMPLE_RATE, float(self.min_samples)]])
         self.register_buffer("info", info)
 
@@ -102,7 +116,7 @@ class PackedEcapa(nn.Module):
         features, audible = self.features(waveform, starts, used, clips, rows)
 
         gathers = {window: clips.window(window) for window in self.windows if window[0] > 1}
-        x = self.first(features, gathers)
+        x = self.first(features.to(self.dtype), gathers)
         outputs = []
         for block in self.blocks:
             x = block(x, clips, gathers)
@@ -139,12 +153,12 @@ class Clips:
         self.means = self.sums / counts[:, None]  # [B, T]
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over each clip's rows: ``[T, C]`` to ``[B, C]``."""
-        return torch.mm(self.means, x)
+        """Mean over each clip's rows: ``[T, C]`` to float32 ``[B, C]``."""
+        return torch.mm(self.means, x.float())
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over each clip's rows: ``[T, C]`` to ``[B, C]``."""
-        return torch.mm(self.sums, x)
+        """Sum over each clip's rows: ``[T, C]`` to float32 ``[B, C]``."""
+        return torch.mm(self.sums, x.float())
 
     def spread(self, x: Tensor) -> Tensor:
         """A clip's value for each of its rows: ``[B, C]`` to ``[T, C]``."""
@@ -284,6 +298,10 @@ class Tdnn(nn.Module):
         weight = weight.permute(0, 2, 1).reshape(conv.out_channels, -1)
         self.linear = _linear(weight * scale.abs()[:, None], bias * scale.abs())
 
+    def to_half(self) -> None:
+        """Compute in float16."""
+        self.linear.half()
+
     def forward(self, x: Tensor, gathers: dict[Window, Tensor]) -> Tensor:
         """``[T, C_in]`` to ``[T, C_out]``."""
         return torch.relu(self.linear(gather(x, gathers, self.window)))
@@ -308,6 +326,10 @@ class Res2Net(nn.Module):
             outputs.append(layer.output)
         self.flips = nn.ParameterList([nn.Parameter(f, False) if f is not None else None for f in flips])
         self.output = Affine(torch.cat([o.sign for o in outputs]), torch.cat([o.offset for o in outputs]))
+
+    def to_half(self) -> None:
+        """Compute in float16, as its layers do."""
+        self.flips.half()
 
     def forward(self, x: Tensor, gathers: dict[Window, Tensor]) -> Tensor:
         """``[T, C]`` to ``[T, C]``."""
@@ -344,12 +366,18 @@ class SERes2Net(nn.Module):
         self.excite = _linear(*_flat(_absorb(block.se_block.conv2.conv, None)))
         self.register_buffer("gate_sign", (sign * given.sign).float())
 
+    def to_half(self) -> None:
+        """Compute in float16 what has a row for each frame."""
+        self.shift = self.shift.half()
+        if self.shortcut is not None:
+            self.shortcut.half()
+
     def forward(self, x: Tensor, clips: Clips, gathers: dict[Window, Tensor]) -> Tensor:
         """``[T, C_in]`` to ``[T, C_out]``."""
         residual = x if self.shortcut is None else self.shortcut(x)
         x = self.tdnn2(self.res2net(self.tdnn1(x, gathers), gathers), gathers) + self.shift
         gate = self.gate_sign * torch.sigmoid(self.excite(torch.relu(self.squeeze(clips.mean(x)))))
-        return x * clips.spread(gate) + residual
+        return x * clips.spread(gate.to(x.dtype)) + residual
 
 
 class ChannelGroup(nn.Module):
@@ -365,17 +393,22 @@ class ChannelGroup(nn.Module):
         self.on_x = _linear(on_x.weight[:, channels], None)
         self.attention = _linear(attention.weight[channels], None)
 
+    def to_half(self) -> None:
+        """Compute the matrix products in float16."""
+        self.half()
+
     def forward(self, x: Tensor, clips: Clips, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``[T, C_in]`` to channels centred in each clip ``[T, G]``; mean, std ``[B, G]`` and ``[T, hidden]``."""
-        x = torch.relu(self.aggregate(x))
+        """``[T, C_in]`` to float32: channels centred in each clip ``[T, G]``; mean, std ``[B, G]``; ``[T, hidden]``."""
+        dtype = x.dtype
+        x = torch.relu(self.aggregate(x)).float()
         mean = clips.mean(x)
         x = x - clips.spread(mean)
         std = torch.sqrt(torch.clamp(clips.mean(x * x), min=eps))
-        return x, mean, std, self.on_x(x)
+        return x, mean, std, self.on_x(x.to(dtype)).float()
 
     def pool(self, x: Tensor, hidden: Tensor, clips: Clips, eps: float) -> tuple[Tensor, Tensor]:
         """Attention-weighted mean, from the plain one, and std ``[B, G]`` of the centred channels ``[T, G]``."""
-        weight = torch.exp(self.attention(hidden))
+        weight = torch.exp(self.attention(hidden).float())
         total = clips.sum(weight)
         weighted = weight * x
         drift = clips.sum(weighted) / total
@@ -428,7 +461,7 @@ class AttentivePooling(nn.Module):
         centred, means, plain_stds, hiddens = zip(*parts, strict=True)
         context = self.context(torch.cat([*means, *plain_stds], dim=1))
         hidden = torch.relu(sum(hiddens[1:], hiddens[0]) + clips.spread(context))
-        hidden = torch.tanh(hidden + self.shift)
+        hidden = torch.tanh(hidden + self.shift).to(x.dtype)
         drifts, stds = [], []
         for group, channels in zip(self.groups, centred, strict=True):
             assert isinstance(group, ChannelGroup)

@@ -12,9 +12,10 @@ from pathlib import Path
 # What the graph answers with NaN, and that it hears only a clip's first seconds.
 GUARDS = ("empty", "short", "not-finite", "torn", "max-seconds")
 
-# An ONNX file is a protobuf message, and messages that are appended are merged. So the seal is one more entry of the
-# metadata: field 14 of 74 bytes, holding the key "sha256" and a value of 64 characters, the digest of all before it.
-_SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"
+# A file ends with its seal: these bytes, by the kind of file, then 64 characters, the digest of all before the seal.
+# ONNX is a protobuf message, and messages that are appended are merged: one more entry of the metadata, field 14 of 74
+# bytes, with the key "sha256". TorchScript is a zip archive, which may end with a comment.
+_SEALS = {".onnx": b"\x72\x4a\x0a\x06sha256\x12\x40", ".pt": b"sha256 "}
 _DIGITS = 64
 _BLOCK = 1 << 20  # bytes read at a time
 
@@ -24,10 +25,18 @@ class SealError(Exception):
 
 
 def seal(path: Path) -> None:
-    """Append the SHA-256 of an ONNX file to it, as the metadata entry ``sha256``."""
+    """Append the SHA-256 of an ONNX or TorchScript file to it, where its readers expect or pass over it."""
+    mark = _mark(path)
+    if path.suffix == ".pt":
+        with path.open("r+b") as file:
+            file.seek(-2, 2)  # a zip archive without a comment ends with the comment's length
+            if file.read() != b"\0\0":
+                raise SealError(f"{path} does not end as a zip archive without a comment does")
+            file.seek(-2, 2)
+            file.write((len(mark) + _DIGITS).to_bytes(2, "little"))
     digest = _digest(path, path.stat().st_size)
     with path.open("ab") as file:
-        file.write(_SEAL + digest.encode())
+        file.write(mark + digest.encode())
 
 
 def check(path: Path) -> None:
@@ -37,17 +46,18 @@ def check(path: Path) -> None:
         SealError: it is not.
         OSError: it cannot be read.
     """
-    size = path.stat().st_size - len(_SEAL) - _DIGITS
+    mark = _mark(path)
+    size = path.stat().st_size - len(mark) - _DIGITS
     end = b""
     if size > 0:
         with path.open("rb") as file:
             file.seek(size)
             end = file.read()
-    if not end.startswith(_SEAL):
+    if not end.startswith(mark):
         raise SealError(
             f"{path} ends without a checksum: it was cut off, or not written by this version: run python -m export"
         )
-    if end[len(_SEAL) :].decode(errors="replace") != _digest(path, size):
+    if end[len(mark) :].decode(errors="replace") != _digest(path, size):
         raise SealError(f"{path} is not as it was written (its checksum differs): run python -m export again")
 
 
@@ -62,6 +72,14 @@ def check_guards(path: Path, metadata: Mapping[str, str], required: Iterable[str
         raise SealError(
             f"{path} does not guard against bad input of the kinds {', '.join(missing)}: run python -m export again"
         )
+
+
+def _mark(path: Path) -> bytes:
+    # A file that is being written has another name, with this one in it: .model.onnx.123.partial
+    for suffix in reversed(path.suffixes):
+        if suffix in _SEALS:
+            return _SEALS[suffix]
+    raise SealError(f"{path} is neither an .onnx nor a .pt file")
 
 
 def _digest(path: Path, size: int) -> str:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .onnx_file import OnnxModel
+from .exported import ExportedModel
 from .packed import SAMPLE_RATE
 
-MAX_ERROR = 1e-4  # relative L2 distance to SpeechBrain's embedding
-MIN_COSINE = 0.99999
+
+class Bounds(NamedTuple):
+    """What an embedding may differ by: relative L2 distance to SpeechBrain's, and cosine."""
+
+    max_error: float
+    min_cosine: float
+
+
+BOUNDS = {"fp32": Bounds(1e-4, 0.99999), "fp16": Bounds(5e-3, 0.9999)}
+MAX_ERROR = BOUNDS["fp32"].max_error
 Array = NDArray[Any]
 SAMPLES = Path(__file__).parent.parent / "samples"
 
@@ -29,6 +37,7 @@ class Group:
     """The largest difference over some clips."""
 
     name: str
+    bounds: Bounds
     clips: int = 0
     error: float = 0.0
     cosine: float = 1.0
@@ -45,7 +54,7 @@ class Group:
     @property
     def passed(self) -> bool:
         """Within both bounds; NaN is not."""
-        return self.error <= MAX_ERROR and self.cosine >= MIN_COSINE
+        return self.error <= self.bounds.max_error and self.cosine >= self.bounds.min_cosine
 
     def __str__(self) -> str:
         verdict = "ok" if self.passed else f"REFUSED (worst: {self.worst})"
@@ -75,17 +84,18 @@ class Reference:
         return self.known[label]
 
 
-def verify(model: OnnxModel, classifier: Any, *, seed: int = 0) -> Iterator[Group]:
+def verify(model: ExportedModel, classifier: Any, *, seed: int = 0) -> Iterator[Group]:
     """Compare group by group, yielding each as it is done.
 
     Raises:
         VerificationError: after the groups, when one is out of bounds; at once when a guard does not hold.
     """
     reference = Reference(classifier)
+    bounds = BOUNDS[model.metadata["precision"]]
     groups = clip_groups(model.min_samples, model.max_samples, seed)
     refused = []
     for name, clips in groups.items():
-        group = Group(name)
+        group = Group(name, bounds)
         for label, clip in clips.items():
             group.add(label, model.embed([clip])[0], reference(label, clip))
         refused += [] if group.passed else [group]
@@ -97,7 +107,7 @@ def verify(model: OnnxModel, classifier: Any, *, seed: int = 0) -> Iterator[Grou
         worst = max(refused, key=lambda group: group.error if group.error == group.error else np.inf)
         raise VerificationError(
             f"{worst.name}: {worst.worst} is {worst.error:.1e} away from SpeechBrain (cosine {worst.cosine:.6f}), "
-            f"allowed are {MAX_ERROR:.0e} and {MIN_COSINE}: the model is not used"
+            f"allowed are {bounds.max_error:.0e} and {bounds.min_cosine}: the model is not used"
         )
 
 
@@ -139,10 +149,10 @@ def _speech() -> Iterator[tuple[Path, Array]]:
             yield path, read(path, max_samples=600 * SAMPLE_RATE).waveform
 
 
-def _batches(model: OnnxModel, groups: dict[str, dict[str, Array]], reference: Reference, seed: int) -> Group:
+def _batches(model: ExportedModel, groups: dict[str, dict[str, Array]], reference: Reference, seed: int) -> Group:
     """Every clip again, in batches of mixed lengths and shuffled order."""
     random = np.random.default_rng(seed)
-    group = Group("mixed lengths, shuffled")
+    group = Group("mixed lengths, shuffled", BOUNDS[model.metadata["precision"]])
     clips = [item for members in groups.values() for item in members.items()]
     for size in (len(clips), 2, 7, 16):
         order = random.permutation(len(clips))
@@ -153,11 +163,11 @@ def _batches(model: OnnxModel, groups: dict[str, dict[str, Array]], reference: R
     return group
 
 
-def _guards(model: OnnxModel, groups: dict[str, dict[str, Array]], reference: Reference, seed: int) -> Group:
+def _guards(model: ExportedModel, groups: dict[str, dict[str, Array]], reference: Reference, seed: int) -> Group:
     """Clips that must come back as NaN, between good ones that must not notice; and a clip over the limit."""
     second = SAMPLE_RATE
     neighbours = [item for item in groups["noise"].items() if len(item[1]) <= 3 * second][-4:]
-    group = Group("guards: neighbours, limit")
+    group = Group("guards: neighbours, limit", BOUNDS[model.metadata["precision"]])
 
     def spoiled(value: float, at: int) -> Array:
         clip = np.full(second, 0.1, np.float32)

@@ -15,7 +15,8 @@ from export import checkpoint
 from export.__main__ import ERRORS as EXPORT_ERRORS
 from export.__main__ import export, step
 from export.configs import MODEL
-from export.onnx_file import OnnxModel, up_to_date
+from export.exported import up_to_date
+from export.onnx_file import OnnxModel
 from server.triton import ServerError, TritonServer
 
 FOLDER = Path(__file__).parent

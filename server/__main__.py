@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> int:
     server = TritonServer(
         options.repository,
         device=options.device,
+        gpus=options.gpus,
+        precision=options.precision,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
@@ -111,6 +113,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument = parser.add_argument
     argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="%(default)s")
     argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes a GPU if it can")
+    argument(
+        "--gpus",
+        type=lambda text: [int(number) for number in text.split(",")],
+        metavar="N,N",
+        help="numbers of the GPUs to run on, one instance on each (all)",
+    )
+    argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs")
     for api, port in ("http", 8000), ("grpc", 8001), ("metrics", 8002):
         argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="%(default)s; 0: a free one")
     argument("--address", default="127.0.0.1", help="where all three listen (%(default)s)")

@@ -31,6 +31,7 @@ from export import configs
 from server.gateway import Gateway, GatewayError, Limits
 
 Device = Literal["auto", "cpu", "gpu"]
+Precision = Literal["fp32", "fp16"]
 
 _INSTALLED = "/opt/tritonserver/bin/tritonserver"
 _BACKENDS = Path(__file__).parent / "backends"
@@ -42,7 +43,6 @@ _SHM = Path("/dev/shm")
 # Bytes. A batch passes through shared memory on its way to the model, and Triton does not limit what a request holds.
 # Where it does not fit, the clips that share the batch fail, and requests stay behind that hold up the server's stop.
 _ENOUGH_SHM = 1 << 30
-_MODEL_FILES = {"onnxruntime": "model.onnx", "pytorch": "model.pt"}  # Triton's default name for each backend
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None)
 
@@ -63,6 +63,8 @@ class TritonServer:
         repository: Path = Path("model_repository"),
         *,
         device: Device = "auto",
+        gpus: Sequence[int] | None = None,
+        precision: Precision = "fp32",
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -78,6 +80,8 @@ class TritonServer:
         Args:
             repository: The model repository.
             device: Where the models run; "auto" takes a GPU if one can be used.
+            gpus: Numbers of the GPUs to run on; all without. Each has the instances that the configs say.
+            precision: "fp16" takes the float16 files where the models run on GPUs.
             http_port: Port of the HTTP API, 0 for a free one; `grpc_port` and `metrics_port` likewise.
             grpc_port: Port of the gRPC API.
             metrics_port: Port of the Prometheus metrics.
@@ -92,6 +96,8 @@ class TritonServer:
         """
         self.repository = repository
         self._device: Device = device
+        self._gpus = gpus
+        self._precision: Precision = precision
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._address = address
         self._limits = limits
@@ -127,10 +133,17 @@ class TritonServer:
                 )
         installed = find_installed()
         gpus, no_gpu = cuda_gpus()
-        if gpus and installed is None and not _onnxruntime_has_cuda():
-            gpus, no_gpu = [], f"the installed onnxruntime cannot use the {gpus[0]}: onnxruntime-gpu can"
-        self.device, self.chosen = choose_device(self._device, gpus, no_gpu)
-        self.models = check_repository(self.repository, self.device)
+        if gpus and self._gpus is not None:
+            gpus = choose_gpus(gpus, self._gpus)
+        if gpus and installed is None and (reason := _cannot_use_cuda(self.repository)):
+            gpus, no_gpu = [], f"{reason} cannot use the {gpus[0]}"
+        self.device, self.chosen, self.config_name = choose_device(self._device, gpus, no_gpu, self._precision)
+        served = check_repository(self.repository, self.config_name)
+        self.models = list(served)
+        if installed is None:
+            for backend in sorted(set(served.values()) & set(_PACKAGES)):
+                if importlib.util.find_spec(_PACKAGES[backend]) is None:
+                    raise ServerError(f"{_PACKAGES[backend]} is not installed: pip install {_PACKAGES[backend]}")
         self._address = resolve(self._address)
         ports = self._ports = choose_ports(self._address, self._ports)  # the same ones when it is started again
         # What listens on every address is reached on the loopback one.
@@ -249,8 +262,8 @@ class TritonServer:
     def _launch(self, installed: Path | None, listen: dict[str, tuple[str, int]]) -> None:
         assert self._folder is not None
         options = {
-            "model-repository": self.repository.absolute(),
-            "model-config-name": self.device.lower(),
+            "model-repository": self._view(),
+            "model-config-name": self.config_name,
             "model-control-mode": "none",
             "metrics-config": "summary_latencies=true",
             "allow-gpu-metrics": str(self.device == "GPU").lower(),
@@ -263,6 +276,13 @@ class TritonServer:
         environment = dict(os.environ)
         if self.device == "CPU":
             environment["CUDA_VISIBLE_DEVICES"] = ""  # or Triton takes some memory of every GPU it sees
+        else:
+            # The configs say so too, where their backend has a setting for it.
+            environment.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+            if self._gpus is not None:
+                visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+                names = visible.split(",") if visible else list(map(str, range(max(self._gpus) + 1)))
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in self._gpus)
         if installed is None:
             binary, backends = assemble_wheel(self._folder, environment)
             options["backend-config"] = f"python,shm-region-prefix-name={self._folder.name}-"
@@ -293,6 +313,17 @@ class TritonServer:
                 )
         except OSError as error:
             raise ServerError(f"cannot run {binary}: {error.strerror}") from error
+
+    def _view(self) -> Path:
+        """The repository, or one with links to those of its models that are served."""
+        if len(self.models) == len(_models(self.repository)):
+            return self.repository.absolute()
+        assert self._folder is not None
+        view = self._folder / "models"
+        view.mkdir()
+        for model in self.models:
+            (view / model).symlink_to((self.repository / model).absolute())
+        return view
 
     def _open_gateway(self, limits: Limits, behind: dict[str, tuple[str, int]]) -> None:
         assert self._folder is not None
@@ -358,7 +389,7 @@ class TritonServer:
         if self._lock is not None:
             os.close(self._lock)
         keep = self._keep_log and self.log_path.parent == self._folder
-        for part in ("backends", "gateway") if keep else ("",):
+        for part in ("backends", "gateway", "models") if keep else ("",):
             shutil.rmtree(self._folder / part, ignore_errors=True)
 
 
@@ -411,8 +442,6 @@ def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Pat
         raise ServerError(
             "tritonserver is not installed: pip install -e '.[server]', or run in NVIDIA's Triton container"
         )
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise ServerError("onnxruntime is not installed: pip install -e '.[server]'")
     wheel = Path(spec.origin).parent / "tritonserver"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = wheel / "python_backend_stubs" / python / "triton_python_backend_stub"
@@ -486,55 +515,85 @@ def cuda_gpus() -> tuple[list[str], str]:
     return names, "" if names else "the NVIDIA driver shows no GPU"
 
 
-def _onnxruntime_has_cuda() -> bool:
-    spec = importlib.util.find_spec("onnxruntime")  # not imported: it would stay in this process's memory
-    return (
-        spec is not None
-        and spec.origin is not None
-        and (Path(spec.origin).parent / "capi/libonnxruntime_providers_cuda.so").exists()
-    )
+# The package that stands behind each backend with the wheel, and the library that such a package has for CUDA.
+_PACKAGES = {"onnxruntime": "onnxruntime", "pytorch": "torch"}
+_CUDA_LIBRARIES = {"onnxruntime": "capi/libonnxruntime_providers_cuda.so", "torch": "lib/libtorch_cuda.so"}
 
 
-def choose_device(device: Device, gpus: Sequence[str], no_gpu: str) -> tuple[str, str]:
+def _cannot_use_cuda(repository: Path) -> str:
+    """The first package that a model of the repository needs and that has no CUDA; empty if all have."""
+    for model in _models(repository) if repository.is_dir() else []:
+        config = model / "config.pbtxt"
+        backend = configs.read(config).backend if config.is_file() and _is_exported(model) else ""
+        package = _PACKAGES.get(backend)
+        spec = importlib.util.find_spec(package) if package else None  # not imported: it would stay in memory
+        if spec is not None and spec.origin is not None and package is not None:
+            if not (Path(spec.origin).parent / _CUDA_LIBRARIES[package]).exists():
+                return f"the installed {package}"
+    return ""
+
+
+def choose_gpus(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
+    """The names of the GPUs with these numbers.
+
+    Raises:
+        ServerError: There is no GPU with one of the numbers, or one comes twice.
+    """
+    for number in numbers:
+        if not 0 <= number < len(names) or numbers.count(number) > 1:
+            there = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
+            raise ServerError(f"gpus {','.join(map(str, numbers))}: expected different numbers of {there}")
+    return [names[number] for number in numbers]
+
+
+def choose_device(
+    device: Device, gpus: Sequence[str], no_gpu: str, precision: Precision = "fp32"
+) -> tuple[str, str, str]:
     """Chooses between the configs for CPU and GPU.
 
     Args:
         device: What was asked for.
         gpus: Names of the GPUs that can be used.
         no_gpu: Why there are none.
+        precision: Of the models on a GPU.
 
     Returns:
-        "CPU" or "GPU", and a sentence on what was chosen and why.
+        "CPU" or "GPU", a sentence on what was chosen and why, and the name of the configs.
     """
+    if device == "cpu" and precision == "fp16":
+        raise ServerError("precision fp16 is for GPUs, on a CPU it only costs accuracy: use --precision fp32")
     if device == "cpu":
-        return "CPU", "CPU, as asked"
+        return "CPU", "CPU, as asked", "cpu"
     if gpus:
-        return "GPU", f"GPU{', as asked' if device == 'gpu' else ''}: {', '.join(gpus)}"
+        in_half = ", in float16" if precision == "fp16" else ""
+        name = "gpu_fp16" if precision == "fp16" else "gpu"
+        return "GPU", f"GPU{', as asked' if device == 'gpu' else ''}: {', '.join(gpus)}{in_half}", name
     if device == "gpu":
         raise ServerError(f"device gpu: {no_gpu}; use --device cpu, or auto to take what there is")
-    return "CPU", f"CPU: {no_gpu}"
+    return "CPU", f"CPU{', in float32' if precision == 'fp16' else ''}: {no_gpu}", "cpu"
 
 
-def check_repository(repository: Path, device: str) -> list[str]:
-    """Checks that every model of the repository has the file its config asks for, and ours that they are safe to serve.
+def check_repository(repository: Path, config_name: str) -> dict[str, str]:
+    """Checks that the models of the repository have the files their configs ask for, and ours that they are safe.
 
     A model of this project is refused when its file is damaged, was changed since the export, lacks a guard against
-    bad input, or disagrees with its config.
+    bad input, or disagrees with its config. One that was never exported is passed over, as long as another was.
 
     Args:
         repository: The model repository.
-        device: "CPU" or "GPU", which chooses the config.
+        config_name: "cpu", for example: of the configs to take in place of `config.pbtxt`.
 
     Returns:
-        The names of the models.
+        The backend of each model to serve, by the model's name.
     """
     if not repository.is_dir():
         raise ServerError(f"model repository {repository} is not a folder: give its path with --repository")
-    models = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    models = _models(repository)
     if not models:
         raise ServerError(f"model repository {repository} has no models: expected a folder {repository}/ecapa")
-    for model in models:
-        paths = [model / "configs" / f"{device.lower()}.pbtxt", model / "config.pbtxt"]
+    backends = {}
+    for model in [model for model in models if _is_exported(model)] or models:
+        paths = [model / "configs" / f"{config_name}.pbtxt", model / "config.pbtxt"]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             raise ServerError(f"model {model} has no config: expected {paths[1]}")
@@ -546,13 +605,24 @@ def check_repository(repository: Path, device: str) -> list[str]:
                     configs.check(path, configs.ModelFile.read(file), model.name)
         except (configs.ConfigError, configs.ModelFileError) as error:
             raise ServerError(str(error)) from error
-    return [model.name for model in models]
+        backends[model.name] = str(config.backend)
+    return backends
+
+
+def _models(repository: Path) -> list[Path]:
+    return sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _is_exported(model: Path) -> bool:
+    """Whether it has anything to serve, as far as Triton's own conventions tell."""
+    kind = next((kind for kind in configs.FORMATS.values() if kind.folder == model.name), None)
+    return kind is None or any((model / "1" / name).exists() for name in (kind.file, kind.half_file))
 
 
 def _served_files(model: Path, config: Any) -> list[Path]:
     """The model files that Triton would load, of the backends that are known here."""
     usual = "model.onnx" if configs.is_ours(config) else ""  # one of ours is not served unchecked
-    filename = config.default_model_filename or _MODEL_FILES.get(config.backend, usual)
+    filename = config.default_model_filename or configs.USUAL_FILES.get(config.backend, usual)
     if not filename:
         return []
     names = (path.name for path in model.iterdir() if path.is_dir())

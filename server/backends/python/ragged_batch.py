@@ -1,0 +1,158 @@
+"""What the stand-ins for Triton's C++ backends have in common: the layout of a batch, and whose rows are whose.
+
+It knows no model. What a config means to a C++ backend it means here, so one repository serves on both:
+
+- the requests of a batch are concatenated in their order; of ragged inputs the samples, end to end
+- `batch_input` of kind BATCH_ITEM_SHAPE: one row per item, so a request of shape [2, L] gives two rows L
+- the outputs are split by the number of items in each request
+- `default_model_filename` and the instance's device are obeyed
+
+It differs in three things, so that nobody pays for another's request. When a batch fails, its requests run again one
+by one, and only the culprit fails. Requests with an empty ragged input go behind the others of their batch. And where
+the config has a parameter `required_guards`, the model file must be as it was exported and must name those guards in
+its metadata, or it is not loaded: not at the start, and not when it is replaced under a running server.
+
+Triton's Python stubs find this file beside themselves.
+"""
+
+import ctypes
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from export import seal
+
+Array = NDArray[Any]
+
+
+class Instance(NamedTuple):
+    """What Triton says of an instance: its device (`cuda:0`, for example), the config and the config's parameters."""
+
+    device: str
+    config: dict[str, Any]
+    parameters: dict[str, str]
+
+
+class RaggedBatchModel(ABC):
+    """One instance of one model. A backend says how its kind of file is loaded and run."""
+
+    usual_file: str  # what is loaded where the config names no file
+
+    @abstractmethod
+    def load(self, path: Path, instance: Instance) -> dict[str, str]:
+        """Loads the model file onto the instance's device, checks the config against it and returns its metadata."""
+
+    @abstractmethod
+    def run(self, feed: dict[str, Array], outputs: list[str]) -> Sequence[Array]:
+        """Runs one batch: arrays by input name, to arrays in the order of the outputs' names."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads the version's model file.
+
+        Args:
+            args: Triton's description of the instance; `model_config` is the config as JSON.
+        """
+        config = json.loads(args["model_config"])
+        if config["max_batch_size"] < 1:
+            raise pb_utils.TritonModelException("max_batch_size is 0: this backend needs a batched model")
+        for entry in config["batch_input"]:
+            if entry["kind"] != "BATCH_ITEM_SHAPE":
+                raise pb_utils.TritonModelException(
+                    f"batch_input kind {entry['kind']} is not supported: use BATCH_ITEM_SHAPE"
+                )
+        self._inputs: list[str] = [tensor["name"] for tensor in config["input"]]
+        self._ragged = {tensor["name"] for tensor in config["input"] if tensor["allow_ragged_batch"]}
+        self._outputs: list[str] = [tensor["name"] for tensor in config["output"]]
+        # (target, source, dtype) of each batch input
+        self._item_shapes = [
+            (target, entry["source_input"][0], pb_utils.triton_string_to_numpy(entry["data_type"]))
+            for entry in config["batch_input"]
+            for target in entry["target_name"]
+        ]
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        on_gpu = args["model_instance_kind"] == "GPU"
+        device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
+        filename = config["default_model_filename"] or self.usual_file
+        path = Path(args["model_repository"], args["model_version"], filename)
+        guards = parameters.get("required_guards")
+        try:
+            if guards is not None:
+                seal.check(path)
+            metadata = self.load(path, Instance(device, config, parameters))
+            if guards is not None:
+                seal.check_guards(path, metadata, guards.split(","))
+        except seal.SealError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        # Reading and repacking the weights leaves as much again in freed heap, which glibc would keep.
+        ctypes.CDLL(None).malloc_trim(0)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answers the requests of one batch, each with its own rows or its own error."""
+        # An empty clip goes last: a model may have no answer for what lies behind one.
+        order = sorted(range(len(requests)), key=lambda number: self._is_empty(requests[number]))
+        answers = dict(zip(order, self._answer([requests[number] for number in order]), strict=True))
+        return [answers[number] for number in range(len(requests))]
+
+    def _is_empty(self, request: Any) -> bool:
+        return any(0 in pb_utils.get_input_tensor_by_name(request, name).shape() for name in self._ragged)
+
+    def _answer(self, requests: list[Any]) -> list[Any]:
+        try:
+            return self._run(requests)
+        except Exception as error:
+            if len(requests) > 1:
+                return [response for request in requests for response in self._answer([request])]
+            return [_failure(str(error))]
+
+    def _run(self, requests: list[Any]) -> list[Any]:
+        parts: dict[str, list[Array]] = {
+            name: [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+            for name in self._inputs
+        }
+        items = [len(array) for array in parts[self._inputs[0]]]  # the first axis is Triton's batch axis
+        feed = {name: _pack(arrays, name in self._ragged) for name, arrays in parts.items()}
+        for target, source, dtype in self._item_shapes:
+            rows = [np.tile(np.array(array.shape[1:], dtype), (len(array), 1)) for array in parts[source]]
+            feed[target] = np.concatenate(rows)
+
+        outputs = self.run(feed, self._outputs)
+        for name, output in zip(self._outputs, outputs, strict=True):
+            if output.ndim == 0 or len(output) != sum(items):
+                message = f"output {name} has shape {list(output.shape)}, expected {sum(items)} rows"
+                return [_failure(message) for _ in requests]
+        ends = np.cumsum(items)[:-1]
+        split = [np.split(output, ends) for output in outputs]
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(name, rows) for name, rows in zip(self._outputs, row_sets, strict=True)]
+            )
+            for row_sets in zip(*split, strict=True)
+        ]
+
+
+def batch_inputs(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Name and type of each tensor that `batch_input` adds."""
+    entries = config["batch_input"]
+    return [{"name": name, "data_type": entry["data_type"]} for entry in entries for name in entry["target_name"]]
+
+
+def is_true(value: str) -> bool:
+    """As Triton's C++ backends read a parameter."""
+    return value.lower() in ("1", "true")
+
+
+def _pack(arrays: list[Array], ragged: bool) -> Array:
+    if ragged:
+        arrays = [array.reshape(-1) for array in arrays]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _failure(message: str) -> Any:
+    pb_utils.Logger.log_error(message)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
