@@ -5,7 +5,7 @@ SOURCE ?=
 SOAK_MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults lint export verify serve bench soak clean
+.PHONY: help demo test faults lint export verify serve bench soak gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +40,9 @@ soak: $(BIN)/installed ## a minute of damaged audio files, then the server under
 	$(BIN)/python -m tests.fuzz_audio --seconds 60
 	$(BIN)/python -m loadtest soak --minutes $(SOAK_MINUTES) $(if $(SOURCE),--source $(SOURCE)) \
 		--json build/soak.json --plot build/soak.png
+
+gpu-check: $(BIN)/installed ## all that needs a GPU, measured on this host's, into loadtest/results/
+	$(BIN)/python -m loadtest gpu $(if $(SOURCE),--source $(SOURCE))
 
 clean: ## remove the environment and the exported models
 	rm -rf .venv model_repository/*/1/model.*

@@ -143,9 +143,11 @@ def _open(kind: configs.Format, path: Path) -> exported.ExportedModel:
 def run_verify(options: argparse.Namespace) -> None:
     """Verify the models that are in the repository against the source that their metadata names."""
     loaded: dict[str, checkpoint.Checkpoint] = {}
+    models = []
     for path, kind in _exported_files(options.repository):
-        model = _open(kind, path)
+        models.append((path, _open(kind, path)))
         configs.check_all(options.repository / kind.folder, {path.name: configs.ModelFile.read(path)})
+    for path, model in models:
         chosen = options
         if options.source is None:
             origin = shlex.split(model.metadata["origin"])
@@ -166,13 +168,16 @@ def run_verify(options: argparse.Namespace) -> None:
 
 
 def _exported_files(repository: Path) -> list[tuple[Path, configs.Format]]:
-    """The model files that are there, and where there is none the first that should be."""
-    files = [
-        (repository / kind.folder / "1" / name, kind)
-        for kind in configs.FORMATS.values()
-        for name in (kind.file, kind.half_file)
-    ]
-    return [item for item in files if item[0].is_file()] or files[:1]
+    """The files of each format of which there is any, the float32 one in any case; where there is none, ONNX's."""
+    found = []
+    for kind in configs.FORMATS.values():
+        file, half_file = (repository / kind.folder / "1" / name for name in (kind.file, kind.half_file))
+        if file.is_file() or half_file.is_file():
+            found.append((file, kind))
+        if half_file.is_file():
+            found.append((half_file, kind))
+    kind = configs.FORMATS["onnx"]
+    return found or [(repository / kind.folder / "1" / kind.file, kind)]
 
 
 def _verify(path: Path, model: exported.ExportedModel, loaded: checkpoint.Checkpoint) -> None:

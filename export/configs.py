@@ -197,8 +197,9 @@ def _differences(config: Any, model: ModelFile, name: str) -> list[tuple[str, st
             ("output", output.name, "dims", list(given_output.dims), output.shape[1:]),
         ]
     wanted += [("output", extra, "name", extra, "no such output") for extra in outputs]
-    guards = config.parameters["required_guards"].string_value if "required_guards" in config.parameters else ""
-    wanted += [("parameters", "required_guards", "string_value", guards, ",".join(seal.GUARDS))]
+    for key, value in ("required_guards", ",".join(seal.GUARDS)), ("precision", model.metadata.get("precision")):
+        given_value = config.parameters[key].string_value if key in config.parameters else ""
+        wanted += [("parameters", key, "string_value", given_value, value)]
     return [(s, n, k, str(found), str(expected)) for s, n, k, found, expected in wanted if found != expected]
 
 

@@ -1,18 +1,14 @@
-"""`python -m loadtest model`: speed of the exported model; `python -m loadtest soak`: the server under mixed load."""
+"""Measurements: `python -m loadtest model` in process, `soak` of the server under mixed load, `gpu` of a GPU host."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-from export.__main__ import ERRORS as EXPORT_ERRORS
-from server.triton import ServerError
-
-from . import model, soak
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,8 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
-        options.run(options)
-    except (soak.SoakError, ServerError, OSError, *EXPORT_ERRORS) as error:
+        importlib.import_module(f"loadtest.{options.command}").run(options)
+    except _errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -30,17 +26,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _errors() -> tuple[type[Exception], ...]:
+    """What the measurements raise, as far as it can be imported: a GPU host may have little more than torch."""
+    names = ("export.__main__", "ERRORS"), ("loadtest.soak", "SoakError"), ("server.triton", "ServerError")
+    errors: list[type[Exception]] = [OSError]
+    for module, name in (*names, ("loadtest.gpu_models", "GpuError")):
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except ImportError:
+            continue
+        errors += found if isinstance(found, tuple) else [found]
+    return tuple(errors)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     bench = commands.add_parser("model", help="speed of the model in process, on the CPU")
-    bench.set_defaults(run=model.run)
     bench.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: %(default)s)")
     bench.add_argument("--threads", type=int, default=0, help="of every contender (default: all cores)")
 
     load = commands.add_parser("soak", help="the server under mixed and hostile load: right embeddings, level memory")
-    load.set_defaults(run=soak.run)
     load.add_argument("--minutes", type=_positive, default=10.0, help="of load (default: %(default)g)")
     load.add_argument("--clients", type=_count, default=8, help="that send at once (default: %(default)s)")
     load.add_argument("--hostile", type=_share, default=0.05, help="share of what they do (default: %(default)s)")
@@ -48,9 +55,19 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--repository", type=Path, metavar="DIR", help="serve what is exported there, not --source")
     load.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over time there, a PNG")
 
-    for command, source in (bench, "random"), (load, "mini"):
+    gpu = commands.add_parser("gpu", help="everything on a host with a GPU: agreement, speed, kernels, serving, goals")
+    gpu.add_argument(
+        "--out", type=Path, default=Path("loadtest/results"), metavar="FOLDER", help="default: %(default)s"
+    )
+    gpu.add_argument("--repository", type=Path, metavar="DIR", help="model files exported there, not --source")
+    gpu.add_argument("--speech", type=Path, metavar="FOLDER", help="of WAV and FLAC, up to 100 (default: samples/)")
+    gpu.add_argument("--quick", action="store_true", help="fewer rounds and shorter loads")
+    gpu.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # all of it on a CPU, very small
+
+    for command, source in (bench, "random"), (load, "mini"), (gpu, "random"):
         command.add_argument("--source", default=source, help="as for python -m export (default: %(default)s)")
         command.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
+    for command in bench, load:
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser
 

@@ -115,7 +115,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes a GPU if it can")
     argument(
         "--gpus",
-        type=lambda text: [int(number) for number in text.split(",")],
+        type=_numbers,
         metavar="N,N",
         help="numbers of the GPUs to run on, one instance on each (all)",
     )
@@ -152,6 +152,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     argument("--log", type=Path, metavar="FILE", help="append Triton's log here (else kept after failures only)")
     return parser.parse_args(own), extra
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _positive(text: str) -> int:

@@ -27,7 +27,7 @@ settings.load_profile("repeatable")
 
 def copy_configs(folder: Path) -> Path:
     """A model repository in `folder` with the project's configs and no model files."""
-    ignored = shutil.ignore_patterns("model.onnx", "model*.pt", ".*")
+    ignored = shutil.ignore_patterns("model*.onnx", "model*.pt", ".*")
     return Path(shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignored))
 
 
@@ -45,16 +45,24 @@ def mini() -> checkpoint.Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def both_formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with the small trained model, exported by the code under test. Not to be changed."""
-    folder = copy_configs(tmp_path_factory.mktemp("repository"))
-    export(folder, "mini")
+    folder = copy_configs(tmp_path_factory.mktemp("both"))
+    export(folder, "mini", formats=["onnx", "torchscript"])
     return folder
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path) -> Iterator[TritonServer]:
-    with TritonServer(repository, device="auto") as running:
+def repository(both_formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the ONNX model alone. Not to be changed."""
+    folder = copy_configs(tmp_path_factory.mktemp("repository"))
+    shutil.copytree(both_formats / "ecapa/1", folder / "ecapa/1", dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(both_formats: Path) -> Iterator[TritonServer]:
+    with TritonServer(both_formats, device="auto") as running:
         yield running
 
 

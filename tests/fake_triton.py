@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 SIZE = 192
 Answer = Callable[["FakeTriton", np.ndarray], "dict[str, np.ndarray]"]
@@ -112,6 +112,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         if request.name != "ecapa":
             context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
         return service_pb2.ModelMetadataResponse(name="ecapa", versions=["1", "2"])
+
+    def ModelConfig(self, request, context):
+        config = model_config_pb2.ModelConfig(name="ecapa", backend="onnxruntime", max_batch_size=3)
+        config.default_model_filename = "model_fp16.onnx"
+        config.parameters["precision"].string_value = "fp16"
+        config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_GPU, count=2, gpus=[0, 1])
+        config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=1)
+        return service_pb2.ModelConfigResponse(config=config)
 
     def ModelStatistics(self, request, context):
         response = service_pb2.ModelStatisticsResponse()

@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import grpc
@@ -201,11 +203,51 @@ def test_status(fake: FakeTriton) -> None:
     assert (status, err) == (0, "")
     for words in ("Triton 2.51.0", "ready", "ecapa, version 1, 2", "40 ms to 30 s", "0.45", "20 in 8 executions"):
         assert words in out
+    for words in ("model_fp16.onnx by onnxruntime, fp16; instances: 2 on GPU 0, 2 on GPU 1, 1 on", "up to 3 clips"):
+        assert words in out
     facts = json.loads(run("status", "--url", fake.url, "--json")[1])
+    assert facts["gpus"] == [] and facts["deployment"]["precision"] == "fp16"
     assert facts["limits"] == {"threshold": 0.45, "max_seconds": 30.0, "min_samples": 640}
     assert facts["statistics"]["mean_batch"] == 3.0
     fake.answers = [refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")]
     assert run("status", "--url", fake.url)[0] == 0
+
+
+METRICS = """
+nv_gpu_utilization{gpu_uuid="GPU-b"} 0.25
+nv_gpu_memory_total_bytes{gpu_uuid="GPU-b"} 80000000000.000000
+nv_gpu_memory_used_bytes{gpu_uuid="GPU-b"} 2.5e9
+nv_gpu_utilization{gpu_uuid="GPU-a"} 1
+nv_cpu_utilization 0.5
+"""
+
+
+def test_status_of_gpus(fake: FakeTriton) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(METRICS.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = f"http://127.0.0.1:{server.server_port}/metrics"
+        status, out, err = run("status", "--url", fake.url, "--metrics", page)
+        assert (status, err) == (0, "")
+        assert out.endswith(
+            "gpu         GPU-a: nan of nan GB in use, 100% busy\ngpu         GPU-b: 2.5 of 80.0 GB in use, 25% busy\n"
+        )
+        facts = json.loads(run("status", "--url", fake.url, "--metrics", page, "--json")[1])
+        assert facts["gpus"][1] == {"uuid": "GPU-b", "memory_used": 2.5e9, "memory_total": 8e10, "utilization": 0.25}
+        assert facts["gpus"][0]["memory_used"] is None
+        server.shutdown()
+    for wrong in page, "nonsense":
+        status, _, err = run("status", "--url", fake.url, "--metrics", wrong)
+        assert status == 2
+        one_line(err, "cannot be read")
 
 
 def test_status_of_a_server_away() -> None:

@@ -37,6 +37,7 @@ from ecapa_triton import (
     TooShortError,
     cosine,
 )
+from ecapa_triton._wire import Deployment
 from fake_triton import SIZE, Answer, FakeTriton, fake_triton, fingerprint, nan, outputs, refuse, slow
 from tritonclient.grpc import InferenceServerClient
 
@@ -427,6 +428,9 @@ def test_status(fake: FakeTriton, client: SpeakerClient) -> None:
     assert (status.server_version, status.live, status.ready) == ("2.51.0", True, True)
     assert status.model_versions == ("1", "2")
     assert status.limits == Limits(threshold=0.45, max_seconds=30.0, min_samples=640)
+    assert status.deployment == Deployment(
+        "onnxruntime", "model_fp16.onnx", ("2 on GPU 0", "2 on GPU 1", "1 on the CPU"), "fp16", 3
+    )
     statistics = status.statistics
     assert (statistics.requests, statistics.failures, statistics.executions) == (20, 2, 8)
     assert (statistics.mean_batch, statistics.queue_ms, statistics.compute_ms) == (3.0, 3.0, 11.0)

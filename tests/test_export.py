@@ -164,7 +164,7 @@ def test_tensors_that_are_not_plain(folder: Path) -> None:
 
 
 def test_an_embedding_of_zeros_is_refused() -> None:
-    group = verify.Group("zeros")
+    group = verify.Group("zeros", verify.BOUNDS["fp32"])
     group.add("zeros", np.zeros(3), np.zeros(3))
     group.add("good", np.ones(3), np.ones(3))
     assert not group.passed and group.worst == "zeros" and np.isnan(group.error)
@@ -259,7 +259,7 @@ def test_verify_refuses_other_weights(repository: Path, folder: Path, capsys: py
 def test_a_folder_is_exported_verified_and_up_to_date(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a source, with a space")
     target = copy_configs(tmp_path)
-    arguments = ["--repository", str(target), "--source", str(folder), "--max-seconds", "5"]
+    arguments = ["--repository", str(target), "--source", str(folder), "--max-seconds", "5", "--no-fp16"]
     assert main(arguments) == 0
     path = target / "ecapa/1/model.onnx"
     assert sorted(item.name for item in path.parent.iterdir() if item.name != ".gitkeep") == ["model.onnx"]
@@ -276,8 +276,8 @@ def test_a_failed_verification_leaves_the_old_model(
 ) -> None:
     path = exported / "ecapa/1/model.onnx"
     before = path.read_bytes()
-    monkeypatch.setattr(verify, "MAX_ERROR", 0.0)
-    assert main(["--repository", str(exported), "--source", str(folder)]) == 1
+    monkeypatch.setitem(verify.BOUNDS, "fp32", verify.Bounds(0.0, 0.99999))
+    assert main(["--repository", str(exported), "--source", str(folder), "--no-fp16"]) == 1
     assert "away from SpeechBrain" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert [item.name for item in path.parent.glob("*.partial")] == []
@@ -389,13 +389,18 @@ def test_a_disk_that_cannot_be_written(
 
     before = (exported / "ecapa/1/model.onnx").read_bytes()
     monkeypatch.setattr(onnx, "save", full)
-    assert main(["--repository", str(exported), "--source", str(folder)]) == 1
+    assert main(["--repository", str(exported), "--source", str(folder), "--no-fp16"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert (exported / "ecapa/1/model.onnx").read_bytes() == before
     assert not list((exported / "ecapa/1").glob("*.partial"))
 
 
 # --- configs ---
+
+
+def read_files(repository: Path) -> dict[str, configs.ModelFile]:
+    return {path.name: configs.ModelFile.read(path) for path in (repository / "ecapa/1").glob("*.onnx")}
+
 
 CHANGES = [
     ("dims: [ 192 ]", "dims: [ 256 ]", "dims of embedding is [256], the model in ecapa/1 needs [192]"),
@@ -407,7 +412,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["config.pbtxt", "configs/cpu.pbtxt", "configs/gpu.pbtxt"])
+@pytest.mark.parametrize("name", ["config.pbtxt", "configs/cpu.pbtxt", "configs/gpu.pbtxt", "configs/gpu_fp16.pbtxt"])
 @pytest.mark.parametrize(("old", "new", "message"), CHANGES)
 def test_a_config_that_disagrees_is_named_with_its_line(
     exported: Path, name: str, old: str, new: str, message: str
@@ -417,7 +422,7 @@ def test_a_config_that_disagrees_is_named_with_its_line(
     assert old in text
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(configs.ConfigError) as info:
-        configs.check_all(exported / "ecapa", configs.ModelFile.read(exported / "ecapa/1/model.onnx"))
+        configs.check_all(exported / "ecapa", read_files(exported))
     assert f"{path} " in str(info.value) and message in str(info.value)
     if "model_info" not in old:
         line = text[: text.index(old)].count("\n") + 1
@@ -436,11 +441,11 @@ def test_a_config_that_is_none(exported: Path) -> None:
     path = exported / "ecapa/configs/cpu.pbtxt"
     path.write_text("max_batch_size: 4\nbackend onnxruntime\n")
     with pytest.raises(configs.ConfigError, match=r"cpu\.pbtxt is not a Triton model config: line 2"):
-        configs.check_all(exported / "ecapa", configs.ModelFile.read(exported / "ecapa/1/model.onnx"))
+        configs.check_all(exported / "ecapa", read_files(exported))
 
 
 def test_the_projects_own_configs_agree(repository: Path) -> None:
-    files = configs.check_all(repository / "ecapa", configs.ModelFile.read(repository / "ecapa/1/model.onnx"))
-    assert [path.read_text() for path in files] == [
+    configs.check_all(repository / "ecapa", read_files(repository))
+    assert [path.read_text() for path in configs.config_files(repository / "ecapa")] == [
         path.read_text() for path in configs.config_files(ROOT / "model_repository/ecapa")
     ]

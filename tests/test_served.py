@@ -22,17 +22,22 @@ Reference = Callable[[np.ndarray], np.ndarray]
 LENGTHS = [640, 5000, 16000, 33333, 48000, 80000]  # samples
 
 
+@pytest.fixture(params=["ecapa", "ecapa_torchscript"])
+def model(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
 def triton(server: TritonServer) -> Iterator[InferenceServerClient]:
     with InferenceServerClient(server.grpc_url) as client:
         yield client
 
 
-def ask(triton: InferenceServerClient, waveform: np.ndarray) -> np.ndarray:
+def ask(triton: InferenceServerClient, model: str, waveform: np.ndarray) -> np.ndarray:
     """The raw protocol: waveform [n, samples] to embedding [n, 192]."""
     tensor = InferInput("waveform", list(waveform.shape), "FP32")
     tensor.set_data_from_numpy(waveform)
-    result = triton.infer("ecapa", [tensor], client_timeout=60).as_numpy("embedding")
+    result = triton.infer(model, [tensor], client_timeout=60).as_numpy("embedding")
     assert result is not None
     return np.asarray(result)
 
@@ -41,24 +46,24 @@ def noise(samples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(samples).astype(np.float32) * 0.1
 
 
-def executions(triton: InferenceServerClient) -> tuple[int, int]:
+def executions(triton: InferenceServerClient, model: str) -> tuple[int, int]:
     """Requests and executions that the server has counted."""
     time.sleep(0.5)  # Triton counts a request just after it has replied
-    (statistics,) = triton.get_inference_statistics("ecapa").model_stats
+    (statistics,) = triton.get_inference_statistics(model).model_stats
     return statistics.inference_count, statistics.execution_count
 
 
 def test_24_requests_of_six_lengths_share_executions_and_are_each_as_alone(
-    server: TritonServer, triton: InferenceServerClient, reference: Reference
+    server: TritonServer, triton: InferenceServerClient, model: str, reference: Reference
 ) -> None:
     clips = [noise(LENGTHS[i % 6], i) for i in range(24)]
-    before = executions(triton)
+    before = executions(triton, model)
     with ThreadPoolExecutor(24) as pool:
         clients = [InferenceServerClient(server.grpc_url) for _ in clips]
-        rows = list(pool.map(lambda pair: ask(pair[0], pair[1][None])[0], zip(clients, clips, strict=True)))
+        rows = list(pool.map(lambda pair: ask(pair[0], model, pair[1][None])[0], zip(clients, clips, strict=True)))
     for client in clients:
         client.close()
-    after = executions(triton)
+    after = executions(triton, model)
     assert after[0] - before[0] == 24
     assert after[1] - before[1] <= 16, "requests of different lengths were not batched"
     for clip, row in zip(clips, rows, strict=True):
@@ -66,9 +71,9 @@ def test_24_requests_of_six_lengths_share_executions_and_are_each_as_alone(
         assert error < 1e-4 and cosine > 0.99999
 
 
-def test_a_request_with_several_clips(triton: InferenceServerClient, reference: Reference) -> None:
+def test_a_request_with_several_clips(triton: InferenceServerClient, model: str, reference: Reference) -> None:
     clips = np.stack([noise(8000, seed) for seed in range(3)])
-    for clip, row in zip(clips, ask(triton, clips), strict=True):
+    for clip, row in zip(clips, ask(triton, model, clips), strict=True):
         assert difference(row, reference(clip))[0] < 1e-4
 
 
@@ -84,14 +89,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_hostile_neighbours(server: TritonServer, reference: Reference, bad: str) -> None:
+def test_hostile_neighbours(server: TritonServer, model: str, reference: Reference, bad: str) -> None:
     """A neighbour gets the right embedding; with a C++ backend, NaN behind an empty request, never a wrong one."""
     good = [noise(LENGTHS[i % 5], 100 + i) for i in range(6)]
     clips = [clip for pair in zip(good, [BAD[bad]] * 6, strict=True) for clip in pair] * 2
 
     def send(clip: np.ndarray) -> np.ndarray:
         with InferenceServerClient(server.grpc_url) as client:
-            return ask(client, clip[None])[0]
+            return ask(client, model, clip[None])[0]
 
     with ThreadPoolExecutor(len(clips)) as pool:
         rows = list(pool.map(send, clips))
@@ -115,14 +120,14 @@ def test_hostile_neighbours(server: TritonServer, reference: Reference, bad: str
     [("waveform", [16000], "FP32"), ("waveform", [1, 16000], "INT32"), ("audio", [1, 16000], "FP32")],
 )
 def test_requests_that_are_refused(
-    triton: InferenceServerClient, reference: Reference, name: str, shape: list[int], type_: str
+    triton: InferenceServerClient, model: str, reference: Reference, name: str, shape: list[int], type_: str
 ) -> None:
     tensor = InferInput(name, shape, type_)
     tensor.set_data_from_numpy(np.zeros(shape, np.float32 if type_ == "FP32" else np.int32))
     with pytest.raises(InferenceServerException):
-        triton.infer("ecapa", [tensor], client_timeout=60)
+        triton.infer(model, [tensor], client_timeout=60)
     clip = noise(16000, 7)
-    assert difference(ask(triton, clip[None])[0], reference(clip))[0] < 1e-4
+    assert difference(ask(triton, model, clip[None])[0], reference(clip))[0] < 1e-4
 
 
 def demo(repository: Path) -> subprocess.CompletedProcess[str]:

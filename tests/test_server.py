@@ -29,6 +29,7 @@ from server.triton import (
     assemble_wheel,
     check_repository,
     choose_device,
+    choose_gpus,
     choose_ports,
     cuda_gpus,
     failure_reason,
@@ -512,16 +513,53 @@ def assert_named_log(error: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "chosen"),
+    ("device", "precision", "gpus", "chosen"),
     [
-        ("auto", ["NVIDIA L4"], ("GPU", "GPU: NVIDIA L4")),
-        ("auto", [], ("CPU", "CPU: no driver")),
-        ("cpu", ["NVIDIA L4"], ("CPU", "CPU, as asked")),
-        ("gpu", ["NVIDIA L4"], ("GPU", "GPU, as asked: NVIDIA L4")),
+        ("auto", "fp32", ["NVIDIA L4"], ("GPU", "GPU: NVIDIA L4", "gpu")),
+        ("auto", "fp16", ["NVIDIA L4"], ("GPU", "GPU: NVIDIA L4, in float16", "gpu_fp16")),
+        ("auto", "fp32", [], ("CPU", "CPU: no driver", "cpu")),
+        ("auto", "fp16", [], ("CPU", "CPU, in float32: no driver", "cpu")),
+        ("cpu", "fp32", ["NVIDIA L4"], ("CPU", "CPU, as asked", "cpu")),
+        ("gpu", "fp32", ["A", "B"], ("GPU", "GPU, as asked: A, B", "gpu")),
     ],
 )
-def test_choice_of_device(device: str, gpus: list[str], chosen: tuple[str, str]) -> None:
-    assert choose_device(device, gpus, "no driver") == chosen  # type: ignore[arg-type]
+def test_choice_of_device(device: str, precision: str, gpus: list[str], chosen: tuple[str, str, str]) -> None:
+    assert choose_device(device, gpus, "no driver", precision) == chosen  # type: ignore[arg-type]
+
+
+def test_float16_on_a_cpu() -> None:
+    with pytest.raises(ServerError, match="precision fp16 is for GPUs"):
+        choose_device("cpu", [], "", "fp16")
+
+
+def test_choice_of_gpus() -> None:
+    assert choose_gpus(["A", "B", "C"], [2, 0]) == ["C", "A"]
+    for wrong in [3], [-1], [1, 1]:
+        with pytest.raises(ServerError, match=r"expected different numbers of 0 \(A\), 1 \(B\), 2 \(C\)"):
+            choose_gpus(["A", "B", "C"], wrong)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "1,0"), ("4,GPU-abc", "GPU-abc,4")])
+def test_gpus_are_those_that_are_visible(
+    stand_in_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str
+) -> None:
+    """What a tritonserver on two GPUs is started with; a script stands in its place."""
+    seen = tmp_path / "seen"
+    binary = tmp_path / "tritonserver/bin/tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $NVIDIA_TF32_OVERRIDE $@" > {seen}\nexit 1\n')
+    binary.chmod(0o755)
+    monkeypatch.setattr("server.triton.find_installed", lambda: binary)
+    monkeypatch.setattr("server.triton.cuda_gpus", lambda: (["A", "B"], ""))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    server = TritonServer(stand_in_repository, device="gpu", gpus=[1, 0], precision="fp16", log=tmp_path / "log")
+    with pytest.raises(ServerError):
+        server.start()
+    assert server.chosen == "GPU, as asked: B, A, in float16"
+    assert seen.read_text().startswith(f"{expected} 0 --") and "--model-config-name=gpu_fp16 " in seen.read_text()
 
 
 def test_choice_of_ports() -> None:
@@ -545,18 +583,18 @@ def test_little_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_repository_is_checked_for_the_device(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="has no models"):
-        check_repository(tmp_path, "CPU")
+        check_repository(tmp_path, "cpu")
     stand_in.write(tmp_path / "sums")
     (tmp_path / ".git").mkdir()
-    assert check_repository(tmp_path, "CPU") == ["sums"]
+    assert check_repository(tmp_path, "cpu") == {"sums": "onnxruntime"}
     (tmp_path / "sums/configs").mkdir()
     (tmp_path / "sums/configs/gpu.pbtxt").write_text('# model.onnx\nbackend: "pytorch"\n')
-    assert check_repository(tmp_path, "CPU") == ["sums"]
+    assert check_repository(tmp_path, "cpu") == {"sums": "onnxruntime"}
     with pytest.raises(ServerError, match=r"sums/1/model\.pt is missing"):
-        check_repository(tmp_path, "GPU")
+        check_repository(tmp_path, "gpu")
     (tmp_path / "sums/config.pbtxt").unlink()
     with pytest.raises(ServerError, match=r"expected .*sums/config\.pbtxt"):
-        check_repository(tmp_path, "CPU")
+        check_repository(tmp_path, "cpu")
 
 
 def test_the_version_that_is_served_is_checked(repository: Path, tmp_path: Path) -> None:
@@ -565,22 +603,22 @@ def test_the_version_that_is_served_is_checked(repository: Path, tmp_path: Path)
     shutil.copytree(model / "1", model / "9")
     (model / "\N{SUPERSCRIPT TWO}").mkdir()  # a digit, but no version
     flip_a_bit(model / "9/model.onnx")
-    assert check_repository(tmp_path, "CPU") == ["ecapa"]
+    assert check_repository(tmp_path, "cpu") == {"ecapa": "onnxruntime"}
     replace(model, "latest { num_versions: 1 }", "latest { num_versions: 2 }", "configs/cpu.pbtxt")
     with pytest.raises(ServerError, match=r"ecapa/9/model\.onnx is not as it was written"):
-        check_repository(tmp_path, "CPU")
+        check_repository(tmp_path, "cpu")
     shutil.rmtree(model / "9")
     replace(model, "dims: [ 192 ]", "dims: [ 191 ]", "configs/cpu.pbtxt")
     with pytest.raises(ServerError, match=r"cpu\.pbtxt line \d+: dims of embedding is \[191\]"):
-        check_repository(tmp_path, "CPU")
-    assert check_repository(tmp_path, "GPU") == ["ecapa"]
+        check_repository(tmp_path, "cpu")
+    assert check_repository(tmp_path, "gpu") == {"ecapa": "onnxruntime"}
     replace(model, 'backend: "onnxruntime"', 'platform: "onnxruntime_onnx"')
     (model / "configs/cpu.pbtxt").unlink()
     with pytest.raises(ServerError, match=r"config\.pbtxt .*: backend of ecapa is , the model in ecapa/1 needs onnxr"):
-        check_repository(tmp_path, "CPU")
+        check_repository(tmp_path, "cpu")
     replace(model, "torn,", "", "configs/gpu.pbtxt")
     with pytest.raises(ServerError, match=r"gpu\.pbtxt line \d+: string_value of required_guards is empty,short,not-f"):
-        check_repository(tmp_path, "GPU")
+        check_repository(tmp_path, "gpu")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from http.client import HTTPException
 from pathlib import Path
 from typing import get_args
+from urllib.request import urlopen
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +31,10 @@ from ._errors import (
     ModelNotReadyError,
     ServerError,
 )
+from ._wire import Gpu, read_gpus
 
 SAME, DIFFERENT, FAILED = 0, 1, 2  # exit statuses
+_LARGEST_PAGE = 10_000_000  # bytes
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
 # The next file would fare no better.
 HOPELESS = (ClosedError, ConnectError, ModelNotFoundError, ModelNotReadyError)
@@ -97,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     status = commands.add_parser("status", parents=[common], help="show the server, the model and its statistics")
+    status.add_argument(
+        "--metrics", metavar="URL", help="Triton's metrics, for the GPUs (default: port 8002 of the same host)"
+    )
     status.set_defaults(run=_status)
     return parser
 
@@ -151,13 +158,17 @@ def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 
 def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     status = client.status()
+    gpus = _gpus(arguments.metrics, arguments.url, arguments.timeout)
     if arguments.json:
-        print(json.dumps(_without_nan(asdict(status))))
+        print(json.dumps(_without_nan(asdict(status) | {"gpus": [asdict(gpu) for gpu in gpus]})))
         return SAME
-    limits, statistics = status.limits, status.statistics
+    limits, statistics, served = status.limits, status.statistics, status.deployment
     state = "ready" if status.ready else "live, not ready" if status.live else "not live"
     print(f"server      Triton {status.server_version} at {status.url}, {state}")
     print(f"model       {status.model}, version {', '.join(status.model_versions) or 'none'}")
+    file, precision = served.file or "its usual file", f", {served.precision}" if served.precision else ""
+    print(f"served      {file} by {served.backend}{precision}; instances: {', '.join(served.instances) or 'none'}")
+    print(f"batch       up to {served.max_batch} clips")
     if limits is not None:
         shortest = limits.min_samples / 16  # ms at 16 kHz
         print(f"clips       {shortest:g} ms to {limits.max_seconds:g} s")
@@ -167,13 +178,31 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
         f"{statistics.failures} failed, mean batch {statistics.mean_batch:.2f}"
     )
     print(f"mean time   queue {statistics.queue_ms:.1f} ms, compute {statistics.compute_ms:.1f} ms")
+    for gpu in gpus:
+        used, total = gpu.memory_used / 1e9, gpu.memory_total / 1e9
+        print(f"gpu         {gpu.uuid}: {used:.1f} of {total:.1f} GB in use, {gpu.utilization:.0%} busy")
     return SAME
+
+
+def _gpus(metrics: str | None, url: str, timeout: float) -> list[Gpu]:
+    """Those on the page of metrics. A page that was asked for must be there, the usual one need not."""
+    page = metrics or f"http://{url.rpartition(':')[0]}:8002/metrics"
+    try:
+        with urlopen(page, timeout=timeout if metrics else min(timeout, 1)) as reply:
+            text = reply.read(_LARGEST_PAGE).decode(errors="replace")
+    except (OSError, ValueError, HTTPException) as exc:
+        if metrics is None:
+            return []
+        raise EcapaError(f"{metrics}: cannot be read ({exc}): expected such as http://127.0.0.1:8002/metrics") from exc
+    return read_gpus(text)
 
 
 def _without_nan(value: object) -> object:
     """JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

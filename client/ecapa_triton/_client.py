@@ -30,7 +30,7 @@ from ._errors import (
     from_grpc,
 )
 from ._scoring import Verification
-from ._wire import Limits, Reply, Statistics
+from ._wire import Deployment, Limits, Reply, Statistics
 
 Embedding: TypeAlias = NDArray[np.float32]
 Long: TypeAlias = Literal["error", "truncate", "windows"]
@@ -50,6 +50,7 @@ class Status:
         ready: The server and the model take requests.
         model: Name of the model.
         model_versions: Versions of the model that are loaded.
+        deployment: How the model is served.
         limits: Constants of the model; None where they could not be asked for.
         statistics: What the server counted for the model.
     """
@@ -60,6 +61,7 @@ class Status:
     ready: bool
     model: str
     model_versions: tuple[str, ...]
+    deployment: Deployment
     limits: Limits | None
     statistics: Statistics
 
@@ -260,6 +262,7 @@ class SpeakerClient:
         """
         server = self._call("get_server_metadata")
         model = self._call("get_model_metadata", self._model, self._model_version)
+        config = self._call("get_model_config", self._model, self._model_version)
         ready = self._call("is_server_ready") and self._call("is_model_ready", self._model, self._model_version)
         statistics = self._call("get_inference_statistics", self._model, self._model_version)
         limits = self._limits
@@ -274,6 +277,7 @@ class SpeakerClient:
             ready=bool(ready),
             model=self._model,
             model_versions=tuple(model.versions),
+            deployment=_wire.read_config(config.config),
             limits=limits,
             statistics=_wire.read_statistics(statistics),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,42 @@ class Statistics:
     compute_ms: float
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """How a model is served, by its config.
+
+    Attributes:
+        backend: Triton's backend for it.
+        file: The model file in the version's folder; empty where the backend's usual one is taken.
+        instances: What it runs on, such as "1 on the CPU" or "2 on GPU 0".
+        precision: "fp32" or "fp16"; empty where the config does not say.
+        max_batch: Clips that share one execution at most.
+    """
+
+    backend: str
+    file: str
+    instances: tuple[str, ...]
+    precision: str
+    max_batch: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as Triton's metrics show it; NaN where they do not.
+
+    Attributes:
+        uuid: NVIDIA's name for it.
+        memory_used: Bytes in use, by any process.
+        memory_total: Bytes.
+        utilization: Share of the time in which it computes, 0 to 1.
+    """
+
+    uuid: str
+    memory_used: float
+    memory_total: float
+    utilization: float
+
+
 def request(waveform: Waveform) -> dict[str, Any]:
     """Arguments of Triton's `infer` for one clip, float32 [samples] at 16 kHz."""
     tensor = InferInput("waveform", [1, len(waveform)], "FP32")
@@ -145,6 +182,28 @@ def read_statistics(response: service_pb2.ModelStatisticsResponse) -> Statistics
         queue_ms=_ratio(queue / 1e6, requests),
         compute_ms=_ratio(compute / 1e6, requests),
     )
+
+
+def read_config(config: Any) -> Deployment:
+    """What Triton's `ModelConfig` says of a deployment."""
+    instances = []
+    for group in config.instance_group:
+        kind = type(group).Kind.Name(group.kind)
+        if kind == "KIND_GPU":
+            instances += [f"{group.count} on GPU {number}" for number in group.gpus] or [f"{group.count} on every GPU"]
+        else:
+            instances.append(f"{group.count} on the CPU" if kind == "KIND_CPU" else f"{group.count} of {kind}")
+    precision = config.parameters["precision"].string_value if "precision" in config.parameters else ""
+    return Deployment(config.backend, config.default_model_filename, tuple(instances), precision, config.max_batch_size)
+
+
+def read_gpus(metrics: str) -> list[Gpu]:
+    """The GPUs on Triton's page of metrics."""
+    found: dict[str, dict[str, float]] = {}
+    for name, uuid, value in re.findall(r'^nv_gpu_(\w+)\{[^}]*gpu_uuid="([^"]+)"[^}]*\} (\S+)$', metrics, re.MULTILINE):
+        found.setdefault(uuid, {})[name] = float(value)
+    names = "memory_used_bytes", "memory_total_bytes", "utilization"
+    return [Gpu(uuid, *(values.get(name, math.nan) for name in names)) for uuid, values in sorted(found.items())]
 
 
 def _ratio(a: float, b: float) -> float:

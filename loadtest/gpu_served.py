@@ -1,0 +1,277 @@
+"""The served model on a GPU under closed-loop load from processes of their own; every reply is compared."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import re
+import shutil
+import signal
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import machine
+from .gpu_page import Row, reason
+
+Array: TypeAlias = NDArray[np.float32]
+Precision: TypeAlias = Literal["fp32", "fp16"]
+
+REPOSITORY = Path(__file__).parent.parent / "model_repository"
+SAMPLE_RATE = 16_000  # Hz
+RAMP = 1.0  # s of load before it is measured
+TIMEOUT = 60.0  # s, of a request
+START = 120.0  # s, for the processes of the load generator
+LOOK = 0.5  # s, from one look at Triton's metrics to the next
+CHANNELS = 4  # gRPC connections of one process
+PROCESSES = 8  # of the load generator, and no more than half the cores
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What clients choose from: float32 `[samples]` at 16 kHz, and the right embedding of each, `[n, E]`."""
+
+    name: str
+    waveforms: list[Array]
+    embeddings: Array
+
+    def apart(self) -> float:
+        """Relative L2 distance of the two nearest embeddings: a bound above it would not see them exchanged."""
+        every = self.embeddings.astype(np.float64)
+        distances = np.linalg.norm(every[:, None] - every, axis=2) / np.linalg.norm(every, axis=1)
+        return float(np.min(distances + np.diag(np.full(len(every), np.inf))))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one process of the load generator sends: clips at random, from `clients` that each wait for their reply.
+
+    Attributes:
+        expected: the clips' embeddings `[n, E]`, and `bound` the relative L2 error of a right reply.
+        begin: when replies begin to count, and `end` when no more requests are sent, by `time.monotonic`.
+    """
+
+    url: str
+    model: str
+    clips: list[Array]
+    expected: Array
+    bound: float
+    clients: int
+    begin: float
+    end: float
+
+
+@dataclass
+class Outcome:
+    """What came back to one process.
+
+    Attributes:
+        latencies: seconds, of the right replies that count, and `audio` the seconds of their clips.
+        right: replies, counted or not, and `wrong` ones; `errors` by message.
+        cpu: of one core, that the process was busy.
+    """
+
+    latencies: list[float] = field(default_factory=list)
+    audio: float = 0.0
+    right: int = 0
+    wrong: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    cpu: float = 0.0
+
+
+def drive(task: Load) -> Outcome:
+    """Run the clients of one process."""
+    outcome = Outcome()
+    begun, busy = time.monotonic(), time.process_time()
+    asyncio.run(_drive(task, outcome))
+    outcome.cpu = (time.process_time() - busy) / (time.monotonic() - begun)
+    return outcome
+
+
+async def _drive(task: Load, outcome: Outcome) -> None:
+    from tritonclient.grpc import InferInput
+    from tritonclient.grpc.aio import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
+
+    tensors = [InferInput("waveform", [1, len(clip)], "FP32") for clip in task.clips]
+    for tensor, clip in zip(tensors, task.clips, strict=True):
+        tensor.set_data_from_numpy(clip[None])
+    own = [("grpc.use_local_subchannel_pool", 1)]  # else all share one connection
+    channels = [InferenceServerClient(task.url, channel_args=own) for _ in range(min(CHANNELS, task.clients))]
+
+    async def client(number: int) -> None:
+        random = np.random.default_rng(number)
+        while (sent := time.monotonic()) < task.end:
+            which = int(random.integers(len(tensors)))
+            try:
+                reply = await channels[number % len(channels)].infer(
+                    task.model, [tensors[which]], client_timeout=TIMEOUT
+                )
+            except InferenceServerException as error:
+                outcome.errors[reason(error)] += 1
+                await asyncio.sleep(0.01)
+                continue
+            came = time.monotonic()
+            right = task.expected[which]
+            if not np.linalg.norm(reply.as_numpy("embedding")[0] - right) <= task.bound * np.linalg.norm(right):  # NaN
+                outcome.wrong += 1
+                continue
+            outcome.right += 1
+            if task.begin <= came <= task.end:
+                outcome.latencies.append(came - sent)
+                outcome.audio += len(task.clips[which]) / SAMPLE_RATE
+
+    try:
+        await asyncio.gather(*(client(number) for number in range(task.clients)))
+    finally:
+        for channel in channels:
+            await channel.close()
+
+
+def served(
+    formats: Mapping[str, tuple[str, dict[Precision, Path]]],
+    mixes: list[Clips],
+    device: Literal["gpu", "cpu"],
+    clients: tuple[int, ...],
+    seconds: float,
+    folder: Path,
+) -> Iterator[Row]:
+    """Serve each format in each precision and load it with every mix and number of clients.
+
+    Args:
+        formats: the model's name and, by precision, its file, by format.
+        mixes: of clips to send.
+        device: "gpu", or "cpu" in a rehearsal.
+        clients: that send at once.
+        seconds: of load for each.
+        folder: for the repositories that are served.
+    """
+    import tritonclient.grpc  # noqa: F401  # said first if it is not installed
+
+    from export.verify import BOUNDS
+    from server.triton import TritonServer
+
+    processes = max(1, min(PROCESSES, machine.cores() // 2))
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes)
+    with ProcessPoolExecutor(processes, context, initializer=_ready, initargs=(barrier,)) as pool:
+        wait([pool.submit(time.sleep, 0) for _ in range(processes)])
+        for kind, (model, files) in formats.items():
+            for precision, file in files.items():
+                row: Row = {"model": model, "format": kind, "precision": precision}
+                repository = _repository(folder / f"{kind}-{precision}", model, file)
+                bound = BOUNDS[precision].max_error
+                try:
+                    with TritonServer(repository, device=device, precision=precision) as server:
+                        for mix, count in itertools.product(mixes, clients):
+                            if not mix.apart() > 2 * bound:
+                                raise ValueError(f"clips of {mix.name}: two embeddings are too close to tell apart")
+                            yield (
+                                row
+                                | {"clips": mix.name}
+                                | _level(server, pool, processes, model, mix, bound, count, seconds)
+                            )
+                except Exception as error:
+                    yield row | {"failed": reason(error)}
+
+
+def _ready(barrier: Any) -> None:
+    """Begin work when all processes of the load generator are there; Ctrl-C is their parent's matter."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    barrier.wait(START)
+
+
+def _repository(folder: Path, model: str, file: Path) -> Path:
+    """One with this model alone, this project's configs and a link to the file."""
+    shutil.copytree(REPOSITORY / model, folder / model, ignore=shutil.ignore_patterns("*.onnx", "*.pt", ".*"))
+    (folder / model / "1").mkdir(exist_ok=True)
+    (folder / model / "1" / file.name).symlink_to(file)
+    return folder
+
+
+def _level(
+    server: Any,
+    pool: ProcessPoolExecutor,
+    processes: int,
+    model: str,
+    mix: Clips,
+    bound: float,
+    clients: int,
+    seconds: float,
+) -> Row:
+    """One number of clients."""
+    from tritonclient.grpc import InferenceServerClient
+
+    with InferenceServerClient(server.grpc_url) as triton:
+        before = _statistics(triton, model)
+        begin = time.monotonic() + RAMP
+        shares = [clients // processes + (number < clients % processes) for number in range(processes)]
+        loads = [
+            Load(server.grpc_url, model, mix.waveforms, mix.embeddings, bound, share, begin, begin + seconds)
+            for share in shares
+            if share
+        ]
+        futures = [pool.submit(drive, load) for load in loads]
+        gauges: dict[str, float] = {}
+        while wait(futures, LOOK).not_done:
+            for name, value in _gauges(server.metrics_url).items():
+                gauges[name] = max(value, gauges.get(name, 0.0))
+        outcomes = [future.result() for future in futures]
+        after = _statistics(triton, model)
+    done = {name: after[name] - before[name] for name in after}
+    latencies = np.concatenate([outcome.latencies for outcome in outcomes]) * 1e3
+    p50, p95, p99 = np.percentile(latencies, (50, 95, 99)).tolist() if len(latencies) else [None] * 3
+    busiest = max(outcome.cpu for outcome in outcomes)
+    memory = gauges.get("nv_gpu_memory_used_bytes")
+    return {
+        "clients": clients,
+        "clips_per_s": len(latencies) / seconds,
+        "audio_per_s": sum(outcome.audio for outcome in outcomes) / seconds,
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        "mean_batch": done["inferences"] / max(1, done["executions"]),
+        "queue_ms": done["queue_ns"] / max(1, done["inferences"]) / 1e6,
+        "compute_ms": done["compute_ns"] / max(1, done["inferences"]) / 1e6,
+        "right": sum(outcome.right for outcome in outcomes),
+        "wrong": sum(outcome.wrong for outcome in outcomes),
+        "errors": dict(sum((outcome.errors for outcome in outcomes), Counter())),
+        "gpu_memory_mb": memory / 1e6 if memory else None,
+        "gpu_utilisation": gauges.get("nv_gpu_utilization"),
+        "server_mb": sum(server.memory().values()) / 1e6,
+        "generator_processes": len(loads),
+        "generator_cpu": busiest,
+    }
+
+
+def _statistics(triton: Any, model: str) -> Counter[str]:
+    """Triton's own counts since it started."""
+    counts: Counter[str] = Counter()
+    for one in triton.get_inference_statistics(model).model_stats:
+        counts["inferences"] += one.inference_count
+        counts["executions"] += one.execution_count
+        counts["queue_ns"] += one.inference_stats.queue.ns
+        counts["compute_ns"] += one.inference_stats.compute_infer.ns
+    return counts
+
+
+def _gauges(url: str) -> dict[str, float]:
+    """Triton's gauges of the GPU, the largest where there are several; none where it shows none."""
+    found: dict[str, float] = {}
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            text = reply.read().decode()
+    except OSError:
+        return found
+    for name, value in re.findall(r"^(nv_gpu_utilization|nv_gpu_memory_used_bytes)\{[^}]*\} (\S+)", text, re.MULTILINE):
+        found[name] = max(float(value), found.get(name, 0.0))
+    return found
