@@ -152,9 +152,8 @@ def run(options: argparse.Namespace) -> None:
         if options.repository:
             files = find(options.repository)
         else:
-            files = write_models(
-                Path(folder), "mini" if options.rehearse else options.source, options.channels, plan.device
-            )
+            source = "mini" if options.rehearse else options.source
+            files = write_models(Path(folder), source, options.channels, plan.device)
         metadata = read_metadata(files["TorchScript", "fp32"])
         longest = round(float(metadata["max_seconds"]) * SAMPLE_RATE)
         bench = Bench(plan, files, metadata, read_speech(options.speech, longest))
@@ -193,6 +192,7 @@ class Report:
         """Take in the rows of a section as they come; what ends it early is noted, and the rows before it stay."""
         section: Row = {"rows": []}
         self.data["sections"][name] = section
+        self.save()
         print(f"{gpu_page.TITLES[name]} ...", flush=True)
         try:
             for row in rows:

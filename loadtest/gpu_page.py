@@ -229,6 +229,7 @@ def reason(error: BaseException) -> str:
     """One line on what went wrong."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error.name.partition('.')[0]} is not installed"
-    if type(error).__name__ == "OutOfMemoryError":
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if any(words in str(error).lower() for words in ("out of memory", "failed to allocate memory")):
         return "out of memory"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return lines[-1 if "TorchScript interpreter" in lines[0] else 0][:200]  # its traceback comes first

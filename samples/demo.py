@@ -99,12 +99,12 @@ def _model(repository: Path, source: str | None) -> OnnxModel:
         print(f"{path} is up to date: {model.metadata['source']}")
         return model
     try:
-        export(repository, source or checkpoint.HUB_ID)
+        export(repository, source or checkpoint.HUB_ID, half=False)
     except checkpoint.CheckpointError as error:
         if source is not None:
             raise
         print(f"\n{error}\n\n{MINI_NOTE}\n")
-        export(repository, "mini")
+        export(repository, "mini", half=False)
     return OnnxModel(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,24 @@ sys.exit(main(sys.argv[1:]))
 NOT_THERE = "speechbrain,onnx,onnxruntime,tritonclient,google,yaml,hyperpyyaml,torchaudio,soundfile,soxr,pytriton"
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost float16 on a busy CPU minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the samples."""
+    folder = tmp_path_factory.mktemp("speech")
+    for name in ("anna_1.flac", "berta_1.flac", "carl_2.wav"):
+        (folder / name).symlink_to(ROOT / "samples" / name)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def scripted(mini: checkpoint.Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the small model's TorchScript files alone."""
@@ -58,8 +77,9 @@ def report_in(folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads(figures.read_text()), figures.with_suffix(".md").read_text()
 
 
-def test_a_rehearsal_measures_everything(files: Path, tmp_path: Path) -> None:
-    assert main(["gpu", "--rehearse", "--repository", str(files), "--out", str(tmp_path)]) == 0
+def test_a_rehearsal_measures_everything(files: Path, speech: Path, tmp_path: Path) -> None:
+    given = ["--repository", str(files), "--speech", str(speech)]
+    assert main(["gpu", "--rehearse", *given, "--out", str(tmp_path)]) == 0
     report, page = report_in(tmp_path)
     assert tuple(report["sections"]) == SECTIONS
     assert not any("failed" in section for section in report["sections"].values())
@@ -99,7 +119,8 @@ def test_a_rehearsal_measures_everything(files: Path, tmp_path: Path) -> None:
 def test_torch_and_numpy_are_enough(scripted: Path, tmp_path: Path) -> None:
     arguments = ["gpu", "--rehearse", "--repository", str(scripted), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-c", BARE, NOT_THERE, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     report, page = report_in(tmp_path / "out")
     assert tuple(report["sections"]) == SECTIONS
@@ -111,7 +132,9 @@ def test_torch_and_numpy_are_enough(scripted: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "not installed: export elsewhere and name the folder" in done.stderr
 
 
-def test_a_section_that_fails_stops_no_other(scripted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_that_fails_stops_no_other(
+    scripted: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(bench: gpu.Bench) -> Iterator[dict[str, Any]]:
         yield {"precision": "fp32", "size": 1, "tflops": 1.0}
         raise RuntimeError("CUDA error: too hot\nand more lines")
@@ -119,7 +142,8 @@ def test_a_section_that_fails_stops_no_other(scripted: Path, tmp_path: Path, mon
     monkeypatch.setattr(gpu, "products", fails)
     monkeypatch.setattr(gpu, "served", lambda bench, folder: iter(()))
     with pytest.raises(SystemExit) as status:
-        main(["gpu", "--rehearse", "--repository", str(scripted), "--out", str(tmp_path)])
+        given = ["--repository", str(scripted), "--speech", str(speech)]
+        main(["gpu", "--rehearse", *given, "--out", str(tmp_path)])
     assert status.value.code == 1
     report, page = report_in(tmp_path)
     assert tuple(report["sections"]) == SECTIONS
@@ -129,7 +153,7 @@ def test_a_section_that_fails_stops_no_other(scripted: Path, tmp_path: Path, mon
 
 
 def test_an_interrupt_keeps_what_was_measured(
-    scripted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scripted: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(bench: gpu.Bench) -> Iterator[dict[str, Any]]:
         raise KeyboardInterrupt
@@ -137,7 +161,8 @@ def test_an_interrupt_keeps_what_was_measured(
 
     monkeypatch.setattr(gpu, "products", interrupted)
     with pytest.raises(SystemExit) as status:
-        main(["gpu", "--rehearse", "--repository", str(scripted), "--out", str(tmp_path)])
+        given = ["--repository", str(scripted), "--speech", str(speech)]
+        main(["gpu", "--rehearse", *given, "--out", str(tmp_path)])
     assert status.value.code == 130
     report, page = report_in(tmp_path)
     assert report["interrupted"] and report["sections"]["agreement"]["rows"] and "Interrupted" in page
@@ -156,6 +181,20 @@ def test_what_runs_out_of_memory_is_told_and_the_rest_measured(scripted: Path) -
         bench.contenders.append(gpu.Contender(name, "TorchScript", "fp32", "cpu", embed, 0.0))
     rows = {(row["clips"], row["contender"]): row.get("failed") for row in gpu.speed(bench)}
     assert rows == {(1, "full"): None, (1, "other"): None, (2, "full"): "out of memory", (2, "other"): None}
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("CUDA error: no kernel image\nCompile with ..."), "CUDA error: no kernel image"),
+        (RuntimeError("The following operation failed in the TorchScript interpreter.\nTraceback\nE: bad"), "E: bad"),
+        (RuntimeError("The ... TorchScript interpreter.\nRuntimeError: CUDA out of memory. Tried"), "out of memory"),
+        (ModuleNotFoundError("No module named 'a.b'", name="a.b"), "a is not installed"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_a_reason_is_one_line(error: Exception, told: str) -> None:
+    assert gpu_page.reason(error) == told
 
 
 def test_products_are_counted_as_by_the_benchmark(scripted: Path, mini: checkpoint.Checkpoint) -> None:

@@ -271,6 +271,8 @@ def _load(name: str, path: Path) -> types.ModuleType:
 def backend() -> Iterator[types.ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton_python_backend_utils", _utils())
+        shared = _load("ragged_batch", ROOT / "server/backends/python/ragged_batch.py")
+        patch.setitem(sys.modules, "ragged_batch", shared)
         yield _load("onnxruntime_backend", ROOT / "server/backends/onnxruntime/model.py")
 
 
