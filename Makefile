@@ -13,8 +13,10 @@ help: ## this list
 demo: $(BIN)/installed ## export, serve on real Triton, tell the voices of samples/ apart
 	@$(BIN)/python -m samples.demo
 
+# The fault tests have the machine to themselves: they tell how much a server can do.
 test: $(BIN)/installed lint ## lint, types and all tests, the served ones against a real tritonserver
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/faults
+	$(BIN)/python -m pytest tests/faults
 
 faults: $(BIN)/installed ## the fault tests alone: hostile requests, overload, kills; counts what came of every reply
 	$(BIN)/python -m pytest tests/faults

@@ -132,9 +132,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument(
         "--max-requests",
         type=_positive,
-        default=128,
         metavar="N",
-        help="inference requests in work at once; one more is refused with UNAVAILABLE (%(default)s)",
+        help="inference requests in work at once; one more is refused with UNAVAILABLE (128 on a CPU, 1024 on GPUs)",
     )
     argument("--max-request-mb", type=_positive, default=64, metavar="MB", help="largest request (%(default)s)")
     argument(

@@ -30,10 +30,11 @@ class Limits:
 
     Attributes:
         requests: Inference requests in work at once, over both APIs; one more is refused at once, as Triton would.
+            None: 128 on a CPU, 1024 on GPUs.
         request_mb: Megabytes (2^20 bytes) of the largest request.
     """
 
-    requests: int
+    requests: int | None
     request_mb: int
 
 

@@ -23,6 +23,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -36,6 +37,7 @@ Precision = Literal["fp32", "fp16"]
 _INSTALLED = "/opt/tritonserver/bin/tritonserver"
 _BACKENDS = Path(__file__).parent / "backends"
 LONGEST_TIMEOUT = 86400  # s
+_USUAL_REQUESTS = {"CPU": 128, "GPU": 1024}  # in work at once, where clients are limited
 _FOLDER = "ecapa-triton-"  # in the system's folder for temporary files, and more letters
 _LOCK = "lock"  # held by the process whose folder it is
 _SETTING_UP = 60  # s, at most, between the making of a folder and of its lock
@@ -332,6 +334,8 @@ class TritonServer:
         places = {
             api: (f"{self._address}:{self._ports[api]}", "{}:{}".format(*behind[api])) for api in ("grpc", "http")
         }
+        if limits.requests is None:
+            limits = replace(limits, requests=_USUAL_REQUESTS[self.device])
         self._gateway = Gateway(folder, limits, preexec_fn=_die_with(os.getpid()), **places)
         deadline = time.monotonic() + self._start_timeout
         while not all(_listens(self._gateway.pid, self._ports[api]) for api in places):

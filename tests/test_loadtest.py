@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import checkpoint
+from export import checkpoint, onnx_file
 from export.packed import PackedEcapa
 from loadtest import model, soak
 from loadtest.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def written_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random model of these tests is exported by the first that needs it."""
+
+    def write(packed: PackedEcapa, loaded: checkpoint.Checkpoint, path: Path) -> None:
+        kept = tmp_path_factory.getbasetemp() / f"{loaded.sha256}.onnx"
+        if not kept.exists():
+            onnx_file.write(packed, loaded, kept)
+        shutil.copy(kept, path)
+
+    monkeypatch.setattr(model, "write", write)
+    monkeypatch.setattr(soak, "write", write)
 
 
 def test_products_of_the_published_size_are_counted() -> None:

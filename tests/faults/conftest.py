@@ -99,7 +99,7 @@ def limits() -> Limits:
     """Those that `python -m server` sets where nginx is installed."""
     if gateway.find() is None:
         pytest.skip("nginx, which sets the limits, is not installed")
-    return Limits(requests=128, request_mb=64)
+    return Limits(requests=None, request_mb=64)
 
 
 @pytest.fixture(scope="session")
