@@ -82,7 +82,7 @@ class Gateway:
         configuration = folder / "nginx.conf"
         configuration.write_text(re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), _TEMPLATE.read_text()))
         self._log = folder / "nginx.log"
-        command = [binary, "-c", str(configuration), "-p", str(folder), "-e", "stderr"]
+        command = [binary, "-c", str(configuration), "-p", str(folder)]
         test = subprocess.run([*command, "-t"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if test.returncode != 0:
             raise GatewayError(f"nginx does not start: {_first(test.stderr)}")
@@ -123,6 +123,8 @@ class Gateway:
 
 
 def _first(log: str) -> str:
-    """The first line of nginx's log that tells of a failure."""
-    found = re.search(r"\[(?:emerg|alert|crit)\] (?:\d+#\d+: )?(.*)", log)
-    return found[1].strip() if found else ""
+    """The line of nginx's log that tells best of a failure; it has alerts on log files that it may not write."""
+    for level in "emerg", "crit", "alert":
+        if found := re.search(rf"\[{level}\] (?:\d+#\d+: )?(.*)", log):
+            return found[1].strip()
+    return ""
