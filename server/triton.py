@@ -138,7 +138,7 @@ class TritonServer:
         if gpus and self._gpus is not None:
             gpus = choose_gpus(gpus, self._gpus)
         if gpus and installed is None and (reason := _cannot_use_cuda(self.repository)):
-            gpus, no_gpu = [], f"{reason} cannot use the {gpus[0]}"
+            gpus, no_gpu = [], f"{reason} cannot use the {gpus[0]}: its build for CUDA can"
         self.device, self.chosen, self.config_name = choose_device(self._device, gpus, no_gpu, self._precision)
         served = check_repository(self.repository, self.config_name)
         self.models = list(served)
@@ -527,8 +527,10 @@ _CUDA_LIBRARIES = {"onnxruntime": "capi/libonnxruntime_providers_cuda.so", "torc
 def _cannot_use_cuda(repository: Path) -> str:
     """The first package that a model of the repository needs and that has no CUDA; empty if all have."""
     for model in _models(repository) if repository.is_dir() else []:
-        config = model / "config.pbtxt"
-        backend = configs.read(config).backend if config.is_file() and _is_exported(model) else ""
+        try:
+            backend = configs.read(model / "config.pbtxt").backend if _is_exported(model) else ""
+        except configs.ConfigError:  # which is told when the repository is checked
+            continue
         package = _PACKAGES.get(backend)
         spec = importlib.util.find_spec(package) if package else None  # not imported: it would stay in memory
         if spec is not None and spec.origin is not None and package is not None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import numpy as np
@@ -26,6 +27,7 @@ from tritonclient.utils import InferenceServerException
 from export import seal
 from server import ServerError, TritonServer, gateway
 from server.triton import (
+    _cannot_use_cuda,
     assemble_wheel,
     check_repository,
     choose_device,
@@ -526,6 +528,18 @@ def assert_named_log(error: str) -> None:
 )
 def test_choice_of_device(device: str, precision: str, gpus: list[str], chosen: tuple[str, str, str]) -> None:
     assert choose_device(device, gpus, "no driver", precision) == chosen  # type: ignore[arg-type]
+
+
+def test_a_package_without_cuda_is_named(both_formats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(name: str) -> SimpleNamespace:
+        return SimpleNamespace(origin=str(tmp_path / name / "__init__.py"))
+
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+    for package, library in ("onnxruntime", "capi/libonnxruntime_providers_cuda.so"), ("torch", "lib/libtorch_cuda.so"):
+        assert _cannot_use_cuda(both_formats) == f"the installed {package}"
+        (tmp_path / package / library).parent.mkdir(parents=True)
+        (tmp_path / package / library).touch()
+    assert _cannot_use_cuda(both_formats) == ""
 
 
 def test_float16_on_a_cpu() -> None:
