@@ -13,6 +13,7 @@ from server.triton import ServerError, TritonServer
 
 # Seconds to wait before a server that died is started again: doubled each time that it has not lived for CALM.
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
+USUAL_REQUEST_MB = 64
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     options, extra = _parse(arguments)
     limits = None
     if options.gateway == "on" or (options.gateway == "auto" and gateway.find()):
-        limits = gateway.Limits(options.max_requests, options.max_request_mb)
+        limits = gateway.Limits(options.max_requests, options.max_request_mb or USUAL_REQUEST_MB)
     server = TritonServer(
         options.repository,
         device=options.device,
@@ -92,6 +93,8 @@ def _start(server: TritonServer) -> None:
     if server.warning:
         print(f"warning: {server.warning}", file=sys.stderr)
     print(f"device {server.chosen}")
+    if server.limits is not None:
+        print(f"limits {server.limits.requests} requests in work, {server.limits.request_mb} MB each, set by nginx")
     print(
         f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
         f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
@@ -135,7 +138,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="inference requests in work at once; one more is refused with UNAVAILABLE (128 on a CPU, 1024 on GPUs)",
     )
-    argument("--max-request-mb", type=_positive, default=64, metavar="MB", help="largest request (%(default)s)")
+    argument("--max-request-mb", type=_positive, metavar="MB", help=f"largest request ({USUAL_REQUEST_MB})")
     argument(
         "--exit-timeout",
         type=float,
@@ -150,14 +153,18 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="start again on the same ports when tritonserver or a process of it dies (%(default)s)",
     )
     argument("--log", type=Path, metavar="FILE", help="append Triton's log here (else kept after failures only)")
-    return parser.parse_args(own), extra
+    options = parser.parse_args(own)
+    if options.gateway == "off" and (options.max_requests or options.max_request_mb):
+        parser.error("--max-requests and --max-request-mb need the gateway: leave out --gateway off")
+    if options.device == "cpu" and options.gpus is not None:
+        parser.error("--gpus is for --device gpu or auto, not cpu")
+    return options, extra
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of GPUs, such as 0 or 0,1") from None
+    if not all(number.isdecimal() for number in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of GPUs, such as 0 or 0,1")
+    return [int(number) for number in text.split(",")]
 
 
 def _positive(text: str) -> int:

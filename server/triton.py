@@ -102,7 +102,7 @@ class TritonServer:
         self._precision: Precision = precision
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._address = address
-        self._limits = limits
+        self.limits = limits
         self._extra = extra
         self._log = log
         self._start_timeout = start_timeout
@@ -154,7 +154,7 @@ class TritonServer:
         self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
         # Where Triton itself listens.
         listen = {api: (self._address, port) for api, port in ports.items()}
-        if self._limits is not None:
+        if self.limits is not None:
             behind = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
             listen |= {api: ("127.0.0.1", port) for api, port in behind.items()}
 
@@ -166,10 +166,10 @@ class TritonServer:
         self.log_path = (self._log or self._folder / "tritonserver.log").absolute()
         try:
             self._launch(installed, listen)
-            self._wait_until_ready(f"{'127.0.0.1' if self._limits else host}:{listen['http'][1]}")
+            self._wait_until_ready(f"{'127.0.0.1' if self.limits else host}:{listen['http'][1]}")
             self._parts = self._session()
-            if self._limits is not None:
-                self._open_gateway(self._limits, listen)
+            if self.limits is not None:
+                self._open_gateway(self.limits, listen)
             self.version: str = json.loads(_get(self.http_url, "/v2"))["version"]
         except BaseException as error:
             self._keep_log = isinstance(error, ServerError)
@@ -335,7 +335,7 @@ class TritonServer:
             api: (f"{self._address}:{self._ports[api]}", "{}:{}".format(*behind[api])) for api in ("grpc", "http")
         }
         if limits.requests is None:
-            limits = replace(limits, requests=_USUAL_REQUESTS[self.device])
+            self.limits = limits = replace(limits, requests=_USUAL_REQUESTS[self.device])
         self._gateway = Gateway(folder, limits, preexec_fn=_die_with(os.getpid()), **places)
         deadline = time.monotonic() + self._start_timeout
         while not all(_listens(self._gateway.pid, self._ports[api]) for api in places):
@@ -639,6 +639,7 @@ def _served_files(model: Path, config: Any) -> list[Path]:
     if not files:
         raise ServerError(
             f"{model / str(versions[-1] if versions else 1) / filename} is missing: write it with `python -m export`"
+            f"{', or mend default_model_filename in the config' if config.default_model_filename else ''}"
         )
     return files
 

@@ -117,7 +117,7 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
     if status == "DEADLINE_EXCEEDED":
         return DeadlineError(f"no reply from {url} in {timeout} s: raise the timeout, or send less at once")
     if "unknown model" in words:
-        if status == "NOT_FOUND" or "is not found" in words:
+        if "no available versions" not in words and (status == "NOT_FOUND" or "is not found" in words):
             return ModelNotFoundError(
                 f"model {model!r} is not on the server at {url} ({detail}): "
                 "pass the name of a folder of its model repository"
