@@ -128,6 +128,19 @@ class TritonServer:
         Raises:
             ServerError: With one line on what is in the way.
         """
+        asked = self._ports
+        try:
+            self._start()
+        except ServerError as error:
+            if 0 not in asked.values() or "already in use" not in str(error):
+                raise
+            # Somebody was quicker to take a port that had been free.
+            if self._folder is not None and self._log is None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self._ports = asked
+            self._start()
+
+    def _start(self) -> None:
         for what, seconds in ("start", self._start_timeout), ("exit", self._exit_timeout):
             if not 0 < seconds <= LONGEST_TIMEOUT:
                 raise ServerError(
