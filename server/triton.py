@@ -129,16 +129,16 @@ class TritonServer:
             ServerError: With one line on what is in the way.
         """
         asked = self._ports
-        try:
-            self._start()
-        except ServerError as error:
-            if 0 not in asked.values() or "already in use" not in str(error):
-                raise
-            # Somebody was quicker to take a port that had been free.
-            if self._folder is not None and self._log is None:
-                shutil.rmtree(self._folder, ignore_errors=True)
-            self._ports = asked
-            self._start()
+        for last in False, False, True:
+            try:
+                return self._start()
+            except ServerError as error:
+                if last or 0 not in asked.values() or "already in use" not in str(error):
+                    raise
+                # Somebody was quicker to take a port that had been free.
+                if self._folder is not None and self._log is None:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+                self._ports = asked
 
     def _start(self) -> None:
         for what, seconds in ("start", self._start_timeout), ("exit", self._exit_timeout):
@@ -160,16 +160,17 @@ class TritonServer:
                 if importlib.util.find_spec(_PACKAGES[backend]) is None:
                     raise ServerError(f"{_PACKAGES[backend]} is not installed: pip install {_PACKAGES[backend]}")
         self._address = resolve(self._address)
-        ports = self._ports = choose_ports(self._address, self._ports)  # the same ones when it is started again
+        wanted = {api: (self._address, port) for api, port in self._ports.items()}
+        if self.limits is not None:
+            wanted |= {f"{api} behind nginx": ("127.0.0.1", 0) for api in ("http", "grpc")}
+        listen = choose_ports(wanted)
+        ports = self._ports = {api: listen[api][1] for api in self._ports}  # the same ones when it is started again
         # What listens on every address is reached on the loopback one.
         host = "127.0.0.1" if self._address == "0.0.0.0" else self._address
         self.http_url, self.grpc_url = f"{host}:{ports['http']}", f"{host}:{ports['grpc']}"
         self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
         # Where Triton itself listens.
-        listen = {api: (self._address, port) for api, port in ports.items()}
-        if self.limits is not None:
-            behind = choose_ports("127.0.0.1", {"http": 0, "grpc": 0})
-            listen |= {api: ("127.0.0.1", port) for api, port in behind.items()}
+        listen = {api: listen.get(f"{api} behind nginx", listen[api]) for api in ports}
 
         self.warning = "" if installed else shm_warning()
         self._keep_log = False
@@ -670,12 +671,12 @@ def resolve(address: str) -> str:
         ) from error
 
 
-def choose_ports(address: str, ports: dict[str, int]) -> dict[str, int]:
-    """Checks that the ports can be listened on, and finds a free one for each that is 0."""
+def choose_ports(wanted: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
+    """Checks that each address and port can be listened on, and finds a free port for each that is 0."""
     sockets: list[socket.socket] = []
-    chosen: dict[str, int] = {}
+    chosen: dict[str, tuple[str, int]] = {}
     try:
-        for api, port in ports.items():
+        for api, (address, port) in wanted.items():
             listener = socket.socket(socket.AF_INET)
             sockets.append(listener)  # all stay open until the end, so that no port is chosen twice
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -688,7 +689,7 @@ def choose_ports(address: str, ports: dict[str, int]) -> dict[str, int]:
                     f"cannot listen on {address} port {port} for {api}: {why}; "
                     f"choose another with --{api}-port (0 takes a free one) or --address"
                 ) from error
-            chosen[api] = listener.getsockname()[1]
+            chosen[api] = (address, listener.getsockname()[1])
     finally:
         for listener in sockets:
             listener.close()

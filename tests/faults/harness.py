@@ -428,13 +428,13 @@ class ServerCommand:
     """`python -m server` in a process of its own."""
 
     def __init__(self, repository: Path, backends: Path | None = None, *, gateway: bool = False) -> None:
-        ports = choose_ports("127.0.0.1", {"grpc": 0, "http": 0, "metrics": 0})
+        chosen = choose_ports(dict.fromkeys(["grpc", "http", "metrics"], ("127.0.0.1", 0)))
         self.urls = Urls(
-            f"127.0.0.1:{ports['grpc']}",
-            f"127.0.0.1:{ports['http']}",
-            f"http://127.0.0.1:{ports['metrics']}/metrics",
+            f"127.0.0.1:{chosen['grpc'][1]}",
+            f"127.0.0.1:{chosen['http'][1]}",
+            f"http://127.0.0.1:{chosen['metrics'][1]}/metrics",
         )
-        listen = [f"--{api}-port={port}" for api, port in ports.items()]
+        listen = [f"--{api}-port={port}" for api, (_, port) in chosen.items()]
         command = ["-m", "server"] if backends is None else ["-c", WITH_BACKENDS, str(backends)]
         self._command = [sys.executable, *command, f"--repository={repository}", "--device=cpu", *listen]
         self._command.append(f"--gateway={'on' if gateway else 'off'}")
