@@ -5,7 +5,7 @@ SOURCE ?=
 SOAK_MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults lint export verify serve bench soak gpu-check clean
+.PHONY: help demo test faults lint export verify serve bench loadtest soak gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -37,6 +37,9 @@ serve: $(BIN)/installed ## Triton on 127.0.0.1, ports 8000 (HTTP), 8001 (gRPC), 
 
 bench: $(BIN)/installed ## the model against SpeechBrain and the machine's matrix products, on the CPU
 	$(BIN)/python -m loadtest model
+
+loadtest: $(BIN)/installed ## servers under load, CPU and GPU, ours and SpeechBrain's: a report in loadtest/results/ (SOURCE=random)
+	$(BIN)/python -m loadtest run --local cpu --local gpu $(if $(SOURCE),--source $(SOURCE))
 
 soak: $(BIN)/installed ## a minute of damaged audio files, then the server under mixed and hostile load for SOAK_MINUTES (10)
 	$(BIN)/python -m tests.fuzz_audio --seconds 60

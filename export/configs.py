@@ -160,7 +160,9 @@ def read(path: Path) -> Any:
 
 
 def is_ours(config: Any) -> bool:
-    """Whether the config is of a model of this project, which is served with its guards or not at all."""
+    """Whether the config is of an exported model of this project, which is served with its guards or not at all."""
+    if config.backend == "python":  # that model is a program: there is no file that could have guards
+        return False
     return any(item.name == "waveform" for item in config.input) and any(
         item.name == "embedding" for item in config.output
     )

@@ -1,19 +1,23 @@
-"""Measurements: `python -m loadtest model` in process, `soak` of the server under mixed load, `gpu` of a GPU host."""
+"""Measurements: servers under load, the model in process, memory under mixed load, everything on a GPU host."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .scenarios import SCENARIOS
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         importlib.import_module(f"loadtest.{options.command}").run(options)
@@ -28,9 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _errors() -> tuple[type[Exception], ...]:
     """What the measurements raise, as far as it can be imported: a GPU host may have little more than torch."""
-    names = ("export.__main__", "ERRORS"), ("loadtest.soak", "SoakError"), ("server.triton", "ServerError")
+    names = {
+        "export.__main__": "ERRORS",
+        "server.triton": "ServerError",
+        "loadtest.clips": "ClipsError",
+        "loadtest.gpu_models": "GpuError",
+        "loadtest.load": "LoadError",
+        "loadtest.report": "ReportError",
+        "loadtest.soak": "SoakError",
+        "loadtest.target": "TargetError",
+    }
     errors: list[type[Exception]] = [OSError]
-    for module, name in (*names, ("loadtest.gpu_models", "GpuError")):
+    for module, name in names.items():
         try:
             found = getattr(importlib.import_module(module), name)
         except ImportError:
@@ -42,6 +55,15 @@ def _errors() -> tuple[type[Exception], ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    _add_run(commands.add_parser("run", help="servers under load, with Locust: ours, SpeechBrain's, on CPU and GPU"))
+
+    report = commands.add_parser("report", help="the page of one run or of several, from their JSON")
+    report.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="written by run")
+    report.add_argument("--out", type=Path, metavar="FOLDER", help="default: that of the first result")
+
+    payload = commands.add_parser("payload", help="the same requests for NVIDIA's perf_analyzer, and its command lines")
+    payload.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the files")
 
     bench = commands.add_parser("model", help="speed of the model in process, on the CPU")
     bench.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: %(default)s)")
@@ -70,6 +92,69 @@ def _parser() -> argparse.ArgumentParser:
     for command in bench, load:
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
+    run.add_argument(
+        "--local", action="append", choices=["cpu", "gpu"], default=[], help="start a server here, with the baselines"
+    )
+    run.add_argument(
+        "--target", action="append", type=_pair, default=[], metavar="NAME=URL", help="a server: cpu=grpc://HOST:8001"
+    )
+    run.add_argument(
+        "--metrics",
+        action="append",
+        type=_pair,
+        default=[],
+        metavar="NAME=URL",
+        help="default: http://HOST:8002/metrics",
+    )
+    run.add_argument(
+        "--scenario", type=_scenarios, default=list(SCENARIOS), metavar="NAMES", help=f"of {','.join(SCENARIOS)} (all)"
+    )
+    run.add_argument(
+        "--model", help="of ours (default: ecapa; ecapa_torchscript on a GPU that ONNX Runtime cannot use)"
+    )
+    run.add_argument("--source", default="random", help="of --local, as for python -m export (default: %(default)s)")
+    run.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
+    run.add_argument(
+        "--repository", type=Path, metavar="DIR", help="--local serves what is exported there, not --source"
+    )
+    run.add_argument(
+        "--precision", choices=["fp32", "fp16"], default="fp32", help="of --local gpu (default: %(default)s)"
+    )
+    run.add_argument("--no-baselines", dest="baselines", action="store_false", help="ours alone")
+    run.add_argument("--seconds", type=_positive, default=5.0, help="of each measurement (default: %(default)g)")
+    run.add_argument("--warm-up", type=_seconds, default=1.0, help="seconds of load before it (default: %(default)g)")
+    run.add_argument("--rounds", type=_count, default=1, help="of all levels, in turn (default: %(default)s)")
+    run.add_argument(
+        "--max-clients", type=_count, default=200, help="leave out levels with more (default: %(default)s)"
+    )
+    run.add_argument("--capacity", type=_positive, help="clips/s that arrivals are shares of (default: as in mixed)")
+    run.add_argument("--processes", type=_count, default=1, help="of Locust (default: %(default)s)")
+    run.add_argument(
+        "--out", type=Path, default=Path("loadtest/results"), metavar="FOLDER", help="default: %(default)s"
+    )
+    run.add_argument("--name", help="of the files (default: date and targets)")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if not re.fullmatch(r"[\w.-]+", name) or not value:
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=URL, such as cpu=grpc://127.0.0.1:8001")
+    return name, value
+
+
+def _scenarios(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in SCENARIOS:
+            raise argparse.ArgumentTypeError(f"{name!r}: expected {', '.join(SCENARIOS)}, with commas between")
+    return names
+
+
+def _seconds(text: str) -> float:
+    return _between(text, lambda value: 0 <= value < math.inf, "0 or more")
 
 
 def _positive(text: str) -> float:

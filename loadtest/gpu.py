@@ -8,12 +8,10 @@ Model files that are written here are not verified as `python -m export` does; t
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import re
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -28,9 +26,9 @@ import torch
 from torch import Tensor
 
 from . import gpu_page, gpu_served, machine
+from .clips import Clips
 from .gpu_models import (
     FORMATS,
-    ROOT,
     SAMPLE_RATE,
     Array,
     Embed,
@@ -216,8 +214,9 @@ class Report:
 
 def describe(options: argparse.Namespace, bench: Bench) -> Row:
     """The machine, the versions, the model and the command."""
-    names = "torch", "onnxruntime-gpu", "onnxruntime", "speechbrain", "nvidia-pytriton", "tritonclient", "numpy"
-    installed = tuple(name for name in names if any(importlib.metadata.distributions(name=name)))
+    installed = machine.installed(
+        "torch", "onnxruntime-gpu", "onnxruntime", "speechbrain", "nvidia-pytriton", "tritonclient", "numpy"
+    )
     gpu: Row = {"name": "rehearsal"}
     if bench.plan.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -225,8 +224,8 @@ def describe(options: argparse.Namespace, bench: Bench) -> Row:
             "name": properties.name,
             "memory_gb": round(properties.total_memory / 1e9, 1),
             "processors": properties.multi_processor_count,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
-            "power_limit": _output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader", "--id=0"),
+            "driver": machine.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+            "power_limit": machine.output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader", "--id=0"),
         }
     words = [f"--{word}" for word in ("quick", "rehearse") if getattr(options, word)]
     words += [] if options.repository else [f"--source {Path(options.source).name}"]
@@ -237,19 +236,12 @@ def describe(options: argparse.Namespace, bench: Bench) -> Row:
         gpu=gpu,
         cuda=torch.version.cuda,
         threads=torch.get_num_threads(),
-        commit=_output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        commit=machine.commit(),
         command=" ".join(["python -m loadtest gpu", *words]),
         model=bench.metadata,
         rounds=bench.plan.rounds,
         clips_of_speech=len(bench.speech),
     )
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def load(bench: Bench) -> Iterator[Row]:
@@ -456,15 +448,15 @@ def served(bench: Bench, folder: Path) -> Iterator[Row]:
     random = np.random.default_rng(0)
     speech = np.concatenate(list(bench.speech.values()))
 
-    def clips(name: str, seconds: Iterable[float]) -> gpu_served.Clips:
+    def clips(seconds: Iterable[float]) -> Clips:
         waveforms = []
         for samples in (round(s * SAMPLE_RATE) for s in seconds):
             clip = np.take(speech, np.arange(samples) + random.integers(len(speech)), mode="wrap")
             hiss = random.standard_normal(samples) * 10 ** random.uniform(-4, -1)
             waveforms.append((clip + hiss).astype(np.float32))
-        return gpu_served.Clips(name, waveforms, bench.reference(waveforms))
+        return Clips(waveforms, bench.reference(waveforms))
 
-    mixes = [clips("2.02 s", [2.02] * POOL), clips("1 to 10 s", np.linspace(1, 10, POOL))]
+    mixes = {"2.02 s": clips([2.02] * POOL), "1 to 10 s": clips(np.linspace(1, 10, POOL))}
     bench.contenders.clear()  # the server has the device to itself
     if device == "gpu":
         torch.cuda.empty_cache()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
-import re
 import shutil
 import signal
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -18,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import machine
+from .clips import Array, Clips
 from .gpu_page import Row, reason
+from .target import gauges, statistics
 
-Array: TypeAlias = NDArray[np.float32]
 Precision: TypeAlias = Literal["fp32", "fp16"]
 
 REPOSITORY = Path(__file__).parent.parent / "model_repository"
@@ -34,21 +32,6 @@ START = 120.0  # s, for the processes of the load generator
 LOOK = 0.5  # s, from one look at Triton's metrics to the next
 CHANNELS = 4  # gRPC connections of one process
 PROCESSES = 8  # of the load generator, and no more than half the cores
-
-
-@dataclass(frozen=True)
-class Clips:
-    """What clients choose from: float32 `[samples]` at 16 kHz, and the right embedding of each, `[n, E]`."""
-
-    name: str
-    waveforms: list[Array]
-    embeddings: Array
-
-    def apart(self) -> float:
-        """Relative L2 distance of the two nearest embeddings: a bound above it would not see them exchanged."""
-        every = self.embeddings.astype(np.float64)
-        distances = np.linalg.norm(every[:, None] - every, axis=2) / np.linalg.norm(every, axis=1)
-        return float(np.min(distances + np.diag(np.full(len(every), np.inf))))
 
 
 @dataclass(frozen=True)
@@ -139,7 +122,7 @@ async def _drive(task: Load, outcome: Outcome) -> None:
 
 def served(
     formats: Mapping[str, tuple[str, dict[Precision, Path]]],
-    mixes: list[Clips],
+    mixes: Mapping[str, Clips],
     device: Literal["gpu", "cpu"],
     clients: tuple[int, ...],
     seconds: float,
@@ -149,7 +132,7 @@ def served(
 
     Args:
         formats: the model's name and, by precision, its file, by format.
-        mixes: of clips to send.
+        mixes: the clips to send, by what they are called.
         device: "gpu", or "cpu" in a rehearsal.
         clients: that send at once.
         seconds: of load for each.
@@ -172,12 +155,12 @@ def served(
                 bound = BOUNDS[precision].max_error
                 try:
                     with TritonServer(repository, device=device, precision=precision) as server:
-                        for mix, count in itertools.product(mixes, clients):
+                        for (name, mix), count in itertools.product(mixes.items(), clients):
                             if not mix.apart() > 2 * bound:
-                                raise ValueError(f"clips of {mix.name}: two embeddings are too close to tell apart")
+                                raise ValueError(f"clips of {name}: two embeddings are too close to tell apart")
                             yield (
                                 row
-                                | {"clips": mix.name}
+                                | {"clips": name}
                                 | _level(server, pool, processes, model, mix, bound, count, seconds)
                             )
                 except Exception as error:
@@ -212,7 +195,7 @@ def _level(
     from tritonclient.grpc import InferenceServerClient
 
     with InferenceServerClient(server.grpc_url) as triton:
-        before = _statistics(triton, model)
+        before = statistics(triton, model)
         begin = time.monotonic() + RAMP
         shares = [clients // processes + (number < clients % processes) for number in range(processes)]
         loads = [
@@ -221,17 +204,16 @@ def _level(
             if share
         ]
         futures = [pool.submit(drive, load) for load in loads]
-        gauges: dict[str, float] = {}
+        most: dict[str, float] = {}
         while wait(futures, LOOK).not_done:
-            for name, value in _gauges(server.metrics_url).items():
-                gauges[name] = max(value, gauges.get(name, 0.0))
+            for name, value in gauges(server.metrics_url).items():
+                most[name] = max(value, most.get(name, 0.0))
         outcomes = [future.result() for future in futures]
-        after = _statistics(triton, model)
+        after = statistics(triton, model)
     done = {name: after[name] - before[name] for name in after}
     latencies = np.concatenate([outcome.latencies for outcome in outcomes]) * 1e3
     p50, p95, p99 = np.percentile(latencies, (50, 95, 99)).tolist() if len(latencies) else [None] * 3
     busiest = max(outcome.cpu for outcome in outcomes)
-    memory = gauges.get("nv_gpu_memory_used_bytes")
     return {
         "clients": clients,
         "clips_per_s": len(latencies) / seconds,
@@ -245,33 +227,9 @@ def _level(
         "right": sum(outcome.right for outcome in outcomes),
         "wrong": sum(outcome.wrong for outcome in outcomes),
         "errors": dict(sum((outcome.errors for outcome in outcomes), Counter())),
-        "gpu_memory_mb": memory / 1e6 if memory else None,
-        "gpu_utilisation": gauges.get("nv_gpu_utilization"),
+        "gpu_memory_mb": most.get("gpu_memory_mb") or None,
+        "gpu_utilisation": most.get("gpu"),
         "server_mb": sum(server.memory().values()) / 1e6,
         "generator_processes": len(loads),
         "generator_cpu": busiest,
     }
-
-
-def _statistics(triton: Any, model: str) -> Counter[str]:
-    """Triton's own counts since it started."""
-    counts: Counter[str] = Counter()
-    for one in triton.get_inference_statistics(model).model_stats:
-        counts["inferences"] += one.inference_count
-        counts["executions"] += one.execution_count
-        counts["queue_ns"] += one.inference_stats.queue.ns
-        counts["compute_ns"] += one.inference_stats.compute_infer.ns
-    return counts
-
-
-def _gauges(url: str) -> dict[str, float]:
-    """Triton's gauges of the GPU, the largest where there are several; none where it shows none."""
-    found: dict[str, float] = {}
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            text = reply.read().decode()
-    except OSError:
-        return found
-    for name, value in re.findall(r"^(nv_gpu_utilization|nv_gpu_memory_used_bytes)\{[^}]*\} (\S+)", text, re.MULTILINE):
-        found[name] = max(float(value), found.get(name, 0.0))
-    return found

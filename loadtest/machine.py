@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parent.parent
 
 
 def describe(packages: tuple[str, ...], **more: Any) -> dict[str, Any]:
@@ -33,3 +38,21 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def installed(*packages: str) -> tuple[str, ...]:
+    """Those of the packages that are installed."""
+    return tuple(name for name in packages if any(importlib.metadata.distributions(name=name)))
+
+
+def commit() -> str | None:
+    """Of the checkout; it ends in -dirty where files were changed since."""
+    return output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+
+
+def output(*command: str) -> str | None:
+    """What a command prints; None if it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,9 +1,9 @@
 """The packed model on ONNX Runtime against SpeechBrain and bare matrix products, in process, on the CPU.
 
-Ours runs in batches of the size that `configs/cpu.pbtxt` sets, as the server does; one batch of all is reported too.
-All contenders run in turn within each round, on the same number of threads, each after a pause in which the others'
-threads go to sleep and one call that is not timed. Reported are medians over the rounds; ratios are medians of the
-ratios within a round.
+Ours runs in batches of the size that `configs/cpu.pbtxt` prefers, as the server does with single clips; one batch of
+all is reported too. All contenders run in turn within each round, on the same number of threads, each after a pause in
+which the others' threads go to sleep and one call that is not timed. Reported are medians over the rounds; ratios are
+medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print(
         f"{report['cpu']}, {threads} threads; {loaded.source}; torch {report['packages']['torch']}, "
-        f"onnxruntime {report['packages']['onnxruntime']}; batches of {max_batch_size()}; "
+        f"onnxruntime {report['packages']['onnxruntime']}; batches of {preferred_batch_size()}; "
         f"medians of {options.rounds} interleaved rounds\n\n{HEADER}"
     )
     report["rows"] = []
@@ -109,7 +109,7 @@ def _measure(
     def batch() -> None:
         classifier.encode_batch(padded, parts)
 
-    size = max_batch_size()
+    size = preferred_batch_size()
     batches = [clips[start : start + size] for start in range(0, len(clips), size)]
 
     def batched() -> list[NDArray[np.float32]]:
@@ -168,10 +168,10 @@ def _measure(
     }
 
 
-def max_batch_size() -> int:
-    """Of the config for CPUs."""
+def preferred_batch_size() -> int:
+    """Up to how many single clips Triton joins in a batch, by the config for CPUs."""
     config = text_format.Parse(CPU_CONFIG.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-    return int(config.max_batch_size)
+    return int(max(config.dynamic_batching.preferred_batch_size, default=config.max_batch_size))
 
 
 def count_products(

@@ -1,9 +1,9 @@
 """The whole server under minutes of mixed load: every reply checked, resident memory over time.
 
-Clients send clips of hundreds of lengths, log-uniform over all that the model takes, alone, as `[n, samples]` and many
-in flight, with raw gRPC and with `SpeakerClient`; the lengths that meet in a batch are new nearly every time. A small
-share of the requests is hostile. Every embedding is compared with SpeechBrain's of that clip alone, computed
-beforehand: one that is another clip's, or any where there is none, is wrong.
+Clients send clips of hundreds of lengths, log-uniform over all that the model takes, alone, as `[n, samples]` (up to 8
+clips and a minute of audio) and many in flight, with raw gRPC and with `SpeakerClient`; the lengths that meet in a
+batch are new nearly every time. A small share of the requests is hostile. Every embedding is compared with
+SpeechBrain's of that clip alone, computed beforehand: one that is another clip's, or any where there is none, is wrong.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ EVERY = 2.0  # s, from one look at the memory to the next
 SAY = 10.0  # s, from one line of progress to the next
 IDLE = 3.0  # s, without load before the last look
 TEN_MINUTES = 600 * SAMPLE_RATE  # samples
+# Of a request [n, samples], where the config takes as many: a minute is 3.8 MB, and a batch of 200 MB in the model.
+MOST_CLIPS, MOST_SAMPLES = 8, 60 * SAMPLE_RATE
 SHORTEST_JUDGED = 180.0  # s; in less the largest batches have not all come
 # Memory is level when its median grows by no more than the larger of these from the second third of the load to the
 # last: room for the clips that happen to come, and a leak of 6 MB a minute shows within ten minutes.
@@ -123,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         repository = options.repository or Path(folder) / "repository"
         if options.repository:
-            loaded = _made_from(repository)
+            loaded = made_from(OnnxModel(_path(repository)).metadata)
         else:
             loaded = checkpoint.load(options.source, channels=options.channels)
             shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("*.onnx", "*.pt"))
@@ -164,9 +166,8 @@ def _path(repository: Path) -> Path:
     return repository / MODEL / "1" / "model.onnx"
 
 
-def _made_from(repository: Path) -> checkpoint.Checkpoint:
-    """The checkpoint that the exported model of a repository says it was made from."""
-    metadata = OnnxModel(_path(repository)).metadata
+def made_from(metadata: dict[str, str]) -> checkpoint.Checkpoint:
+    """The checkpoint that an exported model, by its metadata, was made from."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--source")
     parser.add_argument("--revision")
@@ -256,9 +257,10 @@ class Load:
                     self._send_rows(triton, random)
 
     def _send_rows(self, triton: InferenceServerClient, random: np.random.Generator) -> None:
-        """One request of one clip, or, where the length has two, one to `max_batch_size` of them."""
+        """One request of one clip, or, where the length has two, of as many as MOST_CLIPS and MOST_SAMPLES allow."""
         clips = self._any(random)
-        count = 1 if len(clips.waveforms) == 1 else random.integers(1, self._max_batch, endpoint=True)
+        most = min(self._max_batch, MOST_CLIPS, max(1, MOST_SAMPLES // clips.waveforms.shape[1]))
+        count = 1 if len(clips.waveforms) == 1 else random.integers(1, most, endpoint=True)
         rows = random.integers(len(clips.waveforms), size=count)
         with self._errors(f"{count} of {clips.waveforms.shape[1]} samples"):
             self._compare("in a request", _infer(triton, clips.waveforms[rows]), clips.embeddings[rows])

@@ -57,6 +57,8 @@ def test_shell_line(line: str, checkout: Path, server: TritonServer) -> None:
         return serve(command, checkout)
     elif command.startswith("python -m loadtest"):
         command = re.sub(r"(loadtest \w+).*", r"\1 --help", command)
+    elif command.startswith("locust"):
+        command = f"locust --headless --users 1 --run-time 5s --scenario single --host grpc://{server.grpc_url}"
     elif command.startswith("python -m export --source"):
         command += " --no-fp16"  # whose files are made and tested elsewhere
     elif command.startswith("ecapa-triton"):

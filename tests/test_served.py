@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,19 @@ def noise(samples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(samples).astype(np.float32) * 0.1
 
 
+def batch_sizes(triton: InferenceServerClient, model: str) -> Counter[int]:
+    """How many batches of each size the server has counted."""
+    time.sleep(0.5)  # Triton counts a batch just after it has replied
+    (statistics,) = triton.get_inference_statistics(model).model_stats
+    return Counter({batch.batch_size: batch.compute_infer.count for batch in statistics.batch_stats})
+
+
+def most_clips(triton: InferenceServerClient, model: str) -> tuple[int, int]:
+    """In a request, and in a batch that Triton makes of requests of one clip."""
+    config = triton.get_model_config(model).config
+    return config.max_batch_size, max(config.dynamic_batching.preferred_batch_size, default=config.max_batch_size)
+
+
 def executions(triton: InferenceServerClient, model: str) -> tuple[int, int]:
     """Requests and executions that the server has counted."""
     time.sleep(0.5)  # Triton counts a request just after it has replied
@@ -57,7 +71,7 @@ def test_24_requests_of_six_lengths_share_executions_and_are_each_as_alone(
     server: TritonServer, triton: InferenceServerClient, model: str, reference: Reference
 ) -> None:
     clips = [noise(LENGTHS[i % 6], i) for i in range(24)]
-    before = executions(triton, model)
+    before, sizes_before = executions(triton, model), batch_sizes(triton, model)
     with ThreadPoolExecutor(24) as pool:
         clients = [InferenceServerClient(server.grpc_url) for _ in clips]
         rows = list(pool.map(lambda pair: ask(pair[0], model, pair[1][None])[0], zip(clients, clips, strict=True)))
@@ -66,15 +80,21 @@ def test_24_requests_of_six_lengths_share_executions_and_are_each_as_alone(
     after = executions(triton, model)
     assert after[0] - before[0] == 24
     assert after[1] - before[1] < 24, "requests of different lengths were not batched"
+    _, joined = most_clips(triton, model)
+    assert max(batch_sizes(triton, model) - sizes_before) <= joined
     for clip, row in zip(clips, rows, strict=True):
         error, cosine = difference(row, reference(clip))
         assert error < 1e-4 and cosine > 0.99999
 
 
 def test_a_request_with_several_clips(triton: InferenceServerClient, model: str, reference: Reference) -> None:
-    clips = np.stack([noise(8000, seed) for seed in range(3)])
+    """As many as the config takes, in one batch."""
+    most, _ = most_clips(triton, model)
+    clips = np.stack([noise(8000, seed) for seed in range(most)])
+    before = batch_sizes(triton, model)
     for clip, row in zip(clips, ask(triton, model, clips), strict=True):
         assert difference(row, reference(clip))[0] < 1e-4
+    assert batch_sizes(triton, model) - before == {most: 1}
 
 
 BAD = {

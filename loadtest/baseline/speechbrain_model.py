@@ -1,0 +1,79 @@
+"""`1/model.py` of both baselines: what one execution of Triton holds, through SpeechBrain's `encode_batch`.
+
+Clips of one length are given as the batch that they are. Where an execution holds several lengths, which Triton only
+allows where the config has `allow_ragged_batch`, they are padded with zeros to the longest and `wav_lens` says how much
+of each is the clip.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+
+class TritonPythonModel:
+    """One instance of SpeechBrain's `EncoderClassifier`, on the GPU that Triton gives it or on all cores."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads the checkpoint that the config's parameters `source` and `channels` name.
+
+        Args:
+            args: Triton's description of the instance; `model_config` is the config as JSON.
+        """
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        # Before the package `export` that lies beside Triton's stubs, which is a part of the checkout's.
+        sys.path.insert(0, parameters["checkout"])
+        from export import checkpoint
+
+        if args["model_instance_kind"] == "GPU":
+            if not torch.cuda.is_available():
+                raise pb_utils.TritonModelException(
+                    f"the instance is KIND_GPU and the installed torch {torch.__version__} cannot use it"
+                )
+            device = f"cuda:{args['model_instance_device_id']}"
+            torch.cuda.set_device(device)
+        else:
+            device = "cpu"
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+        try:
+            loaded = checkpoint.load(parameters["source"], channels=int(parameters["channels"]))
+        except checkpoint.CheckpointError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        self._classifier = loaded.classifier
+        self._classifier.device = device
+        for module in self._classifier.mods.values():
+            module.to(device)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answers the requests of one execution, each with its own rows `[n, E]` or its own error."""
+        try:
+            waveforms = [pb_utils.get_input_tensor_by_name(request, "waveform").as_numpy() for request in requests]
+            return [pb_utils.InferenceResponse([pb_utils.Tensor("embedding", rows)]) for rows in self._embed(waveforms)]
+        except Exception as error:  # whatever SpeechBrain and torch raise, of a clip that is too short, for example
+            if len(requests) > 1:  # the neighbours of such a clip can still be answered
+                return [response for request in requests for response in self.execute([request])]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"SpeechBrain cannot embed this: {error}"))]
+
+    def _embed(self, waveforms: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Embeds clips at 16 kHz, each array `[n, samples]` of one length, to arrays `[n, E]`."""
+        items = [len(array) for array in waveforms]
+        samples = [array.shape[1] for array in waveforms]
+        if 0 in samples:
+            raise ValueError("the clip is empty")  # padded, it would come back as NaN
+        longest = max(samples)
+        if len(waveforms) == 1:
+            batch = torch.from_numpy(waveforms[0])
+        else:
+            batch = torch.zeros(sum(items), longest)
+            for rows, array in zip(batch.split(items), waveforms, strict=True):
+                rows[:, : array.shape[1]] = torch.from_numpy(array)
+        lengths = torch.tensor(np.repeat(samples, items) / longest, dtype=torch.float32)
+        with torch.inference_mode():
+            embeddings = self._classifier.encode_batch(batch, lengths)[:, 0].cpu().numpy()
+        return list(np.split(embeddings, np.cumsum(items)[:-1]))

@@ -1,0 +1,101 @@
+"""What the load tests send: speech of `samples/`, cut to any length, and the embedding that each clip must give."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float32]
+T = TypeVar("T")
+
+SAMPLES = Path(__file__).parent.parent / "samples"
+SAMPLE_RATE = 16_000  # Hz, of the files in `samples/` too
+MAX_ERROR = {"fp32": 1e-4, "fp16": 5e-3}  # relative L2 distance from the right embedding, as the export allows
+
+
+class ClipsError(Exception):
+    """A file of clips cannot be used. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Waveforms, float32 `[samples]` at 16 kHz, and the right embedding of each, float32 `[n, E]`."""
+
+    waveforms: list[Array]
+    embeddings: Array
+
+    def apart(self) -> float:
+        """Relative L2 distance of the two nearest embeddings: a bound above half of it could miss an exchange."""
+        every = self.embeddings.astype(np.float64)
+        distances = np.linalg.norm(every[:, None] - every, axis=2) / np.linalg.norm(every, axis=1)
+        return float(np.min(distances + np.diag(np.full(len(every), np.inf))))
+
+    def save(self, path: Path) -> None:
+        """Write them to an NPZ file."""
+        lengths = [len(waveform) for waveform in self.waveforms]
+        np.savez(path, samples=np.concatenate(self.waveforms), lengths=lengths, embeddings=self.embeddings)
+
+    @classmethod
+    def load(cls, path: Path) -> Clips:
+        """Read what `save` wrote."""
+        try:
+            with np.load(path) as file:
+                samples, lengths, embeddings = file["samples"], file["lengths"], file["embeddings"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ClipsError(f"{path} holds no clips ({error}): expected an NPZ of python -m loadtest") from error
+        return cls(np.split(samples, np.cumsum(lengths)[:-1]), embeddings)
+
+
+class Deck(Generic[T]):
+    """Things in random order, each drawn as often as any other: a short while sees the whole mix."""
+
+    def __init__(self, things: Sequence[T], seed: int | None = None) -> None:
+        self._things = list(things)
+        self._random = random.Random(seed)
+        self._left: list[T] = []
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    def draw(self) -> T:
+        """The next one."""
+        if not self._left:
+            self._left = self._random.sample(self._things, len(self._things))
+        return self._left.pop()
+
+
+def compare(a: Array, b: Array) -> tuple[float, float]:
+    """The smallest cosine and the largest relative L2 error of embeddings `a` against `b`, both `[n, E]`."""
+    one, other = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(other, axis=1)
+    cosines = np.einsum("ne,ne->n", one, other) / (np.linalg.norm(one, axis=1) * norms)
+    return float(np.min(cosines)), float(np.max(np.linalg.norm(one - other, axis=1) / norms))
+
+
+def speech(seconds: Sequence[float], seed: int = 0) -> list[Array]:
+    """Cut a clip of each length from the speech of `samples/`, anywhere and under faint noise: no two are equal.
+
+    Args:
+        seconds: of each clip.
+        seed: of the places and of the noise.
+
+    Returns:
+        Waveforms, float32 `[samples]` at 16 kHz in [-1, 1].
+    """
+    import soundfile  # a GPU host may have little more than torch
+
+    generator = np.random.default_rng(seed)
+    files = sorted(path for path in SAMPLES.iterdir() if path.suffix in (".flac", ".wav"))
+    voice = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in files])
+    clips = []
+    for samples in (round(s * SAMPLE_RATE) for s in seconds):
+        clip = np.take(voice, np.arange(samples) + generator.integers(len(voice)), mode="wrap")
+        noise = generator.standard_normal(samples) * 10 ** generator.uniform(-4, -2)
+        clips.append(np.clip(clip + noise, -1, 1).astype(np.float32))
+    return clips

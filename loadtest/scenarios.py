@@ -1,0 +1,72 @@
+"""What the load tests do to a server: scenarios, and the levels at which each is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SINGLE = (1.0, 5.0, 10.0)  # s
+BATCH = (1, 8, 16, 32)  # clips in a request
+CLIENTS = (1, 4, 16, 64, 200)
+ARRIVALS = (0.5, 0.8, 0.95, 1.2)  # of the capacity
+EQUAL = 2.0  # s, of each clip in `batch` and `clients`
+# Seconds to how many of twenty clips: short commands, sentences, a few monologues; 5.35 s in the mean.
+MIX: dict[float, int] = {1: 3, 2: 4, 3: 4, 5: 3, 7: 2, 10: 2, 15: 1, 20: 1}
+MIXED_USERS = 16
+RAMP_USERS = 64
+
+SCENARIOS = {
+    "single": "one client, one clip a request",
+    "batch": "one client, several clips of one length in a request [n, samples]",
+    "mixed": f"{MIXED_USERS} clients, clips of {min(MIX):g} to {max(MIX):g} s",
+    "clients": "ever more clients at once, clips of one length",
+    "arrivals": "clips of the mix at a constant rate, whether or not replies have come",
+    "ramp": f"the mix, from 1 to {RAMP_USERS} clients",
+}
+OPEN_LOOP = ("arrivals",)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One measurement of a scenario.
+
+    Attributes:
+        scenario: one of SCENARIOS.
+        seconds: of each clip; None is the mix.
+        batch: clips in a request.
+        users: that send at once, each its next request when the last reply has come; None in an open loop.
+        share: of the capacity that arrives, in an open loop.
+    """
+
+    scenario: str
+    seconds: float | None
+    batch: int = 1
+    users: int | None = 1
+    share: float | None = None
+
+    def __str__(self) -> str:
+        clips = "mix" if self.seconds is None else f"{self.seconds:g} s"
+        if self.batch > 1:
+            clips = f"{self.batch} x {clips}"
+        if self.share is not None:
+            return f"{self.scenario}, {clips}, {self.share:.0%} of the capacity"
+        return f"{self.scenario}, {clips}, {self.users} client{'s' * (self.users != 1)}"
+
+
+def levels(scenario: str) -> list[Level]:
+    """Every level of a scenario."""
+    return {
+        "single": [Level("single", seconds) for seconds in SINGLE],
+        "batch": [Level("batch", EQUAL, batch) for batch in BATCH],
+        "mixed": [Level("mixed", None, users=MIXED_USERS)],
+        "clients": [Level("clients", EQUAL, users=users) for users in CLIENTS],
+        "arrivals": [Level("arrivals", None, users=None, share=share) for share in ARRIVALS],
+        "ramp": [Level("ramp", None, users=RAMP_USERS)],
+    }[scenario]
+
+
+def lengths(seconds: float | None, batch: int = 1) -> Sequence[float]:
+    """Seconds of each clip in the deck that clients draw from: the mix, or enough of one length to fill requests."""
+    if seconds is None:
+        return [length for length, count in MIX.items() for _ in range(count)]
+    return [seconds] * max(batch, 8)

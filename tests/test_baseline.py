@@ -1,0 +1,152 @@
+"""The baselines on a real tritonserver: SpeechBrain's own embeddings, of a clip alone or of a padded batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
+
+from export import checkpoint, configs
+from export.verify import clip_groups, difference
+from loadtest import baseline
+from server.triton import TritonServer, check_repository
+
+ALONE, PADDED = baseline.MODELS
+SECOND = 16000  # samples
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    repository = tmp_path_factory.mktemp("baselines")
+    assert baseline.install(repository, "mini") == [ALONE, PADDED]
+    with TritonServer(repository, device="cpu") as running:
+        yield running
+
+
+@pytest.fixture
+def triton(server: TritonServer) -> Iterator[InferenceServerClient]:
+    with InferenceServerClient(server.grpc_url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def speech() -> list[np.ndarray]:
+    """Two clips that end in the middle of speech, float32 `[samples]`."""
+    first, second, *_ = clip_groups(640, 10 * SECOND, seed=0)["samples/"].values()
+    return [first[SECOND // 2 :][:8000], second[SECOND // 2 :][:30000]]
+
+
+def ask(triton: InferenceServerClient, model: str, waveform: np.ndarray) -> np.ndarray:
+    """Waveform `[n, samples]` to embedding `[n, 192]`."""
+    tensor = InferInput("waveform", list(waveform.shape), "FP32")
+    tensor.set_data_from_numpy(waveform)
+    return np.asarray(triton.infer(model, [tensor], client_timeout=60).as_numpy("embedding"))
+
+
+def encode(mini: checkpoint.Checkpoint, clips: list[np.ndarray]) -> np.ndarray:
+    """SpeechBrain's embeddings `[n, 192]` of clips in one batch, padded by its own convention."""
+    longest = max(map(len, clips))
+    batch = torch.from_numpy(np.stack([np.pad(clip, (0, longest - len(clip))) for clip in clips]))
+    with torch.inference_mode():
+        embeddings = mini.classifier.encode_batch(batch, torch.tensor([len(clip) / longest for clip in clips]))
+    return np.asarray(embeddings[:, 0])
+
+
+def noise(*shape: int) -> np.ndarray:
+    return (0.1 * np.random.default_rng(shape).standard_normal(shape)).astype(np.float32)
+
+
+def counts(triton: InferenceServerClient) -> np.ndarray:
+    """Clips and executions of the padded model."""
+    time.sleep(0.5)  # Triton counts a request just after it has replied
+    (statistics,) = triton.get_inference_statistics(PADDED).model_stats
+    return np.array([statistics.inference_count, statistics.execution_count])
+
+
+def ask_together(
+    server: TritonServer, clips: list[np.ndarray], triton: InferenceServerClient
+) -> list[np.ndarray | InferenceServerException]:
+    """One request for each clip while the padded model is busy with another, so that they share an execution."""
+
+    def send(clip: np.ndarray) -> np.ndarray | InferenceServerException:
+        with InferenceServerClient(server.grpc_url) as own:
+            try:
+                return ask(own, PADDED, clip[None])[0]
+            except InferenceServerException as error:
+                return error
+
+    with ThreadPoolExecutor(len(clips) + 1) as pool:
+        busy = pool.submit(ask, triton, PADDED, noise(8, 8 * SECOND))
+        time.sleep(0.3)
+        replies = [pool.submit(send, clip) for clip in clips]
+        assert not busy.done()
+        busy.result()
+        return [reply.result() for reply in replies]
+
+
+@pytest.mark.parametrize("model", baseline.MODELS)
+@pytest.mark.parametrize("shape", [(1, 640), (1, SECOND), (1, 33333), (1, 5 * SECOND), (3, 20001)])
+def test_a_request_alone_is_speechbrain(
+    triton: InferenceServerClient, mini: checkpoint.Checkpoint, model: str, shape: tuple[int, int]
+) -> None:
+    clips = noise(*shape)
+    rows = ask(triton, model, clips)
+    assert rows.shape == (shape[0], 192) and rows.dtype == np.float32
+    for row, expected in zip(rows, encode(mini, list(clips)), strict=True):
+        assert difference(row, expected)[0] < 1e-5
+
+
+def test_requests_of_several_lengths_are_speechbrains_padded_batch(
+    server: TritonServer, triton: InferenceServerClient, mini: checkpoint.Checkpoint, speech: list[np.ndarray]
+) -> None:
+    before = counts(triton)
+    rows = ask_together(server, speech, triton)
+    clips, executions = counts(triton) - before
+    assert clips == 8 + 2
+    assert executions == 2, "requests of different lengths were not batched"
+    for row, padded in zip(rows, encode(mini, speech), strict=True):
+        assert isinstance(row, np.ndarray)
+        assert difference(row, padded)[0] < 1e-5
+    # And so it is not that of the short clip alone, by far.
+    assert difference(np.asarray(rows[0]), encode(mini, speech[:1])[0])[0] > 1e-3
+
+
+@pytest.mark.parametrize("model", baseline.MODELS)
+@pytest.mark.parametrize("samples", [0, 1, 639])
+def test_what_speechbrain_cannot_take_is_an_error(
+    triton: InferenceServerClient, mini: checkpoint.Checkpoint, model: str, samples: int
+) -> None:
+    with pytest.raises(InferenceServerException, match="SpeechBrain cannot embed this"):
+        ask(triton, model, noise(1, samples))
+    clip = noise(SECOND)
+    assert difference(ask(triton, model, clip[None])[0], encode(mini, [clip])[0])[0] < 1e-5
+
+
+def test_an_empty_neighbour_costs_nobody_an_answer(
+    server: TritonServer, triton: InferenceServerClient, mini: checkpoint.Checkpoint
+) -> None:
+    clip = noise(SECOND)
+    row, empty = ask_together(server, [clip, noise(0)], triton)
+    assert "the clip is empty" in str(empty)
+    assert isinstance(row, np.ndarray)
+    assert difference(row, encode(mini, [clip])[0])[0] < 1e-5
+
+
+def test_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint.MINI.parent)
+    for _ in range(2):  # the second time over the first
+        assert baseline.install(tmp_path / "repository", f"./{checkpoint.MINI.name}", channels=64) == baseline.MODELS
+    for model in baseline.MODELS:
+        for path in configs.config_files(tmp_path / "repository" / model):
+            parameters = {key: value.string_value for key, value in configs.read(path).parameters.items()}
+            assert parameters == {"source": str(checkpoint.MINI), "channels": "64", "checkout": str(ROOT)}
+    for name in "cpu", "gpu", "gpu_fp16":
+        assert check_repository(tmp_path / "repository", name) == dict.fromkeys(baseline.MODELS, "python")
