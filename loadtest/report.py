@@ -374,7 +374,7 @@ def _facts(measured: Measured, report: Row) -> dict[str, Value]:
             + [f"{name} {version}" for name, version in (report.get("packages") or {}).items()]
         ),
         "model": conditions.get("source") or "unknown (the servers are not ours to look into)",
-        "SHA-256": "; ".join(files) or "unknown",
+        "SHA-256 of the weights": "; ".join(files) or "unknown",
         "clips": conditions.get("clips") or "unknown",
         "mix": ", ".join(f"{length} s {_percent(share / total)}" for length, share in mix.items()) if total else None,
         "warm-up": f"{_plus(conditions.get('warm_up_s'), 's')} before each, not measured",
@@ -411,19 +411,19 @@ def _targets(measured: Measured) -> list[Block]:
         servers.append((target["name"], [cells]))
         rows: list[list[Value]] = []
         for name, model in (target.get("models") or {}).items():
-            numbers = [model.get(key) for key in ("max_batch", "threshold", "max_seconds")]
+            largest = model.get("max_batch")
             sha = model.get("sha256")
             rows.append(
                 [name, *(model.get(key) or None for key in ("contender", "backend", "file"))]
                 + [", ".join(map(str, model.get("instances") or [])) or None, model.get("precision") or None]
                 + [Cell(sha[:12], "code") if sha else None]
-                + [f"{number:g}" if number is not None else None for number in numbers]
+                + [f"{largest:,}" if largest else None]
             )
         models.append((target["name"], rows))
     head = ["server", "URL", "where", "device", "why", "Triton", "GPUs", "requests at once, at most"]
     blocks: list[Block] = [Table(head, servers, left=7)]
-    head = ["server", "model", "contender", "backend", "file", "instances", "precision", "SHA-256"]
-    head += ["largest batch", "threshold", "longest clip, s"]
+    head = ["server", "model", "contender", "backend", "file", "instances", "precision", "SHA-256 of the weights"]
+    head += ["largest batch"]
     if models := [(label, rows) for label, rows in models if rows]:
         blocks.append(Table(head, models, left=8))
     return blocks
