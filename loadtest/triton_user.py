@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import gevent
 import grpc
 import grpc.experimental.gevent
 import numpy as np
@@ -20,6 +21,7 @@ from .clips import SAMPLE_RATE, Array
 
 SCHEME = "grpc://"
 TIMEOUT = 60.0  # s, of a request
+UNDER_WAY = 5000  # requests of one process, at most
 REFUSED_PAUSE = 0.5  # s, before a client that was refused asks again
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _FULL = "Exceeds maximum queue size"  # Triton's words, and those of what limits the requests in front of it
@@ -206,4 +208,6 @@ class TritonUser(User):
 @events.init.add_listener  # type: ignore[untyped-decorator]
 def _use_gevent(**_: Any) -> None:
     """Let gRPC wait by gevent's loop. After the forks of `--processes`: gRPC must not have begun before."""
+    # gRPC waits for each reply in a thread of this pool. Of its usual ten, the eleventh reply would have to wait for one.
+    gevent.get_hub().threadpool.maxsize = UNDER_WAY
     grpc.experimental.gevent.init_gevent()

@@ -26,6 +26,7 @@ from loadtest.__main__ import main
 from loadtest.clips import Clips, Deck, compare, speech
 from loadtest.load import Round, Sent, Timing
 from loadtest.scenarios import Level
+from server import gateway
 from server.triton import TritonServer
 
 LOCUST = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/locustfile.py")]
@@ -294,6 +295,20 @@ def test_locust_counts_wrong_replies(server: TritonServer, clips: Clips, tmp_pat
         assert requests and busy and all(one.right == right for one in requests)
         assert result.returncode == (0 if right else 1)
         assert right or "WrongReply" in result.stderr + result.stdout
+
+
+def test_a_reply_is_read_though_many_others_are_awaited(repository: Path, tmp_path: Path, clips: Clips) -> None:
+    """More users than gevent has threads by default: what is refused at once comes back before what is in work."""
+    clips.save(tmp_path / "clips.npz")
+    with TritonServer(repository, device="cpu", limits=gateway.Limits(requests=12, request_mb=64)) as limited:
+        locust(limited, "--clips", tmp_path / "clips.npz", "--requests", tmp_path / "log", "--users=24", "--run-time=2s")
+    (file,) = tmp_path.glob("log.*")
+    requests, _ = load.read_requests([file])
+    refused, right = ([one for one in requests if one.result.startswith(words)] for words in ("Refused", "right"))
+    last = min(right, key=lambda one: one.end)
+    assert len(refused) >= 12 and right
+    # The first that were refused, all of one moment, need not wait for any reply of the model.
+    assert sum(one.end < last.end for one in refused) >= 6, (refused[:12], last)
 
 
 def test_locust_in_several_processes(server: TritonServer, clips: Clips, tmp_path: Path) -> None:
