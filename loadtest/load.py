@@ -237,19 +237,19 @@ def in_process(embed: Callable[[list[Any]], Any], clips: Clips, batch: int, timi
 def rates(level: Level, one: Round) -> tuple[float, float]:
     """Clips and seconds of audio per second.
 
-    In a closed loop each request counts with the share of its time that lies between beginning and end, so that a
-    few long requests make no steps. In an open loop those count whose reply came in between.
+    In a closed loop all that was answered counts, over the time from the first request to the last reply: a server that
+    has work all along is measured over whole batches, however long they take. In an open loop, what came between
+    beginning and end.
     """
-    clips = audio = 0.0
-    for request in (request for request in one.requests if request.right):
-        if level.scenario in OPEN_LOOP:
-            share = float(one.begin <= request.end <= one.end)
-        else:
-            inside = min(request.end, one.end) - max(request.start, one.begin)
-            share = max(0.0, inside) / request.latency if request.latency > 0 else 0.0
-        clips += share * request.clips
-        audio += share * request.audio
-    return clips / (one.end - one.begin), audio / (one.end - one.begin)
+    right = [request for request in one.requests if request.right]
+    if not right:
+        return 0.0, 0.0
+    if level.scenario in OPEN_LOOP:
+        right = [request for request in right if one.begin <= request.end <= one.end]
+        took = one.end - one.begin
+    else:
+        took = max(request.end for request in right) - min(request.start for request in one.requests)
+    return sum(request.clips for request in right) / took, sum(request.audio for request in right) / took
 
 
 def latencies(one: Round) -> list[float]:

@@ -49,7 +49,7 @@ CAPTIONS = {
     "ramp": "Clients, clips per second and p95 latency over time.",
     "resources": "Load and memory over the measured time, by contender.",
 }
-EXPECTED = {range(1, 2): (5, 10), range(8, 33): (10, 32)}  # GPU against CPU in clips/s, by clips in a request
+EXPECTED = {range(1, 2): (5, 10), range(8, 33): (10, 32)}  # GPU against CPU, by clips in a request
 COMPARED = ("single", 5.0, 1, 1), ("batch", 2.0, 8, 1), ("batch", 2.0, 32, 1)  # CPU and GPU, measured or not
 
 
@@ -217,15 +217,15 @@ def _same_load(one: Row, other: Row) -> bool:
 
 
 def ratio(row: Row, base: Row) -> float | None:
-    """Clips/s of one row over those of another: the median over the rounds of the ratio within each.
+    """Speed of one row over that of another, in seconds of audio/s: the median over the rounds of each round's ratio.
 
     Rounds are interleaved, so what slows the machine down slows both. Where their numbers differ, the ratio of the
     medians; None where there is nothing to divide by.
     """
-    ours, theirs = ([part.get("clips_per_s") for part in of.get("per_round") or []] for of in (row, base))
+    ours, theirs = ([part.get("audio_per_s") for part in of.get("per_round") or []] for of in (row, base))
     if ours and len(ours) == len(theirs) and None not in ours and all(theirs):
         return float(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)))
-    return _quotient(row.get("clips_per_s"), base.get("clips_per_s"))
+    return _quotient(row.get("audio_per_s"), base.get("audio_per_s"))
 
 
 def _quotient(a: float | None, b: float | None) -> float | None:
@@ -267,7 +267,7 @@ def verdicts(measured: Measured) -> list[str]:
             lines.append(f"GPU against CPU: {MEASURED}{_why(measured, GPU if gpu is None else CPU)}.")
             continue
         speed_ups = [value for *_, value in _compared(measured, cpu, gpu) if value is not None]
-        words = f"{_span(speed_ups)} times the clips/s of the CPU" if speed_ups else MEASURED
+        words = f"{_span(speed_ups)} times the speed of the CPU" if speed_ups else MEASURED
         lines.append(f"{_against(cpu, gpu)}: {words}.")
     wrong, replies = _replies(measured)
     lines.append(f"Wrong replies: {wrong:,} of {replies:,}." if replies else "No reply was measured.")
@@ -280,10 +280,10 @@ def _verdict(target: str, contender: str, pairs: list[tuple[Row, Row]]) -> str:
         return f"{target}, ours against {contender}: {MEASURED}."
     span = _span([value for _, value in ratios])
     if contender == IN_PROCESS:
-        return f"{target}: the server keeps {span} of the clips/s of the same model in process."
+        return f"{target}: the server keeps {span} of the speed of the same model in process."
     both = [(row["p95_ms"], base["p95_ms"]) for row, base in pairs if _has(row, "p95_ms") and _has(base, "p95_ms")]
     lower = sum(a < b for a, b in both)
-    text = f"{target}: ours gives {span} times the clips/s of {contender}"
+    text = f"{target}: ours has {span} times the speed of {contender}"
     text += f", more in {sum(value > 1 for _, value in ratios)} of {len(ratios)} settings"
     text += f", with the lower p95 in {lower} of {len(both)}" if both else ""
     if slower := sorted((value, f"{_setting(row)} ({_times(value)})") for row, value in ratios if value < 1):
@@ -446,7 +446,9 @@ def _scenario(measured: Measured, scenario: str, plot: str) -> list[Block]:
     blocks.append(Table(["setting", "contender", *(column.title for column in columns)], groups, left=2))
     notes = ["Bold: the best of those that are served, of each setting."] if len(served) > 1 else []
     if any(column.base for column in columns):
-        notes.append("Ratios are of clips/s, above 1 is faster: medians over the rounds of the ratio within a round.")
+        notes.append(
+            "Ratios are of seconds of audio/s, above 1 is faster: medians over the rounds of the ratio within a round."
+        )
     usual = {target["name"]: target.get("max_requests") for target in measured.targets}
     for target, limit in {(row["target"], row.get("max_requests")): None for row in rows}:
         if limit and limit != usual.get(target):
@@ -647,7 +649,7 @@ def _why(measured: Measured, device: str) -> str:
 def _compared(
     measured: Measured, cpu: str | None, gpu: str | None
 ) -> list[tuple[Row, Row | None, Row | None, float | None]]:
-    """Of each load: a row that stands for it, what ours did on the CPU and on the GPU, and the speed-up in clips/s."""
+    """Of each load: a row that stands for it, what ours did on the CPU and on the GPU, and the speed-up."""
     sides = [
         [r for r in measured.select(OURS, target=side) if r["scenario"] not in ("arrivals", "ramp")] if side else []
         for side in (cpu, gpu)
@@ -663,7 +665,7 @@ def _compared(
     found = []
     for load in loads:
         one, other = (next((row for row in side if _same_load(row, load)), None) for side in sides)
-        faster = _quotient(other.get("clips_per_s"), one.get("clips_per_s")) if one and other else None
+        faster = _quotient(other.get("audio_per_s"), one.get("audio_per_s")) if one and other else None
         found.append((load, one, other, faster))
     return found
 
@@ -688,7 +690,7 @@ def _devices(measured: Measured) -> list[Block]:
             cells.append(f"{expected[0]} to {expected[1]}" if expected else None)
             cells.append(_as_expected(faster, expected) if expected else None)
             groups.append((_setting(load), [cells]))
-        head = ["ours", "CPU, clips/s", "GPU, clips/s", "CPU, p95 in ms", "GPU, p95 in ms", "GPU / CPU, clips/s"]
+        head = ["ours", "CPU, clips/s", "GPU, clips/s", "CPU, p95 in ms", "GPU, p95 in ms", "GPU / CPU"]
         blocks.append(Table([*head, "expected", ""], groups))
     return blocks
 
@@ -746,24 +748,24 @@ def goals(measured: Measured) -> list[Goal]:
     none_wrong = "reached" if not wrong else "not reached"
     return [
         _at_least(
-            "ours >= 1.3 x clips/s of one at a time: 5 s clips, one client, CPU", 1.3, ratios(cpus, ALONE, **five)
+            "ours >= 1.3 x the speed of one at a time: 5 s clips, one client, CPU", 1.3, ratios(cpus, ALONE, **five)
         ),
         _at_least(
-            "ours >= 1.3 x clips/s of one at a time: mixed, 16 clients, CPU", 1.3, ratios(cpus, ALONE, **sixteen)
+            "ours >= 1.3 x the speed of one at a time: mixed, 16 clients, CPU", 1.3, ratios(cpus, ALONE, **sixteen)
         ),
-        _at_least("ours >= 3 x clips/s of padded batches: mixed, CPU", 3, ratios(cpus, PADDED, **mixed)),
+        _at_least("ours >= 3 x the speed of padded batches: mixed, CPU", 3, ratios(cpus, PADDED, **mixed)),
         _below(
             "p95 of ours below both baselines' in each of these",
             *(tails(contender, **load) for contender in (ALONE, PADDED) for load in (five, sixteen)),
         ),
         Goal("no wrong reply", f"{wrong:,} of {replies:,}" if replies else "", none_wrong if replies else MEASURED),
         _at_least(
-            "served >= 0.9 of the clips/s of the same model in process: 5 s clips, one client; mixed",
+            "served >= 0.9 of the speed of the same model in process: 5 s clips, one client; mixed",
             0.9,
             ratios(every, IN_PROCESS, **five),
             ratios(every, IN_PROCESS, **mixed),
         ),
-        _at_least("ours >= 10 x clips/s of one at a time: 64 clients and more, GPU", 10, many),
+        _at_least("ours >= 10 x the speed of one at a time: 64 clients and more, GPU", 10, many),
     ]
 
 

@@ -208,6 +208,6 @@ class TritonUser(User):
 @events.init.add_listener  # type: ignore[untyped-decorator]
 def _use_gevent(**_: Any) -> None:
     """Let gRPC wait by gevent's loop. After the forks of `--processes`: gRPC must not have begun before."""
-    # gRPC waits for each reply in a thread of this pool. Of its usual ten, the eleventh reply would have to wait for one.
+    # gRPC waits for each reply in a thread of this pool. Of its usual ten, the eleventh would have to wait for one.
     gevent.get_hub().threadpool.maxsize = UNDER_WAY
     grpc.experimental.gevent.init_gevent()

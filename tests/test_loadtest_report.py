@@ -311,7 +311,7 @@ def test_speed_ups_stand_beside_what_is_expected(pages: Callable[..., tuple[Pars
     assert compared["batches: 8 x 2 s"][5:] == ["24.0", "10 to 32", "as expected"]
     assert compared["batches: 32 x 2 s"][5:] == ["40.0", "10 to 32", "above"]
     assert compared["more clients: 64 clients, 2 s clips"][5:] == ["40.0", "—", "—"]
-    assert "GPU against CPU: 10.0 to 40.0 times the clips/s of the CPU." in page.text
+    assert "GPU against CPU: 10.0 to 40.0 times the speed of the CPU." in page.text
     assert "padded batches: 0.21" in page.text and "Of padded batches only shape" in page.text
     agreed = table_rows(words, "Agreement of the embeddings")
     assert ["gpu/ecapa", "cpu/ecapa", "63", "0.9999998", "8e-6", "1e-4", "yes"] in agreed
@@ -534,6 +534,6 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
 def test_the_summary_is_short() -> None:
     text = report.summary([make_result("cpu", "gpu")])
     assert len(text.splitlines()) < 20
-    assert "cpu: ours gives 2.00 times the clips/s of one at a time, more in 13 of 13 settings" in text
+    assert "cpu: ours has 2.00 times the speed of one at a time, more in 13 of 13 settings" in text
     assert "reached" in text and "Wrong replies: 0 of" in text
     assert GPU in text

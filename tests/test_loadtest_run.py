@@ -85,13 +85,17 @@ def test_every_level_is_named_differently(scenario: str) -> None:
     assert names and len(set(names)) == len(names)
 
 
-def test_closed_loop_counts_the_share_of_each_request_inside() -> None:
+def test_closed_loop_counts_all_from_the_first_request_to_the_last_reply() -> None:
     # One client, requests of 2 s from -1 s on; measured from 0 to 10.
     one = Round(0, 10, [sent(-1 + 2 * n, 2) for n in range(6)])
     assert load.rates(Level("single", 2.0), one) == (pytest.approx(0.5), pytest.approx(1.0))
     assert load.latencies(one) == [pytest.approx(2000)] * 5
-    batch = Round(0, 10, [sent(0, 4, clips=8), sent(4, 4, clips=8), sent(8, 4, clips=8)])
-    assert load.rates(Level("batch", 2.0, 8), batch)[0] == pytest.approx(2)
+    # Ten clients at once before a server that takes one clip a second, one after another.
+    queued = [sent(0, n + 1) for n in range(10)] + [sent(n, 10) for n in range(1, 5)]
+    assert load.rates(Level("clients", 2.0, users=10), Round(1, 5, queued))[0] == pytest.approx(1)
+    refused = [sent(0, 0.1, "Refused: full"), sent(0, 4, clips=8), sent(4, 4, clips=8)]
+    assert load.rates(Level("batch", 2.0, 8), Round(0, 5, refused))[0] == pytest.approx(2)
+    assert load.rates(Level("single", 2.0), Round(0, 5, refused[:1])) == (0, 0)
 
 
 def test_open_loop_counts_replies_that_came_inside() -> None:
@@ -301,7 +305,8 @@ def test_a_reply_is_read_though_many_others_are_awaited(repository: Path, tmp_pa
     """More users than gevent has threads by default: what is refused at once comes back before what is in work."""
     clips.save(tmp_path / "clips.npz")
     with TritonServer(repository, device="cpu", limits=gateway.Limits(requests=12, request_mb=64)) as limited:
-        locust(limited, "--clips", tmp_path / "clips.npz", "--requests", tmp_path / "log", "--users=24", "--run-time=2s")
+        words = ["--clips", tmp_path / "clips.npz", "--requests", tmp_path / "log"]
+        locust(limited, *words, "--users=24", "--spawn-rate=24", "--run-time=2s")
     (file,) = tmp_path.glob("log.*")
     requests, _ = load.read_requests([file])
     refused, right = ([one for one in requests if one.result.startswith(words)] for words in ("Refused", "right"))
