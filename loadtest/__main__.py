@@ -124,7 +124,9 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         "--precision", choices=["fp32", "fp16"], default="fp32", help="of --local gpu (default: %(default)s)"
     )
     run.add_argument("--no-baselines", dest="baselines", action="store_false", help="ours alone")
-    run.add_argument("--seconds", type=_positive, default=4.0, help="of each measurement (default: %(default)g)")
+    run.add_argument(
+        "--seconds", type=_positive, default=3.0, help="of each level, arrivals and ramp longer (default: %(default)g)"
+    )
     run.add_argument("--warm-up", type=_seconds, default=1.0, help="seconds of load before it (default: %(default)g)")
     run.add_argument("--rounds", type=_count, default=1, help="of all levels, in turn (default: %(default)s)")
     run.add_argument(

@@ -26,7 +26,7 @@ LOOK = 1.0  # s, from one look at Triton's metrics to the next
 DRAIN = 60  # s, at most, for replies that are under way at the end
 STARTING = 60.0  # s, at most, for Locust to start
 WINDOW = 2.0  # s, of a point of the ramp
-RAMP = 3  # times the seconds of another level
+LONGER = {"arrivals": 4, "ramp": 4}  # times the seconds of another level
 
 
 class LoadError(Exception):
@@ -83,12 +83,16 @@ class Timing:
     warm_up: float
     processes: int = 1
 
+    def of(self, level: Level) -> tuple[float, float]:
+        """Seconds of a level, and of its warm-up: a ramp is one itself."""
+        return self.seconds * LONGER.get(level.scenario, 1), 0.0 if level.scenario == "ramp" else self.warm_up
+
 
 def command(
     level: Level, target: Target, model: str, max_error: float, clips: Path, requests: Path, timing: Timing, rate: float
 ) -> list[str]:
     """The command line of Locust for a level; `rate` is of all clips in an open loop."""
-    seconds = timing.seconds * RAMP if level.scenario == "ramp" else timing.seconds + timing.warm_up
+    seconds = sum(timing.of(level))
     users = timing.processes if level.users is None else level.users
     words = {
         "host": target.url,
@@ -142,7 +146,7 @@ def drive(
     """
     log = folder / "requests.csv"
     words = command(level, target, model, max_error, clips, log, timing, rate)
-    before, started = target.statistics(model), time.time()
+    before = target.statistics(model)
     samples: list[dict[str, float]] = []
     over = threading.Event()
 
@@ -157,7 +161,7 @@ def drive(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        said, _ = process.communicate(timeout=timing.seconds * RAMP + timing.warm_up + DRAIN + STARTING)
+        said, _ = process.communicate(timeout=sum(timing.of(level)) + DRAIN + STARTING)
     except subprocess.TimeoutExpired as error:
         raise LoadError("Locust did not end in time") from error
     finally:
@@ -178,11 +182,12 @@ def drive(
         raise LoadError(f"Locust: {lines[0] if lines else f'exit status {process.returncode}, and no request'}")
     counts = target.statistics(model)
     counts.subtract(before)
-    begin = min(request.start for request in requests) + (0 if level.scenario == "ramp" else timing.warm_up)
-    end = begin + timing.seconds * (RAMP if level.scenario == "ramp" else 1)
+    seconds, warm_up = timing.of(level)
+    begin = min(request.start for request in requests) + warm_up
+    end = begin + seconds
     for sample in samples:
         sample["t"] -= begin
-    return Round(begin, end, requests, counts, [s for s in samples if s["t"] >= 0 and started], busy)
+    return Round(begin, end, requests, counts, [sample for sample in samples if sample["t"] >= 0], busy)
 
 
 def read_requests(files: Iterable[Path]) -> tuple[list[Sent], float | None]:

@@ -22,7 +22,7 @@ from .gpu_models import onnx_devices
 from .soak import made_from
 from .target import Device, Precision, Target, TargetError, serve, set_up
 
-QUEUE = 2.0  # s of work that may wait in the open loop
+QUEUE = 1.0  # s of work that may wait in the open loop
 
 
 class Local:
