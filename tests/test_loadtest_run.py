@@ -196,7 +196,7 @@ def test_every_scenario_against_a_running_server(
     assert len(rows["mixed"]["per_round"]) == 3
     for row in rows.values():
         assert row["wrong"] == 0 and not row["errors"] and row["requests"] > 0, row
-        assert 0 < row["worst_error"] < 1e-4 and row["clips_per_s"] > 0
+        assert 0 <= row["worst_error"] < 1e-4 and row["clips_per_s"] > 0
         assert row["mean_batch"] >= 1 and row["generator_cpu"] > 0 and row["compute_ms"] > 0
     assert rows["arrivals"]["offered"] == pytest.approx(rows["mixed"]["clips_per_s"] * scenarios.ARRIVALS[0])
     users = [window["users"] for window in rows["ramp"]["windows"]]
@@ -296,7 +296,8 @@ def locust(server: TritonServer, *arguments: object) -> subprocess.CompletedProc
 def test_locust_by_itself_makes_its_own_clips(server: TritonServer) -> None:
     result = locust(server, "--scenario=single", "--seconds=1", "--users=2", "--run-time=6s")
     assert result.returncode == 0, result.stderr
-    assert "single, 1 s" in result.stdout and "0(0.00%)" in result.stdout
+    told = result.stdout + result.stderr
+    assert "single, 1 s" in told and "0(0.00%)" in told
 
 
 def test_locust_counts_wrong_replies(server: TritonServer, clips: Clips, tmp_path: Path) -> None:
