@@ -127,8 +127,15 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--seconds", type=_positive, default=3.0, help="of each level, arrivals and ramp longer (default: %(default)g)"
     )
-    run.add_argument("--warm-up", type=_seconds, default=1.0, help="seconds of load before it (default: %(default)g)")
-    run.add_argument("--rounds", type=_count, default=1, help="of all levels, in turn (default: %(default)s)")
+    run.add_argument(
+        "--warm-up", type=_seconds, default=0.4, help="seconds whose latencies do not count (default: %(default)g)"
+    )
+    run.add_argument(
+        "--rounds",
+        type=_count,
+        default=1,
+        help="of each level, those of the goals three at least (default: %(default)s)",
+    )
     run.add_argument(
         "--max-clients", type=_count, default=200, help="leave out levels with more (default: %(default)s)"
     )
@@ -137,7 +144,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--out", type=Path, default=Path("loadtest/results"), metavar="FOLDER", help="default: %(default)s"
     )
-    run.add_argument("--name", help="of the files (default: date and targets)")
+    run.add_argument("--name", type=_name, help="of the files (default: date and targets)")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -145,6 +152,12 @@ def _pair(text: str) -> tuple[str, str]:
     if not re.fullmatch(r"[\w.-]+", name) or not value:
         raise argparse.ArgumentTypeError(f"{text}: expected NAME=URL, such as cpu=grpc://127.0.0.1:8001")
     return name, value
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w. -]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected letters, digits, '.', '-' and '_'")
+    return text
 
 
 def _scenarios(text: str) -> list[str]:

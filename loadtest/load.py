@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .clips import SAMPLE_RATE, Clips, Deck
+from .gpu_page import reason
 from .scenarios import OPEN_LOOP, Level
 from .target import Target
 
@@ -25,6 +26,7 @@ LOCUSTFILE = Path(__file__).parent / "locustfile.py"
 LOOK = 1.0  # s, from one look at Triton's metrics to the next
 DRAIN = 60  # s, at most, for replies that are under way at the end
 STARTING = 60.0  # s, at most, for Locust to start
+FIRST = 0.6  # s of Locust's run time until its first request
 WINDOW = 2.0  # s, of a point of the ramp
 LONGER = {"arrivals": 4, "ramp": 4}  # times the seconds of another level
 
@@ -104,7 +106,7 @@ def command(
         "max-error": max_error,
         "users": users,
         "spawn-rate": users / seconds if level.scenario == "ramp" else users,
-        "run-time": f"{math.ceil(seconds)}s",
+        "run-time": f"{math.ceil(seconds + FIRST)}s",
         "stop-timeout": DRAIN,
         "exit-code-on-error": 0,
         "loglevel": "ERROR",
@@ -146,7 +148,7 @@ def drive(
     """
     log = folder / "requests.csv"
     words = command(level, target, model, max_error, clips, log, timing, rate)
-    before = target.statistics(model)
+    before = _counts(target, model)
     samples: list[dict[str, float]] = []
     over = threading.Event()
 
@@ -180,7 +182,7 @@ def drive(
     if process.returncode != 0 or not requests:
         lines = [line.strip() for line in said.splitlines() if "rror" in line]
         raise LoadError(f"Locust: {lines[0] if lines else f'exit status {process.returncode}, and no request'}")
-    counts = target.statistics(model)
+    counts = _counts(target, model)
     counts.subtract(before)
     seconds, warm_up = timing.of(level)
     begin = min(request.start for request in requests) + warm_up
@@ -188,6 +190,13 @@ def drive(
     for sample in samples:
         sample["t"] -= begin
     return Round(begin, end, requests, counts, [sample for sample in samples if sample["t"] >= 0], busy)
+
+
+def _counts(target: Target, model: str) -> Counter[str]:
+    try:
+        return target.statistics(model)
+    except Exception as error:
+        raise LoadError(f"{target.url} does not answer ({reason(error)})") from error
 
 
 def read_requests(files: Iterable[Path]) -> tuple[list[Sent], float | None]:

@@ -26,6 +26,7 @@ CONTENDERS = {
     PADDED: "SpeechBrain's model on the same Triton, batches padded to their longest clip",
     IN_PROCESS: "the same model file as ours, run by ONNX Runtime in the process of the measurement, without a server",
 }
+FEW = 5  # requests of a row
 BUSY = 0.9  # of a core: above it the load generator may be what limits
 MEASURED = "not measured"
 CPU, GPU = "CPU", "GPU"
@@ -314,6 +315,12 @@ def warnings(measured: Measured) -> list[str]:
             f"In {_count(len(busy), 'row')} the load generator was the limit: use --processes. It was busy for up to "
             f"{_percent(most['generator_cpu'])} of a core ({_where(most)}); the server may be faster than that."
         )
+    few = [row for row in measured.rows if (row.get("requests") or 0) < FEW and not row.get("wrong")]
+    if few:
+        found.append(
+            f"In {_count(len(few), 'row')} fewer than {FEW} requests were answered within the measured time, so their "
+            "percentiles mean little: use --seconds."
+        )
     found += [f"Failed: {_where(row)}: {row['failed']}" for row in measured.failed]
     found += [f"Not measured: {target}: {why}" for target, why in measured.missing.items()]
     for row in measured.agreement:
@@ -377,7 +384,7 @@ def _facts(measured: Measured, report: Row) -> dict[str, Value]:
         "SHA-256 of the weights": "; ".join(files) or "unknown",
         "clips": conditions.get("clips") or "unknown",
         "mix": ", ".join(f"{length} s {_percent(share / total)}" for length, share in mix.items()) if total else None,
-        "warm-up": f"{_plus(conditions.get('warm_up_s'), 's')} before each, not measured",
+        "warm-up": f"{_plus(conditions.get('warm_up_s'), 's')} before each, whose latencies do not count",
         "measured": measures,
         "loop": "; ".join(words[kind] for kind in ("closed", "open") if kind in loops) or MEASURED,
         "load generator": f"{_count(conditions.get('processes') or 1, 'process', 'processes')}, on the machine above",

@@ -169,13 +169,17 @@ class Session:
     def _turn(self, level: Level, one: Contender, stack: contextlib.ExitStack) -> Turn:
         """Where and how a contender is measured at a level; servers that this needs end with `stack`."""
         turn = Turn(one, one.target)
-        if one.name != IN_PROCESS and level.batch > (most := one.target.models()[one.model].max_batch):
+        most = self._about[one.target.name]["models"][one.model]["max_batch"]
+        if one.name != IN_PROCESS and level.batch > most:
             turn.failed = f"{level.batch} clips in a request, its config takes {most}"
         if level.share is not None:
-            capacity = self._capacity(one)
-            turn.rate = capacity * level.share
-            if self.local and one.target.local:
-                turn.target = self.local.open_loop(one.target, one.model, capacity, stack)
+            try:
+                capacity = self._capacity(one)
+                turn.rate = capacity * level.share
+                if self.local and one.target.local:
+                    turn.target = self.local.open_loop(one.target, one.model, capacity, stack)
+            except Exception as error:  # a server that is gone or does not start costs its own rows only
+                turn.failed = reason(error)
         return turn
 
     def _capacity(self, one: Contender) -> float:
@@ -186,7 +190,7 @@ class Session:
         for row in self.rows:
             known = row["target"], row["model"], row["contender"], row["scenario"]
             if known == (one.target.name, one.model, one.name, mixed.scenario) and "clips_per_s" in row:
-                return float(row["clips_per_s"])
+                return float(row["clips_per_s"]) or 1.0  # where all were wrong
         print(f"{one.target.name}: how many clips of the mix a second it can do ...", flush=True)
         turn = Turn(one, one.target)
         self._total += 1
@@ -194,7 +198,7 @@ class Session:
         self._add(mixed, turn)
         if turn.failed:
             raise LoadError(turn.failed)
-        return float(self.rows[-1]["clips_per_s"])
+        return float(self.rows[-1]["clips_per_s"]) or 1.0
 
     def _take(self, level: Level, turn: Turn) -> None:
         """Measure a contender once, and say what came of it."""
@@ -291,6 +295,7 @@ def run(options: argparse.Namespace) -> None:
         raise TargetError("nothing to load: give --local cpu, --local gpu or --target NAME=grpc://HOST:PORT")
     begun = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=options.out).close()  # a bad path costs nobody minutes of load
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         session = Session(options, Path(folder))
         try:

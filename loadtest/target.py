@@ -169,7 +169,8 @@ def reach(name: str, url: str, model: str, metrics_url: str = "") -> Target:
     Raises:
         TargetError: it does not answer, or has no such model.
     """
-    if not re.fullmatch(rf"{SCHEME}[^/\s]+:\d+", url):
+    port = re.fullmatch(rf"{SCHEME}[^/\s]+:(\d{{1,5}})", url)
+    if not port or not 0 < int(port[1]) < 1 << 16:
         raise TargetError(f"target {name}={url}: expected {SCHEME}HOST:PORT, such as {SCHEME}127.0.0.1:8001")
     host = url.removeprefix(SCHEME).rpartition(":")[0]
     target = Target(name, url, metrics_url or f"http://{host}:{METRICS_PORT}/metrics")

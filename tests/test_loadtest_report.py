@@ -47,7 +47,7 @@ def make_row(target: str, contender: str, scenario: str, **given: Any) -> Row:
         "share": None,
         "loop": "closed",
         "duration_s": 12.0,
-        "requests": round(rate * 12 / batch),
+        "requests": max(report.FEW, round(rate * 12 / batch)),
         "clips": round(rate * 12),
         "audio_s": rate * 12 * length,
         "clips_per_s": rate,
@@ -417,6 +417,9 @@ def test_what_spoils_figures_is_said(pages: Callable[..., tuple[Parsed, str]]) -
     assert "cpu/ecapa and SpeechBrain differ by 2e-4, 1e-4 is allowed." in page.text and "| **no** |" in words
     result["targets"][0]["models"]["ecapa"]["precision"] = "fp16"  # its bound is wider
     assert "is allowed." not in pages(result)[0].text
+    few = make_result("cpu")
+    few["rows"][0]["requests"] = report.FEW - 1
+    assert "In 1 row fewer than 5 requests" in pages(few)[0].text
 
 
 def test_a_failed_row_keeps_its_place(pages: Callable[..., tuple[Parsed, str]]) -> None:

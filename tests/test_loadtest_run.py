@@ -154,6 +154,7 @@ def test_in_process_rounds_compare_too() -> None:
     [
         ([], "nothing to load: give --local cpu"),
         (["--target=x=http://127.0.0.1:1"], "expected grpc://HOST:PORT"),
+        (["--target=x=grpc://127.0.0.1:99999"], "expected grpc://HOST:PORT"),
         (["--target=x=grpc://127.0.0.1:9"], "does not answer"),
         (["--local=cpu", "--model=nope"], "model is nope, a local server has ecapa, ecapa_torchscript"),
         (["--local=cpu", "--repository=/nowhere"], "/nowhere"),
@@ -169,7 +170,8 @@ def test_what_cannot_be_run(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--scenario=nope"], ["--target=grpc://x:1"], ["--seconds=0"], ["--rounds=0"], ["--warm-up=-1"]]
+    "arguments",
+    [["--scenario=nope"], ["--target=grpc://x:1"], ["--seconds=0"], ["--rounds=0"], ["--warm-up=-1"], ["--name=a/b"]],
 )
 def test_options_are_checked(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -267,6 +269,23 @@ def test_ctrl_c_still_writes_the_report(server: TritonServer, tmp_path: Path) ->
     data = json.loads((tmp_path / "x.json").read_text())
     assert data["interrupted"] and len(data["rows"]) == 1 and len(data["rows"][0]["per_round"]) >= 2
     assert not any(str(server.grpc_url) in line for line in _commands("locust"))
+
+
+def test_a_server_that_dies_costs_its_own_rows_only(repository: Path, tmp_path: Path) -> None:
+    with TritonServer(repository, device="cpu") as dying:
+        command = [sys.executable, "-m", "loadtest", "run", "--target", f"a=grpc://{dying.grpc_url}"]
+        command += [*SHORT, "--scenario=single", "--out", str(tmp_path), "--name=x"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("[  1/"):
+                break
+        os.kill(dying.pid, signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "x.html" in out, err
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert rows[0]["requests"] > 0 and "does not answer" in rows[-1]["failed"]
+    assert "Failed: a, ours" in (tmp_path / "x.md").read_text()
 
 
 def _commands(word: str) -> list[str]:
