@@ -5,6 +5,7 @@ The classifier is both what is exported and what the export is verified against.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.machinery
 import logging
@@ -95,6 +96,16 @@ def load(source: str = HUB_ID, revision: str | None = None, *, seed: int = 0, ch
     revision = revision or (HUB_REVISION if source == HUB_ID else "main")
     origin = shlex.join(["--source", source, "--revision", revision])
     return _from_folder(_download(source, revision), source, origin, revision)
+
+
+def load_again(origin: str) -> Checkpoint:
+    """Load what a checkpoint's ``origin`` names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--source")
+    parser.add_argument("--revision")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--channels", type=int, default=1024)
+    return load(**vars(parser.parse_args(shlex.split(origin))))
 
 
 def _download(hub_id: str, revision: str) -> Path:

@@ -70,12 +70,12 @@ class Deck(Generic[T]):
         return self._left.pop()
 
 
-def compare(a: Array, b: Array) -> tuple[float, float]:
-    """The smallest cosine and the largest relative L2 error of embeddings `a` against `b`, both `[n, E]`."""
-    one, other = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(other, axis=1)
-    cosines = np.einsum("ne,ne->n", one, other) / (np.linalg.norm(one, axis=1) * norms)
-    return float(np.min(cosines)), float(np.max(np.linalg.norm(one - other, axis=1) / norms))
+def compare(got: Array, expected: Array) -> dict[str, float]:
+    """The least "cosine" and the largest relative L2 "error" of embeddings `[n, E]`; NaN where one is not finite."""
+    a, b = got.astype(np.float64), expected.astype(np.float64)
+    norm = np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * norm)
+    return {"cosine": float(cosine.min()), "error": float((np.linalg.norm(a - b, axis=1) / norm).max())}
 
 
 def speech(seconds: Sequence[float], seed: int = 0) -> list[Array]:

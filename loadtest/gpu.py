@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 from . import gpu_page, gpu_served, machine
-from .clips import Clips
+from .clips import Clips, compare
 from .gpu_models import (
     FORMATS,
     SAMPLE_RATE,
     Array,
     Embed,
     Files,
-    compare,
     count_macs,
     find,
     noise,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .gpu_page import Row, reason
+from .gpu_page import reason
 
 Array: TypeAlias = NDArray[np.float32]
 Embed: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # waveform [S] and int32 lengths [B, 1] to float32 [B, E]
@@ -203,14 +203,6 @@ def noise(clips: int, seconds: float) -> list[Array]:
     """White noise: what is in a clip does not change its time."""
     random = np.random.default_rng(0)
     return [random.standard_normal(round(seconds * SAMPLE_RATE)).astype(np.float32) * 0.1 for _ in range(clips)]
-
-
-def compare(got: Array, expected: Array) -> Row:
-    """The least cosine and the largest relative L2 error of embeddings `[n, E]`; NaN where one is not finite."""
-    a, b = got.astype(np.float64), expected.astype(np.float64)
-    norm = np.linalg.norm(b, axis=1)
-    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * norm)
-    return {"cosine": float(cosine.min()), "error": float((np.linalg.norm(a - b, axis=1) / norm).max())}
 
 
 class CountProducts(TorchDispatchMode):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
-import shutil
 import signal
 import time
 from collections import Counter
@@ -20,11 +19,10 @@ import numpy as np
 from . import machine
 from .clips import Array, Clips
 from .gpu_page import Row, reason
-from .target import gauges, statistics
+from .target import gauges, link, statistics
 
 Precision: TypeAlias = Literal["fp32", "fp16"]
 
-REPOSITORY = Path(__file__).parent.parent / "model_repository"
 SAMPLE_RATE = 16_000  # Hz
 RAMP = 1.0  # s of load before it is measured
 TIMEOUT = 60.0  # s, of a request
@@ -151,7 +149,8 @@ def served(
         for kind, (model, files) in formats.items():
             for precision, file in files.items():
                 row: Row = {"model": model, "format": kind, "precision": precision}
-                repository = _repository(folder / f"{kind}-{precision}", model, file)
+                repository = folder / f"{kind}-{precision}"
+                link(repository, model, [file])
                 bound = BOUNDS[precision].max_error
                 try:
                     with TritonServer(repository, device=device, precision=precision) as server:
@@ -171,14 +170,6 @@ def _ready(barrier: Any) -> None:
     """Begin work when all processes of the load generator are there; Ctrl-C is their parent's matter."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     barrier.wait(START)
-
-
-def _repository(folder: Path, model: str, file: Path) -> Path:
-    """One with this model alone, this project's configs and a link to the file."""
-    shutil.copytree(REPOSITORY / model, folder / model, ignore=shutil.ignore_patterns("*.onnx", "*.pt", ".*"))
-    (folder / model / "1").mkdir(exist_ok=True)
-    (folder / model / "1" / file.name).symlink_to(file)
-    return folder
 
 
 def _level(

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .clips import SAMPLE_RATE, Clips, Deck
-from .gpu_page import reason
 from .scenarios import OPEN_LOOP, Level
-from .target import Target
+from .target import Target, gauges
 
 LOCUSTFILE = Path(__file__).parent / "locustfile.py"
 LOOK = 1.0  # s, from one look at Triton's metrics to the next
@@ -148,13 +147,13 @@ def drive(
     """
     log = folder / "requests.csv"
     words = command(level, target, model, max_error, clips, log, timing, rate)
-    before = _counts(target, model)
+    before = target.statistics(model)
     samples: list[dict[str, float]] = []
     over = threading.Event()
 
     def look() -> None:
         while not over.wait(LOOK):
-            if found := target.sample():
+            if found := gauges(target.metrics_url):
                 samples.append({"t": time.time(), **found})
 
     watcher = threading.Thread(target=look, daemon=True)
@@ -182,7 +181,7 @@ def drive(
     if process.returncode != 0 or not requests:
         lines = [line.strip() for line in said.splitlines() if "rror" in line]
         raise LoadError(f"Locust: {lines[0] if lines else f'exit status {process.returncode}, and no request'}")
-    counts = _counts(target, model)
+    counts = target.statistics(model)
     counts.subtract(before)
     seconds, warm_up = timing.of(level)
     begin = min(request.start for request in requests) + warm_up
@@ -190,13 +189,6 @@ def drive(
     for sample in samples:
         sample["t"] -= begin
     return Round(begin, end, requests, counts, [sample for sample in samples if sample["t"] >= 0], busy)
-
-
-def _counts(target: Target, model: str) -> Counter[str]:
-    try:
-        return target.statistics(model)
-    except Exception as error:
-        raise LoadError(f"{target.url} does not answer ({reason(error)})") from error
 
 
 def read_requests(files: Iterable[Path]) -> tuple[list[Sent], float | None]:
@@ -307,7 +299,6 @@ def figures(level: Level, rounds: list[Round]) -> dict[str, Any]:
     wrong = sum(count for name, count in outcomes.items() if name.startswith("WrongReply"))
     refused = sum(count for name, count in outcomes.items() if name.startswith("Refused"))
     failed = {name: count for name, count in outcomes.items() if name.startswith("CallFailed")}
-    served = any(one.counts is not None for one in rounds)
     row = {
         "loop": "open" if level.scenario in OPEN_LOOP else "closed",
         "duration_s": elapsed,
@@ -322,8 +313,8 @@ def figures(level: Level, rounds: list[Round]) -> dict[str, Any]:
         "errors": {name.partition(": ")[2]: count for name, count in failed.items()},
         "worst_error": worst,
         "mean_batch": counts["inferences"] / counts["executions"] if counts["executions"] > 0 else None,
-        "queue_ms": counts["queue_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 and served else None,
-        "compute_ms": counts["compute_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 and served else None,
+        "queue_ms": counts["queue_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
+        "compute_ms": counts["compute_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "generator_cpu": max((one.busy for one in rounds if one.busy is not None), default=None),
         "per_round": per_round,
         "samples": samples,

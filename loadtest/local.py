@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib
 import math
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from server.triton import ServerError, choose_device, cuda_gpus
 from .clips import Array
 from .gpu_models import onnx_devices
 from .soak import made_from
-from .target import Device, Precision, Target, TargetError, serve, set_up
+from .target import Device, Precision, Target, TargetError, add_baselines, link, serve
 
 QUEUE = 1.0  # s of work that may wait in the open loop
 
@@ -105,13 +104,8 @@ class Local:
         return self._folder / name
 
     def _start(self, device: Device, model: str, files: list[Path], stack: contextlib.ExitStack) -> None:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--source", default="")
-        parser.add_argument("--channels", type=int, default=1024)
-        origin, _ = parser.parse_known_args(shlex.split(self._loaded.origin))
-        wanted = self._options.baselines
-        why = set_up(self._folder / device, model, files, origin.source, origin.channels, wanted)
-        if why and wanted:
+        link(self._folder / device, model, files)
+        if self._options.baselines and (why := add_baselines(self._folder / device, self._loaded.origin)):
             self._miss(f"baselines on {device}", why)
         precision: Precision = self._options.precision if device == "gpu" else "fp32"
         try:
@@ -141,11 +135,14 @@ class Local:
             return target
         folder = self._folder / f"{target.name}-alone"
         if not folder.exists():
-            set_up(folder, model, model_files(target.local.repository / model), "", 0, baselines=False)
+            link(folder, model, model_files(target.local.repository / model))
         device: Device = "gpu" if target.local.device == "GPU" else "cpu"
         precision: Precision = self._options.precision if device == "gpu" else "fp32"
         twin = serve(folder, device, model, precision, max(4, math.ceil(capacity * QUEUE)))
-        return stack.enter_context(twin)
+        try:
+            return stack.enter_context(twin)
+        except ServerError as error:
+            raise TargetError(str(error)) from error
 
 
 def model_files(model: Path) -> list[Path]:

@@ -23,9 +23,9 @@ from locust.runners import MasterRunner  # noqa: E402
 
 from loadtest import scenarios  # noqa: E402
 from loadtest.clips import MAX_ERROR, Array, Clips, ClipsError, Deck, speech  # noqa: E402
+from loadtest.target import SCHEME  # noqa: E402
 from loadtest.triton_user import (  # noqa: E402
     REFUSED_PAUSE,
-    SCHEME,
     CallFailed,
     Connection,
     Refused,

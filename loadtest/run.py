@@ -80,7 +80,6 @@ class Session:
         self.decks: dict[float | None, list[Array]] = {}
         self.local: Any = None  # the servers that were started here
         self.interrupted = False
-        self._clips: dict[tuple[str, str, float | None], Clips] = {}  # by target, model and length
         self._about: dict[str, dict[str, Any]] = {}
         self._total = self._done = 0
         self._begun = 0.0
@@ -114,40 +113,37 @@ class Session:
             self.decks[seconds] = speech(scenarios.lengths(seconds, batch), seed=number)
 
     def agree(self) -> None:
-        """Ask every target for each clip alone; write the decks with what must come back."""
+        """Ask every target for each clip alone; write its decks with what must come back."""
         every = [clip for deck in self.decks.values() for clip in deck]
-        reference = None
+        reference = first = None
         if self.local and self.local.targets:
             print("SpeechBrain's embeddings of the clips ...", flush=True)
             reference = self.local.reference(every)
-        first: tuple[str, Array] | None = ("SpeechBrain", reference) if reference is not None else None
-        for one in [one for one in self.contenders if one.name != IN_PROCESS]:
+            first = "SpeechBrain", reference
+        for one in [one for one in self.contenders if one.name == OURS]:
             name = f"{one.target.name}/{one.model}"
-            if one.name == OURS:
-                print(f"{name}: each clip alone ...", flush=True)
-                alone = _first_replies(one.target, one.model, every)
-                if first is None:
-                    first = name, alone
-                else:
-                    if alone.shape != first[1].shape:
-                        raise TargetError(
-                            f"{name} has embeddings of {alone.shape[1]} dimensions, {first[0]} of {first[1].shape[1]}"
-                        )
-                    cosine, error = compare(alone, first[1])
-                    agreed = {"a": name, "b": first[0], "clips": len(alone), "cosine": cosine, "error": error}
-                    self.agreement.append(agreed)
+            print(f"{name}: each clip alone ...", flush=True)
+            alone = _first_replies(one.target, one.model, every)
+            if first is None:
+                first = name, alone
+            elif alone.shape != first[1].shape:
+                sizes = f"{alone.shape[1]} dimensions, {first[0]} of {first[1].shape[1]}"
+                raise TargetError(f"{name} has embeddings of {sizes}")
+            else:
+                agreed = {"a": name, "b": first[0], "clips": len(alone), **compare(alone, first[1])}
+                self.agreement.append(agreed)
             expected = reference if one.target.local and reference is not None else alone
             ends = np.cumsum([len(deck) for deck in self.decks.values()])[:-1]
             for (seconds, deck), rows in zip(self.decks.items(), np.split(expected, ends), strict=True):
-                clips = self._clips[one.target.name, one.model, seconds] = Clips(deck, rows)
-                if math.isfinite(one.max_error) and not clips.apart() > 2 * one.max_error:
+                clips = Clips(deck, rows)
+                if not clips.apart() > 2 * one.max_error:
                     raise TargetError(
                         f"{name}: two clips have so much the same embedding that an exchange would not be seen"
                     )
-                clips.save(self._deck(one, seconds))
+                clips.save(self._deck(one.target, seconds))
 
-    def _deck(self, one: Contender, seconds: float | None) -> Path:
-        return self.folder / f"{one.target.name}-{one.model}-{seconds}.npz"
+    def _deck(self, target: Target, seconds: float | None) -> Path:
+        return self.folder / f"{target.name}-{seconds}.npz"
 
     def measure(self) -> None:
         """Every level, every round, every contender in turn."""
@@ -178,8 +174,8 @@ class Session:
                 turn.rate = capacity * level.share
                 if self.local and one.target.local:
                     turn.target = self.local.open_loop(one.target, one.model, capacity, stack)
-            except Exception as error:  # a server that is gone or does not start costs its own rows only
-                turn.failed = reason(error)
+            except (LoadError, TargetError) as error:  # a server that is gone costs its own rows only
+                turn.failed = str(error)
         return turn
 
     def _capacity(self, one: Contender) -> float:
@@ -206,19 +202,18 @@ class Session:
         if turn.failed:
             return
         one = turn.contender
+        deck = self._deck(one.target, level.seconds)
         try:
             if one.name == IN_PROCESS:
-                clips = self._clips[one.target.name, one.model, level.seconds]
                 batch = self.local.batch if level.seconds is None else 1
-                found = load.in_process(self.local.embed, clips, batch, self.timing)
+                found = load.in_process(self.local.embed, Clips.load(deck), batch, self.timing)
             else:
-                deck = self._deck(one, level.seconds)
                 found = load.drive(
                     level, turn.target, one.model, one.max_error, deck, self.timing, self.folder, turn.rate
                 )
             turn.rounds.append(found)
             told = _in_short(load.figures(level, [found]))
-        except LoadError as error:
+        except (LoadError, TargetError) as error:
             turn.failed = told = str(error)
         left = (time.monotonic() - self._begun) / self._done * (self._total - self._done) / 60
         progress = f"[{self._done:3d}/{self._total}, {left:.0f} min left]"
@@ -326,7 +321,10 @@ def _assemble(session: Session, stack: contextlib.ExitStack) -> None:
     for name, url in options.target:
         session.targets.append(reach(name, url, options.model or MODEL, dict(options.metrics).get(name, "")))
     if options.local:
-        from .local import Local
+        try:
+            from .local import Local
+        except ModuleNotFoundError as error:
+            raise TargetError(f"--local: {reason(error)}: pip install -e '.[export,server,loadtest]'") from error
 
         session.local = Local(options, session.folder, stack)
         session.targets += session.local.targets

@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import shlex
 import shutil
 import socket
 import statistics
@@ -168,12 +167,7 @@ def _path(repository: Path) -> Path:
 
 def made_from(metadata: dict[str, str]) -> checkpoint.Checkpoint:
     """The checkpoint that an exported model, by its metadata, was made from."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--source")
-    parser.add_argument("--revision")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--channels", type=int, default=1024)
-    loaded = checkpoint.load(**vars(parser.parse_args(shlex.split(metadata["origin"]))))
+    loaded = checkpoint.load_again(metadata["origin"])
     if loaded.sha256 != metadata["weights_sha256"]:
         raise VerificationError(
             f"the model was made from other weights ({metadata['source']}) than {metadata['origin']} now has: "

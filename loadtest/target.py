@@ -8,7 +8,7 @@ import re
 import shutil
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,6 @@ BASELINES = {"speechbrain": "one at a time", "speechbrain_padded": "padded batch
 OURS = "ours"
 SCHEME = "grpc://"
 METRICS_PORT = 8002
-REQUEST_MB = 64  # as python -m server
 TIMEOUT = 10.0  # s, of a question to the server
 # Triton's gauge, the sample's name for it, and what it is divided by; the largest where there are several.
 GAUGES = {
@@ -71,7 +70,7 @@ class Target:
         """How each model is served, by its own config."""
         from ecapa_triton import _wire
 
-        with _client(self.address) as triton:
+        with self._asked() as triton:
             return {
                 model: _wire.read_config(triton.get_model_config(model, client_timeout=TIMEOUT).config)
                 for model in self.contenders
@@ -81,8 +80,9 @@ class Target:
         """For the report. `sha256` has the checksums of the weights, as far as they are known."""
         from ecapa_triton import _wire
 
-        with _client(self.address) as triton:
+        with self._asked() as triton:
             version = triton.get_server_metadata(client_timeout=TIMEOUT).version
+        deployments = self.models()
         models = {
             model: {
                 "contender": self.contenders[model],
@@ -93,14 +93,14 @@ class Target:
                 "max_batch": served.max_batch,
                 "sha256": sha256.get(model),
             }
-            for model, served in self.models().items()
+            for model, served in deployments.items()
         }
         limits = self.local.limits if self.local else None
         return {
             "name": self.name,
             "url": self.url,
             "local": self.local is not None,
-            "device": self.local.device if self.local else self._device(),
+            "device": self.local.device if self.local else _device(deployments.values()),
             "chosen": self.local.chosen if self.local else "",
             "server_version": version,
             "gpus": [gpu.uuid for gpu in _wire.read_gpus(_metrics(self.metrics_url))],
@@ -108,20 +108,26 @@ class Target:
             "models": models,
         }
 
-    def _device(self) -> str | None:
-        """Of the first model, as its config says."""
-        instances = [instance for served in self.models().values() for instance in served.instances]
-        kinds = {"GPU" if "GPU" in instance else "CPU" if "CPU" in instance else None for instance in instances}
-        return kinds.pop() if len(kinds) == 1 else None
-
     def statistics(self, model: str) -> Counter[str]:
         """Triton's counts since it started."""
-        with _client(self.address) as triton:
+        with self._asked() as triton:
             return statistics(triton, model)
 
-    def sample(self) -> dict[str, float]:
-        """Triton's gauges, as `gauges`."""
-        return gauges(self.metrics_url)
+    @contextmanager
+    def _asked(self) -> Iterator[Any]:
+        """A client; what fails is a TargetError."""
+        try:
+            with _client(self.address) as triton:
+                yield triton
+        except Exception as error:
+            raise TargetError(f"target {self.name}: {self.url} does not answer ({reason(error)})") from error
+
+
+def _device(deployments: Iterable[_wire.Deployment]) -> str | None:
+    """What all instances run on, as the configs say; None where they differ or do not say."""
+    instances = [instance for served in deployments for instance in served.instances]
+    kinds = {"GPU" if "GPU" in instance else "CPU" if "CPU" in instance else None for instance in instances}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def gauges(metrics_url: str) -> dict[str, float]:
@@ -202,37 +208,35 @@ def serve(
     from server import gateway
     from server.triton import TritonServer
 
-    limits = gateway.Limits(max_requests, REQUEST_MB) if gateway.find() else None
+    limits = gateway.Limits(max_requests) if gateway.find() else None
     with TritonServer(repository, device=device, precision=precision, limits=limits) as server:
         contenders = {name: OURS if name == model else BASELINES[name] for name in server.models}
         yield Target(device, SCHEME + server.grpc_url, server.metrics_url, contenders, server)
 
 
-def set_up(folder: Path, model: str, files: list[Path], source: str, channels: int, baselines: bool) -> str:
-    """Make a repository of one model of ours and, beside it, the baselines.
-
-    Args:
-        folder: to make.
-        model: its name in `model_repository`.
-        files: links to them are made.
-        source: of the baselines' weights, as for `python -m export`.
-        channels: of random weights.
-        baselines: whether they are wanted.
-
-    Returns:
-        Why there are no baselines; empty if there are.
-    """
+def link(folder: Path, model: str, files: list[Path]) -> None:
+    """Make a repository of one model with this project's configs and links to the files."""
     shutil.copytree(REPOSITORY / model, folder / model, ignore=shutil.ignore_patterns("*.onnx", "*.pt", ".*"))
     (folder / model / "1").mkdir(exist_ok=True)
     for file in files:
         (folder / model / "1" / file.name).symlink_to(file.absolute())
-    if not baselines:
-        return "not wanted"
+
+
+def add_baselines(folder: Path, origin: str) -> str:
+    """Put the baselines into a repository.
+
+    Args:
+        folder: the repository.
+        origin: what loads their weights, such as `--source mini`.
+
+    Returns:
+        Why there are none; empty if there are.
+    """
     if importlib.util.find_spec("speechbrain") is None:
         return "SpeechBrain is not installed: pip install -e '.[export]'"
     from .baseline import install
 
-    install(folder, source, channels)
+    install(folder, origin)
     return ""
 
 

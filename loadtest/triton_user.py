@@ -14,23 +14,18 @@ import gevent
 import grpc
 import grpc.experimental.gevent
 import numpy as np
+from ecapa_triton._wire import CHANNEL_ARGS, SCHEME
 from locust import User, events
 from tritonclient.grpc import service_pb2
 
 from .clips import SAMPLE_RATE, Array
 
-SCHEME = "grpc://"
 TIMEOUT = 60.0  # s, of a request
 UNDER_WAY = 5000  # requests of one process, at most
 REFUSED_PAUSE = 0.5  # s, before a client that was refused asks again
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _FULL = "Exceeds maximum queue size"  # Triton's words, and those of what limits the requests in front of it
-_CHANNEL_ARGS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # else all users share one connection
-]
+_CHANNEL_ARGS = [*CHANNEL_ARGS, ("grpc.use_local_subchannel_pool", 1)]  # else all users share one connection
 
 
 class Refused(Exception):

@@ -13,7 +13,6 @@ from server.triton import ServerError, TritonServer
 
 # Seconds to wait before a server that died is started again: doubled each time that it has not lived for CALM.
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
-USUAL_REQUEST_MB = 64
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
@@ -33,7 +32,7 @@ def main(arguments: list[str]) -> int:
     options, extra = _parse(arguments)
     limits = None
     if options.gateway == "on" or (options.gateway == "auto" and gateway.find()):
-        limits = gateway.Limits(options.max_requests, options.max_request_mb or USUAL_REQUEST_MB)
+        limits = gateway.Limits(options.max_requests, options.max_request_mb or gateway.Limits.request_mb)
     server = TritonServer(
         options.repository,
         device=options.device,
@@ -138,7 +137,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="inference requests in work at once; one more is refused with UNAVAILABLE (128 on a CPU, 1024 on GPUs)",
     )
-    argument("--max-request-mb", type=_positive, metavar="MB", help=f"largest request ({USUAL_REQUEST_MB})")
+    argument("--max-request-mb", type=_positive, metavar="MB", help=f"largest request ({gateway.Limits.request_mb})")
     argument(
         "--exit-timeout",
         type=float,

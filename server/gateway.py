@@ -10,10 +10,11 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from server import child
 
 _TEMPLATE = Path(__file__).parent / "nginx.conf.template"
 _STOPPING = 3  # s until it is killed; what it still has to send takes it one at most
@@ -35,7 +36,7 @@ class Limits:
     """
 
     requests: int | None
-    request_mb: int
+    request_mb: int = 64
 
 
 def find() -> str | None:
@@ -53,7 +54,6 @@ class Gateway:
         *,
         grpc: tuple[str, str],
         http: tuple[str, str],
-        preexec_fn: Callable[[], None] | None = None,
     ) -> None:
         """Starts it.
 
@@ -62,7 +62,6 @@ class Gateway:
             limits: What it lets through.
             grpc: Address and port that it listens on for gRPC, and those of Triton behind it; `http` likewise.
             http: See `grpc`.
-            preexec_fn: What the child runs first.
 
         Raises:
             GatewayError: With one line on what is in the way.
@@ -87,14 +86,7 @@ class Gateway:
         if test.returncode != 0:
             raise GatewayError(f"nginx does not start: {_first(test.stderr)}")
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=preexec_fn,
-            )
+            self._process = child.start(command, log)
 
     @property
     def pid(self) -> int:

@@ -22,13 +22,14 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 from export import configs
+from server import child
 from server.gateway import Gateway, GatewayError, Limits
 
 Device = Literal["auto", "cpu", "gpu"]
@@ -45,8 +46,6 @@ _SHM = Path("/dev/shm")
 # Bytes. A batch passes through shared memory on its way to the model, and Triton does not limit what a request holds.
 # Where it does not fit, the clips that share the batch fail, and requests stay behind that hold up the server's stop.
 _ENOUGH_SHM = 1 << 30
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None)
 
 
 class ServerError(Exception):
@@ -318,15 +317,7 @@ class TritonServer:
         try:
             with log:
                 self._log_start = log.tell() if self.log_path.is_file() else None
-                self._process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # a Ctrl-C in the terminal comes to us alone
-                    preexec_fn=_die_with(os.getpid()),
-                )
+                self._process = child.start(command, log, environment)
         except OSError as error:
             raise ServerError(f"cannot run {binary}: {error.strerror}") from error
 
@@ -350,7 +341,7 @@ class TritonServer:
         }
         if limits.requests is None:
             self.limits = limits = replace(limits, requests=_USUAL_REQUESTS[self.device])
-        self._gateway = Gateway(folder, limits, preexec_fn=_die_with(os.getpid()), **places)
+        self._gateway = Gateway(folder, limits, **places)
         deadline = time.monotonic() + self._start_timeout
         while not all(_listens(self._gateway.pid, self._ports[api]) for api in places):
             self._gateway.check()
@@ -742,14 +733,3 @@ def _listens(pid: int, port: int) -> bool:
         except OSError:  # closed in the meantime
             continue
     return False
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """Makes the child end, in order, when its parent is killed."""
-
-    def in_child() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return in_child

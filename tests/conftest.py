@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ QUICK = settings(derandomize=True, deadline=None, max_examples=60, suppress_heal
 settings.register_profile("repeatable", QUICK)
 settings.register_profile("more", QUICK, derandomize=False, max_examples=2000, print_blob=True)
 settings.load_profile("repeatable")
+
+# Where the tests run in the background it is ignored, and so would it be in what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def copy_configs(folder: Path) -> Path:

@@ -26,7 +26,7 @@ SECOND = 16000  # samples
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     repository = tmp_path_factory.mktemp("baselines")
-    assert baseline.install(repository, "mini") == [ALONE, PADDED]
+    assert baseline.install(repository, "--source mini") == [ALONE, PADDED]
     with TritonServer(repository, device="cpu") as running:
         yield running
 
@@ -140,13 +140,13 @@ def test_an_empty_neighbour_costs_nobody_an_answer(
     assert difference(row, encode(mini, [clip])[0])[0] < 1e-5
 
 
-def test_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(checkpoint.MINI.parent)
+def test_what_is_installed(tmp_path: Path) -> None:
+    origin = "--source random --seed 3 --channels 64"
     for _ in range(2):  # the second time over the first
-        assert baseline.install(tmp_path / "repository", f"./{checkpoint.MINI.name}", channels=64) == baseline.MODELS
+        assert baseline.install(tmp_path / "repository", origin) == baseline.MODELS
     for model in baseline.MODELS:
         for path in configs.config_files(tmp_path / "repository" / model):
             parameters = {key: value.string_value for key, value in configs.read(path).parameters.items()}
-            assert parameters == {"source": str(checkpoint.MINI), "channels": "64", "checkout": str(ROOT)}
+            assert parameters == {"origin": origin, "checkout": str(ROOT)}
     for name in "cpu", "gpu", "gpu_fp16":
         assert check_repository(tmp_path / "repository", name) == dict.fromkeys(baseline.MODELS, "python")

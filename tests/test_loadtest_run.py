@@ -22,10 +22,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from export.verify import BOUNDS
 from loadtest import load, scenarios
 from loadtest import run as load_run
 from loadtest.__main__ import main
-from loadtest.clips import Clips, Deck, compare, speech
+from loadtest.clips import MAX_ERROR, Clips, Deck, compare, speech
 from loadtest.load import Round, Sent, Timing
 from loadtest.scenarios import Level
 from server import gateway
@@ -59,8 +60,12 @@ def test_clips_come_back_from_their_file(tmp_path: Path) -> None:
 def test_embeddings_are_compared() -> None:
     a = np.array([[1, 0], [0, 2.02]], np.float32)
     b = np.array([[1, 0], [0, 2]], np.float32)
-    assert compare(a, b) == (pytest.approx(1), pytest.approx(0.01, rel=1e-4))
-    assert compare(a[::-1], b) == (pytest.approx(0), pytest.approx(np.hypot(2.02, 1), rel=1e-4))
+    assert compare(a, b) == {"cosine": pytest.approx(1), "error": pytest.approx(0.01, rel=1e-4)}
+    assert compare(a[::-1], b) == {"cosine": pytest.approx(0), "error": pytest.approx(np.hypot(2.02, 1), rel=1e-4)}
+
+
+def test_what_is_right_is_what_the_export_allows() -> None:
+    assert MAX_ERROR == {precision: bound.max_error for precision, bound in BOUNDS.items()}
 
 
 def test_a_deck_deals_everything_before_it_repeats() -> None:

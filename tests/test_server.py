@@ -25,7 +25,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from export import seal
-from server import ServerError, TritonServer, gateway
+from server import ServerError, TritonServer, child, gateway
 from server.triton import (
     _cannot_use_cuda,
     assemble_wheel,
@@ -222,6 +222,34 @@ def test_killed_command_takes_its_server_along(stand_in_repository: Path, tmp_pa
             os.utime(folder / "lock", (0, 0))
         with serving(stand_in_repository):  # the next server does
             assert running.exists() and not stale.exists()
+
+
+def test_no_fork_of_a_process_with_threads(stand_in_repository: Path, tmp_path: Path) -> None:
+    """At a fork gRPC stops its threads: a server or client of it in this process would hang."""
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(1))
+    with TritonServer(stand_in_repository, device="cpu") as server:
+        assert ask(server.grpc_url, np.ones((1, 10), np.float32)) == 10
+    assert not forks
+
+
+@pytest.mark.parametrize("mode, reason", [(None, "No such file"), (0o644, "Permission denied")])
+def test_a_child_that_cannot_run(mode: int | None, reason: str, tmp_path: Path) -> None:
+    binary = tmp_path / "binary"
+    if mode is not None:
+        binary.write_bytes(b"")
+        binary.chmod(mode)
+    with (tmp_path / "log").open("wb") as log, pytest.raises(OSError, match=reason):
+        child.start([str(binary)], log)
+
+
+def test_a_child_that_is_no_program_says_so(tmp_path: Path) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"")
+    binary.chmod(0o755)
+    with (tmp_path / "log").open("wb") as log:
+        assert child.start([str(binary)], log).wait(20) == 1
+    assert (tmp_path / "log").read_text() == f"cannot run {binary}: Exec format error\n"
 
 
 def test_a_stub_that_dies_ends_the_server(stand_in_repository: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, get_args, overload
@@ -363,10 +363,10 @@ class SpeakerClient:
         try:
             for audio in audios:
                 if len(pending) == 2 * self._max_in_flight:
-                    yield pending.popleft().result()
+                    yield _result(pending.popleft())
                 pending.append(pool.submit(outcome, audio))
             while pending:
-                yield pending.popleft().result()
+                yield _result(pending.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -418,6 +418,12 @@ class SpeakerClient:
             raise exc
         status = (exc.status() or "UNKNOWN").removeprefix("StatusCode.")
         return from_grpc(status, exc.message() or "", url=self._url, model=self._model, timeout=self._timeout)
+
+
+def _result(future: Future[Embedded | EcapaError]) -> Embedded | EcapaError:
+    while not wait([future], timeout=0.5).done:
+        pass  # Python sees a Ctrl-C that comes just before a wait only after it
+    return future.result()
 
 
 def _checked(long: Long) -> Long:

@@ -35,20 +35,17 @@ _FOLDER = Path(__file__).parent
 _CHECKOUT = _FOLDER.parents[1]
 
 
-def install(repository: Path, source: str, channels: int = 1024) -> list[str]:
+def install(repository: Path, origin: str) -> list[str]:
     """Puts the baselines into a model repository, beside what is there.
 
     Args:
         repository: The folder; made where it is missing.
-        source: The checkpoint, as for `python -m export`: a hub id, a folder, `mini` or `random`.
-        channels: Of `random`.
+        origin: Of the checkpoint, as an exported model has it in its metadata, such as `--source mini`.
 
     Returns:
         The models' names.
     """
-    if Path(source).is_dir() and source not in ("mini", "random"):
-        source = str(Path(source).resolve())  # Triton's process may run elsewhere
-    parameters = {"source": source, "channels": str(channels), "checkout": str(_CHECKOUT)}
+    parameters = {"origin": origin, "checkout": str(_CHECKOUT)}
     for model in MODELS:
         (repository / model / "1").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(_FOLDER / "speechbrain_model.py", repository / model / "1" / "model.py")

@@ -20,7 +20,7 @@ class TritonPythonModel:
     """One instance of SpeechBrain's `EncoderClassifier`, on the GPU that Triton gives it or on all cores."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads the checkpoint that the config's parameters `source` and `channels` name.
+        """Loads the checkpoint that the config's parameter `origin` names.
 
         Args:
             args: Triton's description of the instance; `model_config` is the config as JSON.
@@ -42,7 +42,7 @@ class TritonPythonModel:
             device = "cpu"
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         try:
-            loaded = checkpoint.load(parameters["source"], channels=int(parameters["channels"]))
+            loaded = checkpoint.load_again(parameters["origin"])
         except checkpoint.CheckpointError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self._classifier = loaded.classifier
