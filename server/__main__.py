@@ -1,6 +1,7 @@
 """Serves the model repository on real Triton: `python -m server --help`."""
 
 import argparse
+import itertools
 import signal
 import sys
 import time
@@ -9,7 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from server import gateway
-from server.triton import ServerError, TritonServer
+from server.triton import ADMIN, GROUPS, ServerError, TritonServer, check_keys
 
 # Seconds to wait before a server that died is started again: doubled each time that it has not lived for CALM.
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
     limits = None
     if options.gateway == "on" or (options.gateway == "auto" and gateway.find()):
         limits = gateway.Limits(options.max_requests, options.max_request_mb or gateway.Limits.request_mb)
+    tls = gateway.Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
     server = TritonServer(
         options.repository,
         device=options.device,
@@ -42,7 +44,10 @@ def main(arguments: list[str]) -> int:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         address=options.address,
+        metrics_address=options.metrics_address,
         limits=limits,
+        tls=tls,
+        keys=dict(itertools.chain.from_iterable(options.key_file)),
         extra=extra,
         log=options.log,
         exit_timeout=options.exit_timeout,
@@ -94,6 +99,11 @@ def _start(server: TritonServer) -> None:
     print(f"device {server.chosen}")
     if server.limits is not None:
         print(f"limits {server.limits.requests} requests in work, {server.limits.request_mb} MB each, set by nginx")
+    if server.tls is not None:
+        who = "those with a certificate" if server.tls.client_ca else "all clients"
+        print(f"TLS for {who}")
+    if server.keys:
+        print(f"key needed for {', '.join(server.keys)}")
     print(
         f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
         f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
@@ -124,7 +134,20 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs")
     for api, port in ("http", 8000), ("grpc", 8001), ("metrics", 8002):
         argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="%(default)s; 0: a free one")
-    argument("--address", default="127.0.0.1", help="where all three listen (%(default)s)")
+    argument("--address", default="127.0.0.1", help="where HTTP and gRPC listen (%(default)s)")
+    argument("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help="where the metrics are (%(default)s)")
+    argument("--tls-cert", type=Path, metavar="FILE", help="certificate of HTTP and gRPC, PEM; with --tls-key")
+    argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    argument("--tls-client-ca", type=Path, metavar="FILE", help="only clients with a certificate by one of these, PEM")
+    argument(
+        "--key-file",
+        type=_key_file,
+        action="append",
+        default=[],
+        metavar="GROUP,...=FILE",
+        help=f"clients need the key in the file for these groups of Triton's APIs: {', '.join(GROUPS)}; "
+        f"admin stands for the last {len(ADMIN)}, which are closed to everyone without a key",
+    )
     argument(
         "--gateway",
         choices=["auto", "on", "off"],
@@ -155,6 +178,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(own)
     if options.gateway == "off" and (options.max_requests or options.max_request_mb):
         parser.error("--max-requests and --max-request-mb need the gateway: leave out --gateway off")
+    if (options.tls_cert is None) != (options.tls_key is None) or (options.tls_client_ca and not options.tls_cert):
+        parser.error("--tls-cert and --tls-key go together, and --tls-client-ca with them")
+    if options.tls_cert and options.gateway == "off":
+        parser.error("TLS needs the gateway: leave out --gateway off")
     if options.device == "cpu" and options.gpus is not None:
         parser.error("--gpus is for --device gpu or auto, not cpu")
     return options, extra
@@ -164,6 +191,19 @@ def _numbers(text: str) -> list[int]:
     if not all(number.isdecimal() for number in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of GPUs, such as 0 or 0,1")
     return [int(number) for number in text.split(",")]
+
+
+def _key_file(text: str) -> list[tuple[str, str]]:
+    names, _, path = text.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected groups and a file, such as inference=key.txt")
+    try:
+        key = Path(path).read_text("ascii").strip()
+        keys = {group: key for name in names.split(",") for group in (ADMIN if name == "admin" else [name])}
+        check_keys(keys)
+    except (OSError, ValueError, ServerError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {getattr(error, 'strerror', None) or error}") from error
+    return list(keys.items())
 
 
 def _positive(text: str) -> int:

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from server import child
 
-_TEMPLATE = Path(__file__).parent / "nginx.conf.template"
+_TEMPLATES = [Path(__file__).parent / f"{name}.conf.template" for name in ("tls", "nginx")]
 _STOPPING = 3  # s until it is killed; what it still has to send takes it one at most
 PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the PATH of root alone
 
@@ -39,6 +39,22 @@ class Limits:
     request_mb: int = 64
 
 
+@dataclass(frozen=True)
+class Tls:
+    """How both APIs are encrypted.
+
+    Attributes:
+        certificate: The server's certificate and those between it and its authority, PEM.
+        key: Its private key, PEM.
+        client_ca: Certificates of the authorities of clients, PEM: a client without a certificate by one of them is
+            not let in. None: clients need none.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
 def find() -> str | None:
     """Finds the nginx binary."""
     return next(filter(None, map(shutil.which, PLACES)), None)
@@ -51,6 +67,7 @@ class Gateway:
         self,
         folder: Path,
         limits: Limits,
+        tls: Tls | None = None,
         *,
         grpc: tuple[str, str],
         http: tuple[str, str],
@@ -60,6 +77,7 @@ class Gateway:
         Args:
             folder: An empty folder for its files.
             limits: What it lets through.
+            tls: How; None: in the clear.
             grpc: Address and port that it listens on for gRPC, and those of Triton behind it; `http` likewise.
             http: See `grpc`.
 
@@ -77,9 +95,17 @@ class Gateway:
             "HTTP_BEHIND": http[1],
             "MAX_REQUESTS": limits.requests,
             "MAX_REQUEST_MB": limits.request_mb,
+            "SSL": "ssl" if tls else "",
+            "TLS_CONF": folder / "tls.conf" if tls else os.devnull,
+            "CERTIFICATE": _readable(tls.certificate) if tls else "",
+            "CERTIFICATE_KEY": _readable(tls.key) if tls else "",
+            "VERIFY_CLIENT": "on" if tls and tls.client_ca else "off",
+            "CLIENT_CA": _readable(tls.client_ca or tls.certificate) if tls else "",
         }
-        configuration = folder / "nginx.conf"
-        configuration.write_text(re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), _TEMPLATE.read_text()))
+        for template in _TEMPLATES:
+            configuration = folder / template.stem
+            text = re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), template.read_text())
+            configuration.write_text(text)
         self._log = folder / "nginx.log"
         command = [binary, "-c", str(configuration), "-p", str(folder)]
         test = subprocess.run([*command, "-t"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -112,6 +138,16 @@ class Gateway:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         words = _first(self._log.read_text(errors="replace"))
         raise GatewayError(f"nginx in front of tritonserver {how}{': ' if words else ''}{words}")
+
+
+def _readable(path: Path) -> str:
+    """As nginx takes it."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise GatewayError(f"cannot read {path}: {error.strerror}") from error
+    escaped = re.sub(r'(["\\])', r"\\\1", str(path.absolute()))
+    return f'"{escaped}"'
 
 
 def _first(log: str) -> str:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -22,15 +23,15 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, NoReturn
 
 from export import configs
 from server import child
-from server.gateway import Gateway, GatewayError, Limits
+from server.gateway import Gateway, GatewayError, Limits, Tls
 
 Device = Literal["auto", "cpu", "gpu"]
 Precision = Literal["fp32", "fp16"]
@@ -46,6 +47,15 @@ _SHM = Path("/dev/shm")
 # Bytes. A batch passes through shared memory on its way to the model, and Triton does not limit what a request holds.
 # Where it does not fit, the clips that share the batch fail, and requests stay behind that hold up the server's stop.
 _ENOUGH_SHM = 1 << 30
+
+# Groups of Triton's APIs, as its options for restricted ones name them. What only those who run the server have a use
+# for (shared memory would show one client's clips to another), and what a client asks.
+ADMIN = "shared-memory", "model-repository", "trace", "logging"
+GROUPS = ("health", "metadata", "inference", "model-config", "statistics", *ADMIN)
+# What carries the key: a header of HTTP, and with Triton's prefix one of gRPC.
+KEY_HEADER = "api-key"
+GRPC_KEY_HEADER = f"triton-grpc-protocol-{KEY_HEADER}"
+_KEY = re.compile(r"[\x21-\x7e]{16,}")
 
 
 class ServerError(Exception):
@@ -70,7 +80,10 @@ class TritonServer:
         grpc_port: int = 0,
         metrics_port: int = 0,
         address: str = "127.0.0.1",
+        metrics_address: str = "127.0.0.1",
         limits: Limits | None = None,
+        tls: Tls | None = None,
+        keys: Mapping[str, str] = MappingProxyType({}),
         extra: Sequence[str] = (),
         log: Path | None = None,
         start_timeout: float = 120,
@@ -86,9 +99,13 @@ class TritonServer:
             http_port: Port of the HTTP API, 0 for a free one; `grpc_port` and `metrics_port` likewise.
             grpc_port: Port of the gRPC API.
             metrics_port: Port of the Prometheus metrics.
-            address: Address that all three listen on.
+            address: Address that HTTP and gRPC listen on.
+            metrics_address: Address that the metrics listen on.
             limits: What clients may ask for; nginx then listens in front of Triton's HTTP and gRPC APIs. Triton itself
                 sets no limit.
+            tls: How nginx encrypts both APIs; needs `limits`.
+            keys: By group of `GROUPS`, what a client's header `KEY_HEADER` (gRPC: `GRPC_KEY_HEADER`) must hold.
+                Those of `ADMIN` without one are closed to everyone.
             extra: Further options for tritonserver.
             log: File that Triton's log is appended to. Without one it goes to a temporary file, which stays
                 only when something went wrong.
@@ -101,7 +118,10 @@ class TritonServer:
         self._precision: Precision = precision
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._address = address
+        self._metrics_address = metrics_address
         self.limits = limits
+        self.tls = tls
+        self.keys = keys
         self._extra = extra
         self._log = log
         self._start_timeout = start_timeout
@@ -158,16 +178,20 @@ class TritonServer:
             for backend in sorted(set(served.values()) & set(_PACKAGES)):
                 if importlib.util.find_spec(_PACKAGES[backend]) is None:
                     raise ServerError(f"{_PACKAGES[backend]} is not installed: pip install {_PACKAGES[backend]}")
-        self._address = resolve(self._address)
+        if self.tls is not None and self.limits is None:
+            raise ServerError("TLS needs nginx in front of Triton: apt install nginx-light")
+        check_keys(self.keys)
+        self._address, self._metrics_address = resolve(self._address), resolve(self._metrics_address)
         wanted = {api: (self._address, port) for api, port in self._ports.items()}
+        wanted["metrics"] = self._metrics_address, self._ports["metrics"]
         if self.limits is not None:
             wanted |= {f"{api} behind nginx": ("127.0.0.1", 0) for api in ("http", "grpc")}
         listen = choose_ports(wanted)
         ports = self._ports = {api: listen[api][1] for api in self._ports}  # the same ones when it is started again
         # What listens on every address is reached on the loopback one.
-        host = "127.0.0.1" if self._address == "0.0.0.0" else self._address
+        host, metrics = ("127.0.0.1" if at == "0.0.0.0" else at for at in (self._address, self._metrics_address))
         self.http_url, self.grpc_url = f"{host}:{ports['http']}", f"{host}:{ports['grpc']}"
-        self.metrics_url = f"http://{host}:{ports['metrics']}/metrics"
+        self.metrics_url = f"http://{metrics}:{ports['metrics']}/metrics"
         # Where Triton itself listens.
         listen = {api: listen.get(f"{api} behind nginx", listen[api]) for api in ports}
 
@@ -179,11 +203,12 @@ class TritonServer:
         self.log_path = (self._log or self._folder / "tritonserver.log").absolute()
         try:
             self._launch(installed, listen)
-            self._wait_until_ready(f"{'127.0.0.1' if self.limits else host}:{listen['http'][1]}")
+            triton = f"{'127.0.0.1' if self.limits else host}:{listen['http'][1]}"
+            self._wait_until_ready(triton)
             self._parts = self._session()
             if self.limits is not None:
                 self._open_gateway(self.limits, listen)
-            self.version: str = json.loads(_get(self.http_url, "/v2"))["version"]
+            self.version: str = json.loads(_get(triton, "/v2", headers=self._key("metadata")))["version"]
         except BaseException as error:
             self._keep_log = isinstance(error, ServerError)
             self._clean_up()
@@ -306,7 +331,7 @@ class TritonServer:
         options["backend-directory"] = backends
         command = [str(binary), *(f"--{name}={value}" for name, value in options.items())]
         # The configs are complete; completing them would start each model once more.
-        command += ["--disable-auto-complete-config", *self._extra]
+        command += ["--disable-auto-complete-config", *_restricted(self.keys), *self._extra]
         try:
             # A pipe that nobody reads is an error, not a wait for ever.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
@@ -341,7 +366,7 @@ class TritonServer:
         }
         if limits.requests is None:
             self.limits = limits = replace(limits, requests=_USUAL_REQUESTS[self.device])
-        self._gateway = Gateway(folder, limits, **places)
+        self._gateway = Gateway(folder, limits, self.tls, **places)
         deadline = time.monotonic() + self._start_timeout
         while not all(_listens(self._gateway.pid, self._ports[api]) for api in places):
             self._gateway.check()
@@ -360,7 +385,7 @@ class TritonServer:
                 reason = f"killed by {signal.Signals(-code).name}" if code < 0 else self._failure() or f"status {code}"
                 raise ServerError(f"tritonserver did not start: {reason}; its log: {self.log_path}")
             try:
-                _get(*awaited[0])
+                _get(*awaited[0], headers=self._key("health"))
                 if not _listens(self.pid, int(awaited[0][0].rpartition(":")[2])):
                     raise ConnectionError("another process answers")
                 awaited.pop(0)
@@ -371,6 +396,10 @@ class TritonServer:
                         f"(http://{''.join(awaited[0])}: {error}); its log: {self.log_path}"
                     ) from error
                 time.sleep(0.05)
+
+    def _key(self, group: str) -> dict[str, str]:
+        """The header that a group of the HTTP API asks for."""
+        return {KEY_HEADER: self.keys[group]} if group in self.keys else {}
 
     def _failure(self) -> str:
         """What the log says of why the server ended; empty where the log cannot be read back."""
@@ -706,10 +735,29 @@ def failure_reason(log: str) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
 
 
-def _get(host: str, path: str) -> bytes:
+def check_keys(keys: Mapping[str, str]) -> None:
+    """Refuses with ServerError what cannot be a key, and groups that Triton does not have."""
+    for group, key in keys.items():
+        if group not in GROUPS:
+            raise ServerError(f"no group of APIs is called {group!r}: expected one of {', '.join(GROUPS)}")
+        if not _KEY.fullmatch(key):
+            raise ServerError(f"the key of {group} is not 16 or more visible ASCII characters")
+
+
+def _restricted(keys: Mapping[str, str]) -> list[str]:
+    """Tritonserver's options for APIs that ask for a key."""
+    nobodys = secrets.token_urlsafe()
+    return [
+        f"--{option}={group}:{KEY_HEADER}={key}"
+        for group, key in (dict.fromkeys(ADMIN, nobodys) | dict(keys)).items()
+        for option in ("grpc-restricted-protocol", "http-restricted-api")
+    ]
+
+
+def _get(host: str, path: str, *, headers: dict[str, str]) -> bytes:
     connection = http.client.HTTPConnection(host, timeout=5)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         body = response.read()
     finally:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from export.verify import Reference
 from server.triton import TritonServer
 
 ROOT = Path(__file__).parent.parent
+SOURCES = ".py", ".pbtxt", ".yaml", ".ckpt"
 
 # The same examples every time; pytest --hypothesis-profile=more draws others, and many more of them.
 QUICK = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -51,8 +56,27 @@ def mini() -> checkpoint.Checkpoint:
 @pytest.fixture(scope="session")
 def both_formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with the small trained model, exported by the code under test. Not to be changed."""
+    exported = _exported_once()
     folder = copy_configs(tmp_path_factory.mktemp("both"))
-    export(folder, "mini", formats=["onnx", "torchscript"])
+    for model in "ecapa", "ecapa_torchscript":
+        shutil.copytree(exported / model / "1", folder / model / "1", dirs_exist_ok=True)
+    return folder
+
+
+def _exported_once() -> Path:
+    """The export takes most of a minute: all test processes share one, as long as what it is made of stays the same."""
+    made_of = [path for name in ("export", "model_repository") for path in sorted((ROOT / name).rglob("*"))]
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in made_of if path.suffix in SOURCES]
+    versions = [version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime", "speechbrain")]
+    key = hashlib.sha256("".join([*sums, *versions, sys.version]).encode()).hexdigest()[:16]
+    folder = ROOT / "build/tests" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+                export(copy_configs(Path(unfinished)), "mini", formats=["onnx", "torchscript"])
+                (Path(unfinished) / "model_repository").rename(folder)
     return folder
 
 

@@ -308,19 +308,35 @@ def test_a_closed_pipe_is_quiet(fake: FakeTriton, clip: Path) -> None:
     process.stderr.close()
 
 
-def test_interrupt_is_quiet_and_quick(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["once", "twice", "in another thread"])
+def test_interrupt_is_quiet_and_quick(how: str, fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    """Also when it does not wake the main thread, as when it comes just before that waits."""
     fake.otherwise = slow(3)
     output = tmp_path / "out.npz"
+    code = """
+import os, signal, sys, threading
+from ecapa_triton._cli import main
+
+def interrupt():
+    if os.read(0, 1):
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+sys.exit(main())
+"""
     process = subprocess.Popen(
-        [*COMMAND, "embed", *[clip] * 20, "--url", fake.url, "-o", output],
+        [sys.executable, "-c", code, "embed", *[clip] * 20, "--url", fake.url, "-o", output],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     while not fake.lengths and process.poll() is None:
         time.sleep(0.01)
     start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    for _ in range({"once": 1, "twice": 2}.get(how, 0)):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    out, err = process.communicate(b"\n" if how == "in another thread" else b"", timeout=30)
     assert (process.returncode, out, err) == (130, b"", b"")
     assert time.monotonic() - start < 2
     assert [p.name for p in tmp_path.iterdir()] == ["clip.wav"]

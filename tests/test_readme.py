@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -24,10 +25,36 @@ LINES = [line for language, block in BLOCKS if language == "sh" for line in bloc
 def checkout(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     """The checkout with the exported model in it, to run commands in."""
     folder = tmp_path_factory.mktemp("checkout") / "ecapa-triton"
-    ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "*.onnx", "*.egg-info")
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", ".*_cache", "__pycache__", "*.onnx", "*.egg-info")
     shutil.copytree(ROOT, folder, ignore=ignored)
     shutil.copy(repository / "ecapa/1/model.onnx", folder / "model_repository/ecapa/1")
     return folder
+
+
+LOADS = {  # scenario, seconds, clips a request, clients
+    "one client, 1 s": ("single", 1, 1, 1),
+    "one client, 5 s": ("single", 5, 1, 1),
+    "one client, 10 s": ("single", 10, 1, 1),
+    "one client, `[8, 2 s]`": ("batch", 2, 8, 1),
+    "16 clients, 1 to 20 s": ("mixed", None, 1, 16),
+    "64 clients, 2 s": ("clients", 2, 1, 64),
+}
+
+
+def test_figures_are_those_of_the_report() -> None:
+    (report,) = re.findall(r"\[report\]\((\S+-load)\.md\)", README)
+    result = json.loads((ROOT / f"{report}.json").read_text())
+    contenders = "ours", "one at a time", "padded batches", "in process"
+    keys = "scenario", "seconds", "batch", "users", "contender"
+    rows = {tuple(row[key] for key in keys): row for row in result["rows"]}
+    lines = [re.sub(" *\\| *", "|", line) for line in README.splitlines()]
+    for load, level in LOADS.items():
+        of = [rows.get((*level, contender)) for contender in contenders]
+        speeds = [f"{row['audio_per_s']:.1f}" if row else "" for row in of]
+        latencies = ", ".join(f"{row['p95_ms']:,.0f}" for row in of[:3] if row)
+        assert f"|{'|'.join([load, *speeds, latencies])}|" in lines
+    requests, wrong = (sum(row[what] for row in result["rows"]) for what in ("requests", "wrong"))
+    assert wrong == 0 and f"none of {requests:,} replies wrong" in README
 
 
 def environment() -> dict[str, str]:

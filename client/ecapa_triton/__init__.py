@@ -10,7 +10,7 @@ with SpeakerClient("127.0.0.1:8001") as client:
 """
 
 from ._audio import SAMPLE_RATE, Audio
-from ._client import SpeakerClient, Status
+from ._client import SpeakerClient, Status, Tls
 from ._errors import (
     AudioError,
     AudioFileError,
@@ -20,6 +20,7 @@ from ._errors import (
     DeadlineError,
     EcapaError,
     EmbeddingError,
+    KeyRefusedError,
     ModelNotFoundError,
     ModelNotReadyError,
     NotAudioError,
@@ -46,6 +47,7 @@ __all__ = [
     "DeadlineError",
     "EcapaError",
     "EmbeddingError",
+    "KeyRefusedError",
     "Limits",
     "ModelNotFoundError",
     "ModelNotReadyError",
@@ -59,6 +61,7 @@ __all__ = [
     "Statistics",
     "Status",
     "ThresholdError",
+    "Tls",
     "TooLongError",
     "TooShortError",
     "Verification",

@@ -7,22 +7,25 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from http.client import HTTPException
 from pathlib import Path
-from typing import get_args
+from types import FrameType
+from typing import NoReturn, get_args
 from urllib.request import urlopen
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._audio import describe
-from ._client import MAX_TIMEOUT, Embedded, Long, SpeakerClient
+from ._client import MAX_TIMEOUT, Embedded, Long, SpeakerClient, Tls
 from ._errors import (
     ClosedError,
     ConnectError,
@@ -46,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
-    with _quiet_libraries():
+    with _quiet_libraries(), _one_interrupt():
         try:
-            with SpeakerClient(arguments.url, arguments.model, arguments.timeout) as client:
+            with _client(arguments) as client:
                 status: int = arguments.run(client, arguments)
                 sys.stdout.flush()
                 return status
@@ -67,11 +70,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+@contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """A second Ctrl-C, in the middle of closing the connection, would leave gRPC waiting for ever."""
+
+    def first(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--url", default="127.0.0.1:8001", help="HOST:PORT of Triton's gRPC endpoint (%(default)s)")
     common.add_argument("--model", default="ecapa", help="name of the model (%(default)s)")
     common.add_argument("--timeout", type=_seconds, default=10.0, help="seconds for one request (%(default)s)")
+    common.add_argument("--tls", action="store_true", help="encrypt; with the two below or a url grpcs://... as well")
+    common.add_argument("--tls-ca", metavar="FILE", help="authorities to trust the server's certificate by, PEM")
+    common.add_argument("--tls-cert", metavar="FILE", help="this client's certificate, PEM; with --tls-key")
+    common.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+    common.add_argument("--key-file", type=Path, metavar="FILE", help="the API key, where the server asks for one")
     common.add_argument("--json", action="store_true", help="print JSON, one object a line")
     clips = argparse.ArgumentParser(add_help=False)
     clips.add_argument(
@@ -106,6 +134,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.set_defaults(run=_status)
     return parser
+
+
+def _client(arguments: argparse.Namespace) -> SpeakerClient:
+    tls = Tls(arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
+    key = None
+    if arguments.key_file is not None:
+        try:
+            key = arguments.key_file.read_text("ascii").strip()
+        except (OSError, ValueError) as exc:
+            raise ConnectError(
+                f"{arguments.key_file}: {getattr(exc, 'strerror', exc)}: pass a file with the key"
+            ) from exc
+    return SpeakerClient(
+        arguments.url,
+        arguments.model,
+        arguments.timeout,
+        tls=tls if arguments.tls or tls != Tls() else None,
+        api_key=key,
+    )
 
 
 def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, get_args, overload
 
@@ -76,6 +77,34 @@ class Embedded:
     version: str
 
 
+@dataclass(frozen=True)
+class Tls:
+    """An encrypted connection.
+
+    Attributes:
+        ca: File with the certificates of the authorities that the server's is trusted by, PEM. None: those that
+            gRPC brings along.
+        certificate: File with this client's own certificate, PEM, where the server asks for one.
+        key: File with its private key, PEM.
+    """
+
+    ca: Path | str | None = None
+    certificate: Path | str | None = None
+    key: Path | str | None = None
+
+    def _arguments(self) -> dict[str, Any]:
+        if (self.certificate is None) != (self.key is None):
+            raise ConnectError("a client's certificate and its key go together: pass both or neither")
+        named = {"root_certificates": self.ca, "certificate_chain": self.certificate, "private_key": self.key}
+        paths = {name: str(path) for name, path in named.items() if path is not None}
+        for path in paths.values():
+            try:
+                open(path, "rb").close()
+            except OSError as exc:
+                raise ConnectError(f"{path}: {exc.strerror}: pass a file in PEM format") from exc
+        return {"ssl": True} | paths
+
+
 class SpeakerClient:
     """Speaker embeddings from an ecapa model on a Triton server.
 
@@ -87,7 +116,7 @@ class SpeakerClient:
     ```
 
     Args:
-        url: `HOST:PORT` of Triton's gRPC endpoint, with or without `grpc://`.
+        url: `HOST:PORT` of Triton's gRPC endpoint, with or without `grpc://`; `grpcs://` is `tls=Tls()`.
         model: Name of the model.
         timeout: Seconds that one request may take, from sending to reply, up to 1e6; None waits for ever.
         model_version: Version of the model; empty: the server chooses.
@@ -95,6 +124,8 @@ class SpeakerClient:
             A CPU answers 8 long clips within the default timeout; a GPU has use for 32 and more.
         max_duration: Seconds of audio that `long="windows"` reads at most, up to 86400; longer is an error.
             An hour takes 230 MB, twice that while it is read; such clips are read one at a time.
+        tls: How the connection is encrypted; None: in the clear.
+        api_key: What the server asks of its clients, where it does.
     """
 
     def __init__(
@@ -106,6 +137,8 @@ class SpeakerClient:
         model_version: str = "",
         max_in_flight: int = 8,
         max_duration: float = 3600.0,
+        tls: Tls | None = None,
+        api_key: str | None = None,
     ) -> None:
         if timeout is not None and not 0 < timeout <= MAX_TIMEOUT:
             raise ValueError(
@@ -115,7 +148,9 @@ class SpeakerClient:
             raise ValueError(f"max_duration is {max_duration}: expected seconds above 0 and up to {MAX_DURATION}")
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight is {max_in_flight}: expected 1 or more")
-        target = url.removeprefix(_wire.SCHEME).rstrip("/")
+        if url.startswith(_wire.TLS_SCHEME):
+            tls = tls or Tls()
+        target = url.removeprefix(_wire.SCHEME).removeprefix(_wire.TLS_SCHEME).rstrip("/")
         if not target or target.startswith(("http://", "https://")):
             raise ConnectError(
                 f"url is {url!r}: expected HOST:PORT of Triton's gRPC endpoint, such as 127.0.0.1:8001 "
@@ -131,7 +166,11 @@ class SpeakerClient:
         self._closed = False
         self._sending = threading.Lock()
         self._long_clip = threading.Lock()
-        self._triton = InferenceServerClient(target, channel_args=_wire.CHANNEL_ARGS)
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ConnectError("api_key is not of visible ASCII characters alone: pass the key as the server has it")
+        self._headers = {} if api_key is None else {_wire.KEY_HEADER: api_key}
+        encrypted = {} if tls is None else tls._arguments()
+        self._triton = InferenceServerClient(target, channel_args=_wire.CHANNEL_ARGS, **encrypted)
 
     def __enter__(self) -> SpeakerClient:
         return self
@@ -407,7 +446,7 @@ class SpeakerClient:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return getattr(self._triton, method)(*args, client_timeout=self._timeout, **kwargs)
+            return getattr(self._triton, method)(*args, client_timeout=self._timeout, headers=self._headers, **kwargs)
         except (InferenceServerException, ValueError) as exc:  # ValueError: gRPC on a closed channel
             raise self._error(exc) from exc
 

@@ -12,6 +12,7 @@ Each message says what came, what was expected and what to do.
             NotFiniteError          holds NaN, infinity, or samples far outside [-1, 1]
         ServerError             the server could not be asked or did not answer as it should
             ConnectError            no Triton is reached at this address
+            KeyRefusedError         the server asks for an API key, and got none or another
             DeadlineError           no reply within the timeout
             OverloadedError         the server's queue is full, or the request waited too long in it
             ModelNotFoundError      the server has no model of this name
@@ -66,6 +67,10 @@ class ConnectError(ServerError):
     """No Triton is reached at this address."""
 
 
+class KeyRefusedError(ServerError):
+    """The server asks for an API key, and got none or another."""
+
+
 class DeadlineError(ServerError):
     """No reply within the timeout."""
 
@@ -116,6 +121,10 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
     words = detail.lower()
     if status == "DEADLINE_EXCEEDED":
         return DeadlineError(f"no reply from {url} in {timeout} s: raise the timeout, or send less at once")
+    if "protocol is restricted" in words:
+        return KeyRefusedError(
+            f"the server at {url} asks for a key and got none or another ({detail}): pass its api_key"
+        )
     if "unknown model" in words:
         if "no available versions" not in words and (status == "NOT_FOUND" or "is not found" in words):
             return ModelNotFoundError(
@@ -131,6 +140,11 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
         )
     if "server is stopping" in words:
         return ConnectError(f"the server at {url} is stopping ({detail}): try again once it is back")
+    if "handshake" in words or "certificate" in words or "ssl" in words:
+        return ConnectError(
+            f"no trust between this client and the server at {url} ({detail}): pass the authority of its certificate, "
+            "and a certificate if it asks for one"
+        )
     if status == "UNAVAILABLE":
         return ConnectError(
             f"no Triton answers at {url} ({detail}): is it running, and is this its gRPC port, usually 8001?"

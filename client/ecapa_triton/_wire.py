@@ -14,7 +14,8 @@ from tritonclient.utils import InferenceServerException
 from ._audio import SAMPLE_RATE, Waveform
 from ._errors import ProtocolError
 
-SCHEME = "grpc://"
+SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
+KEY_HEADER = "triton-grpc-protocol-api-key"  # for Triton's APIs that are restricted by the header "api-key"
 
 # A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
 CHANNEL_ARGS = [

@@ -20,9 +20,11 @@ from tritonclient.utils import InferenceServerException
 
 from export import seal
 from server import ServerError
-from server.triton import TritonServer
+from server.triton import GRPC_KEY_HEADER, TritonServer
 
 from .harness import PATIENCE, ROOT, Clip, Load, Outcome, Tally, Urls
+
+KEY = "for-those-who-replace-models"
 
 # --- at the start ---
 
@@ -140,7 +142,8 @@ def test_a_model_replaced_under_load(repository_copy: Path, short: list[Clip], t
 
     explicit = ["--model-control-mode=explicit", "--load-model=ecapa"]
     # Triton counts a model that did not load among those it waits for when it is told to stop.
-    with TritonServer(repository_copy, device="cpu", extra=explicit, exit_timeout=2) as server:
+    keys, headers = {"model-repository": KEY}, {GRPC_KEY_HEADER: KEY}
+    with TritonServer(repository_copy, device="cpu", extra=explicit, exit_timeout=2, keys=keys) as server:
         urls = Urls.of(server)
 
         def all_are(model: str) -> None:
@@ -154,13 +157,13 @@ def test_a_model_replaced_under_load(repository_copy: Path, short: list[Clip], t
             for model in "new", "old", "new":
                 replace(path, files[model])
                 tally.fault()
-                control.load_model("ecapa", client_timeout=PATIENCE)
+                control.load_model("ecapa", headers=headers, client_timeout=PATIENCE)
                 all_are(model)
             for bad in files["old"][: len(files["old"]) // 2], b"", files["old"][:-1] + b"?":
                 replace(path, bad)
                 tally.fault()
                 with pytest.raises(InferenceServerException, match="load failed for model 'ecapa'"):
-                    control.load_model("ecapa", client_timeout=PATIENCE)
+                    control.load_model("ecapa", headers=headers, client_timeout=PATIENCE)
                 all_are("new")
             assert set(load.verdicts) == {"right"}
 

@@ -1,0 +1,354 @@
+"""Encryption, certificates and keys, on a real tritonserver: what has them passes, what has not is refused."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stand_in
+import trustme
+from conftest import ROOT
+from ecapa_triton import ConnectError, KeyRefusedError, SpeakerClient, Tls
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
+
+from server import ServerError, TritonServer, gateway
+from server.gateway import Limits
+from server.triton import ADMIN, GROUPS, GRPC_KEY_HEADER, KEY_HEADER
+
+needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
+KEYS = {group: f"the:key=of,{group}/{'x' * 16}" for group in GROUPS}
+
+JSON_INPUTS = [
+    {"name": "clip", "datatype": "FP32", "shape": [1, 5], "data": [1, 1, 1, 1, 1]},
+    {"name": "scale", "datatype": "FP32", "shape": [1, 1], "data": [1]},
+]
+
+
+def inputs() -> list[InferInput]:
+    tensors = []
+    for one in JSON_INPUTS:
+        tensors.append(InferInput(one["name"], one["shape"], one["datatype"]))
+        tensors[-1].set_data_from_numpy(np.array([one["data"]], np.float32))
+    return tensors
+
+
+# What each group has, asked of a server with the model "sums" over gRPC and over HTTP.
+GRPC: dict[str, Callable[[InferenceServerClient, dict[str, str]], object]] = {
+    "health": lambda triton, key: triton.is_server_ready(headers=key),
+    "metadata": lambda triton, key: triton.get_server_metadata(headers=key),
+    "inference": lambda triton, key: triton.infer("sums", inputs(), headers=key),
+    "model-config": lambda triton, key: triton.get_model_config("sums", headers=key),
+    "statistics": lambda triton, key: triton.get_inference_statistics("sums", headers=key),
+    "shared-memory": lambda triton, key: triton.get_system_shared_memory_status(headers=key),
+    "model-repository": lambda triton, key: triton.get_model_repository_index(headers=key),
+    "trace": lambda triton, key: triton.get_trace_settings(headers=key),
+    "logging": lambda triton, key: triton.get_log_settings(headers=key),
+}
+HTTP = {
+    "health": ("GET", "/v2/health/ready"),
+    "metadata": ("GET", "/v2"),
+    "inference": ("POST", "/v2/models/sums/infer"),
+    "model-config": ("GET", "/v2/models/sums/config"),
+    "statistics": ("GET", "/v2/models/sums/stats"),
+    "shared-memory": ("GET", "/v2/systemsharedmemory/status"),
+    "model-repository": ("POST", "/v2/repository/index"),
+    "trace": ("GET", "/v2/trace/setting"),
+    "logging": ("GET", "/v2/logging"),
+}
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Files of an authority, of a server and a client that it vouches for, and of a stranger to it."""
+
+    ca: Path
+    server: Path
+    server_key: Path
+    client: Path
+    client_key: Path
+    stranger: Path
+    stranger_key: Path
+    others_ca: Path
+
+    @property
+    def of_server(self) -> gateway.Tls:
+        return gateway.Tls(self.server, self.server_key)
+
+    @property
+    def of_client(self) -> Tls:
+        return Tls(self.ca, self.client, self.client_key)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    folder = tmp_path_factory.mktemp('cert "of \\ us')
+    names = {name: folder / f"{name}.pem" for name in Certificates.__dataclass_fields__}
+    ours, others = trustme.CA(), trustme.CA()
+    ours.cert_pem.write_to_path(names["ca"])
+    others.cert_pem.write_to_path(names["others_ca"])
+    for name, certificate in {
+        "server": ours.issue_cert("127.0.0.1", "localhost"),
+        "client": ours.issue_cert("client@example.org"),
+        "stranger": others.issue_cert("stranger@example.org"),
+    }.items():
+        certificate.cert_chain_pems[0].write_to_path(names[name])
+        certificate.private_key_pem.write_to_path(names[f"{name}_key"])
+    return Certificates(**names)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stand_ins")
+    stand_in.write(folder / "sums")
+    return folder
+
+
+def http_status(url: str, group: str, headers: dict[str, str], context: ssl.SSLContext | None = None) -> int:
+    if context is None:
+        connection = http.client.HTTPConnection(url, timeout=20)
+    else:
+        connection = http.client.HTTPSConnection(url, timeout=20, context=context)
+    method, path = HTTP[group]
+    body = json.dumps({"inputs": JSON_INPUTS}) if group == "inference" else "{}" if method == "POST" else None
+    try:
+        connection.request(method, path, body, headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+# --- keys ---
+
+
+@pytest.fixture(scope="module", params=[None, pytest.param(Limits(8), marks=needs_nginx)], ids=["bare", "nginx"])
+def limits(request: pytest.FixtureRequest) -> Limits | None:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def usual(stand_ins: Path, limits: Limits | None) -> Iterator[TritonServer]:
+    with TritonServer(stand_ins, device="cpu", limits=limits) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def closed(stand_ins: Path, limits: Limits | None) -> Iterator[TritonServer]:
+    with TritonServer(stand_ins, device="cpu", limits=limits, keys=KEYS) as server:
+        yield server
+
+
+def test_groups_are_those_of_triton() -> None:
+    assert set(GROUPS) == set(GRPC) == set(HTTP)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_for_administrators_is_closed(group: str, usual: TritonServer) -> None:
+    with InferenceServerClient(usual.grpc_url) as triton:
+        if group not in ADMIN:
+            assert GRPC[group](triton, {})
+            assert http_status(usual.http_url, group, {}) == 200
+            return
+        for key in {}, {GRPC_KEY_HEADER: ""}, {GRPC_KEY_HEADER: "a guess"}, {KEY_HEADER: KEYS[group]}:
+            with pytest.raises(InferenceServerException, match="restricted"):
+                GRPC[group](triton, key)
+    for key in {}, {KEY_HEADER: ""}, {KEY_HEADER: "a guess"}:
+        assert http_status(usual.http_url, group, key) == 403
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_key_opens_its_group_alone(group: str, closed: TritonServer) -> None:
+    other = GROUPS[GROUPS.index(group) - 1]
+    with InferenceServerClient(closed.grpc_url) as triton:
+        for key in {}, {GRPC_KEY_HEADER: KEYS[other]}, {GRPC_KEY_HEADER: KEYS[group][:-1]}:
+            with pytest.raises(InferenceServerException, match="restricted"):
+                GRPC[group](triton, key)
+        assert GRPC[group](triton, {GRPC_KEY_HEADER: KEYS[group]})
+    for key in {}, {KEY_HEADER: KEYS[other]}, {KEY_HEADER: KEYS[group][:-1]}:
+        assert http_status(closed.http_url, group, key) == 403
+    assert http_status(closed.http_url, group, {KEY_HEADER: KEYS[group]}) == 200
+
+
+def test_every_call_of_the_client_carries_its_key(repository: Path, clip: np.ndarray) -> None:
+    groups = "metadata", "inference", "model-config", "statistics", "health"
+    with TritonServer(repository, device="cpu", keys=dict.fromkeys(groups, KEYS["inference"])) as server:
+        with SpeakerClient(server.grpc_url, api_key=KEYS["inference"]) as client:
+            assert client.embed(clip).shape == (192,)
+            assert client.status().ready
+        for key in None, "another key, as long as it is":
+            with SpeakerClient(server.grpc_url, api_key=key) as client:
+                for ask in lambda: client.embed(clip), client.status:
+                    with pytest.raises(KeyRefusedError, match="api_key"):
+                        ask()
+
+
+@pytest.fixture
+def clip() -> np.ndarray:
+    return np.random.default_rng(0).uniform(-0.1, 0.1, 16000).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "keys, reason",
+    [({"doors": "x" * 16}, "no group of APIs is called 'doors'"), ({"inference": "short"}, "16 or more")],
+)
+def test_keys_are_checked(keys: dict[str, str], reason: str, stand_ins: Path) -> None:
+    with pytest.raises(ServerError, match=reason):
+        TritonServer(stand_ins, device="cpu", keys=keys).start()
+
+
+# --- TLS ---
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["tls", "mutual"])
+def encrypted(stand_ins: Path, certificates: Certificates, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
+    if gateway.find() is None:
+        pytest.skip("nginx is not installed")
+    tls = replace(certificates.of_server, client_ca=certificates.ca if request.param else None)
+    with TritonServer(stand_ins, device="cpu", limits=Limits(8), tls=tls) as server:
+        yield server
+
+
+def ask_grpc(url: str, ca: Path, certificate: Path | None = None, key: Path | None = None) -> float:
+    files = {"root_certificates": ca, "certificate_chain": certificate, "private_key": key}
+    paths = {name: str(path) for name, path in files.items() if path}
+    with InferenceServerClient(url, ssl=True, **paths) as triton:
+        return float(triton.infer("sums", inputs(), client_timeout=10).as_numpy("sum")[0, 0])
+
+
+def ask_http(url: str, ca: Path, certificate: Path | None = None, key: Path | None = None) -> int:
+    context = ssl.create_default_context(cafile=ca)
+    if certificate:
+        context.load_cert_chain(certificate, key)
+    return http_status(url, "inference", {}, context)
+
+
+def test_who_is_let_in(encrypted: TritonServer, certificates: Certificates) -> None:
+    files = certificates
+    mutual = encrypted.tls is not None and encrypted.tls.client_ca is not None
+    known = files.client, files.client_key
+    assert ask_grpc(encrypted.grpc_url, files.ca, *known) == 5
+    assert ask_http(encrypted.http_url, files.ca, *known) == 200
+    for identity in (), (files.stranger, files.stranger_key):
+        if mutual:
+            with pytest.raises(InferenceServerException, match="certificate of one of the authorities"):
+                ask_grpc(encrypted.grpc_url, files.ca, *identity)
+            assert ask_http(encrypted.http_url, files.ca, *identity) == 403
+        else:
+            assert ask_grpc(encrypted.grpc_url, files.ca, *identity) == 5
+    with pytest.raises(InferenceServerException, match="(?i)handshake|certificate"):
+        ask_grpc(encrypted.grpc_url, files.others_ca, *known)
+    with pytest.raises(ssl.SSLError):
+        ask_http(encrypted.http_url, files.others_ca, *known)
+    with InferenceServerClient(encrypted.grpc_url) as triton, pytest.raises(InferenceServerException):
+        triton.infer("sums", inputs(), client_timeout=10)
+    assert http_status(encrypted.http_url, "health", {}) == 400  # a plain request to a TLS port
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+def test_old_protocols_are_refused(encrypted: TritonServer, certificates: Certificates) -> None:
+    context = ssl.create_default_context(cafile=certificates.ca)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(ssl.SSLError):
+        http_status(encrypted.http_url, "health", {}, context)
+
+
+@needs_nginx
+def test_the_command_and_the_client_with_all_of_it(
+    repository: Path, certificates: Certificates, clip: np.ndarray, tmp_path: Path
+) -> None:
+    files = certificates
+    key = tmp_path / "key"
+    key.write_text(KEYS["inference"] + "\n")
+    options = [f"--tls-cert={files.server}", f"--tls-key={files.server_key}", f"--tls-client-ca={files.ca}"]
+    options += [f"--key-file=inference,metadata={key}", f"--key-file=admin={key}", "--metrics-address=127.0.0.2"]
+    command = [sys.executable, "-m", "server", f"--repository={repository}", "--device=cpu", *options]
+    command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            told = ""
+            while not (ready := re.search(r"ready in .* grpc (\S+), .* metrics (http://127\.0\.0\.2:\S+)", told)):
+                line = process.stdout.readline()
+                assert line, process.stderr.read()
+                told += line
+            assert "TLS for those with a certificate" in told
+            assert "key needed for inference, metadata, shared-memory, model-repository, trace, logging" in told
+            assert KEYS["inference"] not in told
+            url = f"grpcs://{ready[1]}"
+            with SpeakerClient(url, tls=files.of_client, api_key=KEYS["inference"]) as client:
+                assert client.embed(clip).shape == (192,)
+            for tls, secret, error in (
+                (files.of_client, None, KeyRefusedError),
+                (Tls(files.ca), KEYS["inference"], ConnectError),
+                (Tls(files.others_ca, files.client, files.client_key), KEYS["inference"], ConnectError),
+                (None, KEYS["inference"], ConnectError),
+            ):
+                with SpeakerClient(url, tls=tls, api_key=secret) as client, pytest.raises(error):
+                    client.embed(clip)
+            with SpeakerClient(ready[1], api_key=KEYS["inference"]) as client, pytest.raises(ConnectError):
+                client.embed(clip)
+            status = [
+                sys.executable,
+                "-c",
+                "import sys; from ecapa_triton._cli import main; sys.exit(main())",
+                "status",
+                f"--url={url}",
+                f"--metrics={ready[2]}",
+            ]
+            status += [f"--tls-ca={files.ca}", f"--tls-cert={files.client}", f"--tls-key={files.client_key}"]
+            done = subprocess.run([*status, f"--key-file={key}"], capture_output=True, text=True, timeout=30)
+            assert done.returncode == 0 and "ecapa" in done.stdout, done.stderr
+            done = subprocess.run(status, capture_output=True, text=True, timeout=30)
+            assert done.returncode == 2 and "api_key" in done.stderr
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--tls-cert=x"], "go together"),
+        (["--tls-key=x"], "go together"),
+        (["--tls-client-ca=x"], "go together"),
+        (["--tls-cert=x", "--tls-key=x", "--gateway=off"], "TLS needs the gateway"),
+        (["--key-file=inference"], "expected groups and a file"),
+        (["--key-file=inference=/nowhere"], "No such file"),
+        (["--key-file=doors={key}"], "no group of APIs is called 'doors'"),
+        (["--key-file=inference={short}"], "16 or more"),
+        pytest.param(["--tls-cert=x", "--tls-key=x"], "cannot read x: No such file", marks=needs_nginx),
+        pytest.param(["--tls-cert={key}", "--tls-key={key}"], "nginx does not start", marks=needs_nginx),
+    ],
+)
+def test_wrong_options(options: list[str], reason: str, stand_ins: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("x" * 20)
+    (tmp_path / "short").write_text("x")
+    files = {"key": tmp_path / "key", "short": tmp_path / "short"}
+    command = [sys.executable, "-m", "server", f"--repository={stand_ins}", "--device=cpu"]
+    command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+    command += [option.format_map(files) for option in options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (1, 2) and reason in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "tls, reason", [(Tls(ca="/nowhere"), "/nowhere: No such file"), (Tls(certificate="x"), "go together")]
+)
+def test_wrong_files_of_the_client(tls: Tls, reason: str) -> None:
+    with pytest.raises(ConnectError, match=reason):
+        SpeakerClient(tls=tls)
+
+
+def test_a_key_that_no_header_can_carry() -> None:
+    with pytest.raises(ConnectError, match="visible ASCII"):
+        SpeakerClient(api_key="Schlüssel")
