@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from server import child
 
-_TEMPLATES = [Path(__file__).parent / f"{name}.conf.template" for name in ("tls", "nginx")]
+TEMPLATES = [Path(__file__).parent / f"{name}.conf.template" for name in ("tls", "nginx")]
 _STOPPING = 3  # s until it is killed; what it still has to send takes it one at most
 PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the PATH of root alone
 
@@ -102,7 +102,7 @@ class Gateway:
             "VERIFY_CLIENT": "on" if tls and tls.client_ca else "off",
             "CLIENT_CA": _readable(tls.client_ca or tls.certificate) if tls else "",
         }
-        for template in _TEMPLATES:
+        for template in TEMPLATES:
             configuration = folder / template.stem
             text = re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), template.read_text())
             configuration.write_text(text)

@@ -129,8 +129,10 @@ def test_in_code(stand_in_repository: Path, tmp_path: Path, monkeypatch: pytest.
         assert re.fullmatch(r"2\.\d+\.\d+", server.version)
         assert ask(server.grpc_url, np.ones((1, 5), np.float32)) == 5
         assert urlopen(f"http://{server.http_url}/v2/models/sums/ready").status == 200
-        metrics = urlopen(server.metrics_url).read().decode()
-        assert 'nv_inference_count{model="sums",version="1"} 1' in metrics
+        metrics, deadline = "", time.monotonic() + 20
+        while 'nv_inference_count{model="sums",version="1"} 1' not in metrics:  # Triton counts just after it replied
+            assert time.monotonic() < deadline, metrics
+            metrics = urlopen(server.metrics_url).read().decode()
         assert "nv_inference_request_summary_us" in metrics
         parts = server.memory()
         assert parts["tritonserver"] > 10e6 and (parts["model"] > 10e6) == (parts["shared"] > 0)
@@ -171,10 +173,11 @@ exec {binary} "$@" --backend-directory={backends}
 
 
 def test_listens_on_the_given_address_only(stand_in_repository: Path) -> None:
-    with TritonServer(stand_in_repository, device="cpu", address="127.0.0.2") as server:
+    places = {"address": "127.0.0.2", "metrics_address": "127.0.0.3"}
+    with TritonServer(stand_in_repository, device="cpu", **places) as server:
         for url in server.http_url, server.grpc_url, server.metrics_url.split("/")[2]:
             host, port = url.split(":")
-            assert host == "127.0.0.2"
+            assert host == places["metrics_address" if url in server.metrics_url else "address"]
             socket.create_connection((host, int(port)), timeout=5).close()
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", int(port)), timeout=5)
@@ -336,9 +339,10 @@ sys.exit(__main__.main(sys.argv[1:]))
 def test_gateway_that_does_not_start(
     stand_in_repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    template = tmp_path / "template"
-    template.write_text(gateway._TEMPLATE.read_text() + "nonsense;")
-    monkeypatch.setattr(gateway, "_TEMPLATE", template)
+    tls, nginx = gateway.TEMPLATES
+    template = tmp_path / nginx.name
+    template.write_text(nginx.read_text() + "nonsense;")
+    monkeypatch.setattr(gateway, "TEMPLATES", [tls, template])
     with pytest.raises(ServerError, match='^nginx does not start: unknown directive "nonsense" in '):
         TritonServer(stand_in_repository, device="cpu", limits=gateway.Limits(1, 1)).start()
 
