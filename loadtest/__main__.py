@@ -65,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     payload = commands.add_parser("payload", help="the same requests for NVIDIA's perf_analyzer, and its command lines")
     payload.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the files")
 
+    capacity = commands.add_parser("capacity", help="how many replicas a number of clips a day needs")
+    capacity.add_argument("result", type=Path, metavar="RESULT.json", help="of run, with the scenario mixed")
+    capacity.add_argument("--clips-per-day", type=_positive, required=True, metavar="N")
+    capacity.add_argument(
+        "--mean-seconds", type=_positive, default=5.0, metavar="S", help="of a clip (default: %(default)g)"
+    )
+    capacity.add_argument(
+        "--peak-factor", type=_peak, default=3.0, metavar="P", help="of the peak over the mean (default: %(default)g)"
+    )
+    capacity.add_argument(
+        "--utilization", type=_utilization, default=0.65, metavar="U", help="at the peak (default: %(default)g)"
+    )
+
     bench = commands.add_parser("model", help="speed of the model in process, on the CPU")
     bench.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: %(default)s)")
     bench.add_argument("--threads", type=int, default=0, help="of every contender (default: all cores)")
@@ -174,6 +187,14 @@ def _seconds(text: str) -> float:
 
 def _positive(text: str) -> float:
     return _between(text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def _peak(text: str) -> float:
+    return _between(text, lambda value: 1 <= value < math.inf, "a number of 1 or more")
+
+
+def _utilization(text: str) -> float:
+    return _between(text, lambda value: 0 < value <= 1, "more than 0 and at most 1")
 
 
 def _share(text: str) -> float:

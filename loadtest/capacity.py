@@ -71,12 +71,12 @@ def run(options: argparse.Namespace) -> None:
         speed = row["audio_per_s"]
         needed = replicas(demand, speed, options.utilization)
         print(
-            f"{target}: a replica embeds {speed:.1f} s of audio/s, so {needed} at {options.utilization:.0%} "
-            f"and {SPARE} to spare: {needed + SPARE}. Measured"
+            f"{target}: {needed} replicas at {options.utilization:.0%} of {speed:.1f} s of audio/s each, "
+            f"and {SPARE} to spare: {needed + SPARE}."
         )
         for level in _ours(result, "arrivals"):
             if level["target"] == target:
-                print(f"  {_level(level, speed)}")
+                print(f"{target} at {_level(level, speed)}")
 
 
 def _ours(result: Row, scenario: str) -> list[Row]:
@@ -86,7 +86,7 @@ def _ours(result: Row, scenario: str) -> list[Row]:
 def _level(row: Row, speed: float) -> str:
     in_work = row["clips_per_s"] * (row["queue_ms"] + row["compute_ms"]) / 1000  # Little's law
     return (
-        f"at {row['audio_per_s'] / speed:.0%}: p50 {row['p50_ms']:,.0f} ms, p95 {row['p95_ms']:,.0f} ms, "
+        f"{row['audio_per_s'] / speed:.0%}: p50 {row['p50_ms']:,.0f} ms, p95 {row['p95_ms']:,.0f} ms, "
         f"mean time in the queue {row['queue_ms']:.0f} ms, {in_work:.1f} requests in work, "
         f"{row['refused']} of {row['requests'] + row['refused']} refused"
     )

@@ -17,7 +17,7 @@ from typing import NoReturn
 from server import child
 
 TEMPLATES = [Path(__file__).parent / f"{name}.conf.template" for name in ("tls", "nginx")]
-_STOPPING = 3  # s until it is killed; what it still has to send takes it one at most
+_STOPPING = 3  # s until it is killed; Triton has ended before it, so there is little that it still has to send
 PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the PATH of root alone
 
 
@@ -94,6 +94,7 @@ class Gateway:
             "HTTP": http[0],
             "HTTP_BEHIND": http[1],
             "MAX_REQUESTS": limits.requests,
+            "REQUEST_LOG": "off",
             "MAX_REQUEST_MB": limits.request_mb,
             "SSL": "ssl" if tls else "",
             "TLS_CONF": folder / "tls.conf" if tls else os.devnull,

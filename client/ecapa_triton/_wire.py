@@ -25,6 +25,8 @@ CHANNEL_ARGS = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # A Triton endpoint is addressed directly; gRPC would hand clips, even those for 127.0.0.1, to $http_proxy.
     ("grpc.enable_http_proxy", 0),
+    # Where a name or a list stands for several servers they take turns, not the first one everything.
+    ("grpc.lb_policy_name", "round_robin"),
 ]
 
 

@@ -1,0 +1,445 @@
+"""Monitoring with the real thing: Prometheus, its alerts and the dashboard, on a tritonserver behind nginx."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+import stand_in
+import yaml
+from conftest import ROOT
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
+
+from monitoring import gateway_metrics
+from server import TritonServer, child, gateway
+from server.triton import choose_ports
+
+FOLDER = ROOT / "monitoring"
+PROMETHEUS = FOLDER / "prometheus"
+RULES = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"][0]["rules"]
+ALERTS = [rule["alert"] for rule in RULES]
+DASHBOARD = json.loads((FOLDER / "grafana/dashboards/ecapa-triton.json").read_text())
+PANELS = DASHBOARD["panels"]
+# Without a GPU the only ones that are allowed to have no data.
+GPU_SERIES = {
+    "nv_gpu_utilization",
+    "nv_gpu_memory_total_bytes",
+    "nv_gpu_memory_used_bytes",
+    "nv_gpu_power_usage",
+    "nv_gpu_power_limit",
+}
+
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool: apt install prometheus")
+TOOLS = {"prometheus": "prometheus", "prometheus-blackbox-exporter": "prometheus-blackbox-exporter"}
+MISSING = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+MISSING += [] if gateway.find() else ["nginx-light"]
+needs_plant = pytest.mark.skipif(bool(MISSING), reason=f"apt install {' '.join(MISSING)}")
+
+KEY = "of-administrators"
+LIMIT = 2  # requests in work
+MEGABYTE = np.zeros((1, (1 << 20) // 4), np.float32)  # the largest that the gateway takes, but for its header
+
+
+def selectors(expression: str) -> dict[str, str]:
+    """The series that an expression asks for, by name, with their labels."""
+    return {found[1]: found[0] for found in re.finditer(r"\b([a-z]+_[a-z_]+|up)\b(?:\{[^}]*\})?(?![\w(])", expression)}
+
+
+# --- the files by themselves ---
+
+
+@needs_promtool
+def test_promtool_accepts_configuration_and_rules() -> None:
+    for command in ["config", "prometheus.yml"], ["rules", "--lint-fatal", "alerts.yml"]:
+        run = subprocess.run(["promtool", "check", *command], cwd=PROMETHEUS, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_promtool
+def test_alerts_fire_when_they_should() -> None:
+    command = ["promtool", "test", "rules", "alerts_test.yml"]
+    run = subprocess.run(command, cwd=PROMETHEUS, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_each_alert_has_a_test_in_which_it_fires() -> None:
+    tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
+    samples = [sample for test in tests for one in test["promql_expr_test"] for sample in one["exp_samples"]]
+    assert {name for sample in samples for name in re.findall(r'alertname="(\w+)"', sample["labels"])} == set(ALERTS)
+
+
+def test_alerts_say_what_and_what_to_do() -> None:
+    for rule in RULES:
+        assert rule["labels"]["severity"] in {"critical", "warning"}, rule["alert"]
+        assert set(rule["annotations"]) == {"summary", "description"}, rule["alert"]
+
+
+def test_panels_are_named_have_units_and_do_not_overlap() -> None:
+    for key in "id", "title":
+        assert len({panel[key] for panel in PANELS}) == len(PANELS)
+    places: set[tuple[int, int]] = set()
+    for panel in PANELS:
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["description"], panel["title"]
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24, panel["title"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not places & cells, panel["title"]
+        places |= cells
+
+
+def test_units_fit_what_is_asked_for() -> None:
+    for panel in PANELS:
+        unit = panel["fieldConfig"]["defaults"]["unit"]
+        for expression in [target["expr"] for target in panel["targets"]]:
+            names = set(selectors(expression))
+            if any(name.endswith("_us") for name in names):
+                assert unit == "µs", panel["title"]
+            if any(name.startswith("nv_") and name.endswith("_bytes") for name in names):
+                assert unit == "bytes", panel["title"]
+            assert "rate(" in expression or unit != "reqps", panel["title"]
+            assert "$__rate_interval" in expression or "rate(" not in expression, panel["title"]
+
+
+def test_every_panel_asks_the_provisioned_datasource() -> None:
+    provisioning = FOLDER / "grafana/provisioning"
+    datasources = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
+    wanted = {"type": "prometheus", "uid": datasources[0]["uid"]}
+    for panel in PANELS:
+        assert panel["datasource"] == wanted, panel["title"]
+        assert [target["datasource"] for target in panel["targets"]] == [wanted] * len(panel["targets"])
+    # $__rate_interval is four times what the datasource says: it must be what Prometheus does.
+    interval = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert datasources[0]["jsonData"]["timeInterval"] == interval
+
+
+# --- what nginx tells ---
+
+
+@pytest.mark.parametrize(
+    ("line", "api", "result"),
+    [
+        ("grpc - 200 - 0 64210", "grpc", "ok"),
+        ("grpc - 200 3 - 64210", "grpc", "bad_request"),
+        ("grpc - 200 14 - 64210", "grpc", "unavailable"),
+        ("grpc - 200 13 - 64210", "grpc", "failed"),
+        ("grpc - 200 - - 64210", "grpc", "failed"),
+        ("grpc - 499 - - 64210", "grpc", "gave_up"),
+        ("grpc busy 200 - - 64210", "grpc", "busy"),
+        ("http - 200 - - 64210", "http", "ok"),
+        ("http - 400 - - 64210", "http", "bad_request"),
+        ("http - 500 - - 64210", "http", "failed"),
+        ("http too_large 413 - - 64210", "http", "too_large"),
+    ],
+)
+def test_a_line_of_nginx_is_counted_once(line: str, api: str, result: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "requests", "answered_bytes":
+        monkeypatch.setattr(gateway_metrics, name, getattr(gateway_metrics, name).copy())
+    gateway_metrics.count(b"<190>Nov 23 07:00:00 host nginx: request " + line.encode())
+    text = gateway_metrics.metrics()
+    assert f'gateway_requests_total{{api="{api}",result="{result}"}} 1\n' in text
+    assert len(re.findall(" 1$", text, re.MULTILINE)) == 1
+    assert (f'gateway_answered_bytes_total{{api="{api}"}} 64210\n' in text) == (result == "ok")
+
+
+def test_what_is_no_line_of_nginx_is_passed_over() -> None:
+    before = gateway_metrics.metrics()
+    for datagram in b"", b"\xff\xfe", b"request", b"request smtp - 200 - 0 1", b"x" * 5000:
+        gateway_metrics.count(datagram)
+    assert gateway_metrics.metrics() == before
+
+
+# --- all of it, running ---
+
+
+class Plant:
+    """Triton, nginx, what counts its requests, the blackbox exporter and Prometheus, each on a free port."""
+
+    def __init__(self, folder: Path, triton: TritonServer) -> None:
+        self.triton = triton
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._folder = folder
+        wanted = ["grpc", "http", "counter", "blackbox", "prometheus"]
+        ports = {name: port for name, (_, port) in choose_ports({name: ("127.0.0.1", 0) for name in wanted}).items()}
+        places = {
+            "triton:8000": triton.http_url,
+            "gateway:8000": f"127.0.0.1:{ports['http']}",
+            "gateway:8001": f"127.0.0.1:{ports['grpc']}",
+            "counter:9514": f"127.0.0.1:{ports['counter']}",
+            "blackbox:9115": f"127.0.0.1:{ports['blackbox']}",
+        }
+        self.grpc_url, self.http_url = places["gateway:8001"], places["gateway:8000"]
+        self.counter_url = f"http://{places['counter:9514']}/metrics"
+        self.url = f"127.0.0.1:{ports['prometheus']}"
+        self._start("counter", sys.executable, FOLDER / "gateway_metrics.py", f"--port={ports['counter']}")
+        self._start("nginx", gateway.find(), "-c", self._nginx(ports), "-p", folder)
+        self._start("blackbox", shutil.which("prometheus-blackbox-exporter"), *self._blackbox(places["blackbox:9115"]))
+        self._start("prometheus", shutil.which("prometheus"), *self._prometheus(places))
+
+    def stop(self, name: str) -> None:
+        process = self._running.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)  # nginx's worker, too
+        process.wait()
+
+    def close(self) -> None:
+        for name in list(self._running):
+            self.stop(name)
+
+    def _start(self, name: str, *command: object) -> None:
+        with (self._folder / f"{name}.log").open("wb") as log:
+            self._running[name] = child.start([str(part) for part in command], log)
+
+    def _nginx(self, ports: dict[str, int]) -> Path:
+        """The template, filled in as the entry point of nginx's image does it: only what it names, all of it."""
+        values = {
+            "FOLDER": self._folder,
+            "GRPC": self.grpc_url,
+            "HTTP": self.http_url,
+            "GRPC_BEHIND": self.triton.grpc_url,
+            "HTTP_BEHIND": self.triton.http_url,
+            "MAX_REQUESTS": LIMIT,
+            "MAX_REQUEST_MB": 1,
+            "SSL": "",
+            "TLS_CONF": "/dev/null",
+            "REQUEST_LOG": f"syslog:server=127.0.0.1:{ports['counter']} request",
+        }
+        text = (ROOT / "server/nginx.conf.template").read_text()
+        path = self._folder / "nginx.conf"
+        path.write_text(re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), text))
+        return path
+
+    def _blackbox(self, address: str) -> list[str]:
+        """With the two modules of the configuration that its image brings."""
+        path = self._folder / "blackbox.yml"
+        path.write_text("modules: {http_2xx: {prober: http}, tcp_connect: {prober: tcp}}")
+        return [f"--config.file={path}", f"--web.listen-address={address}"]
+
+    def _prometheus(self, places: dict[str, str]) -> list[str]:
+        """With our configuration, but here, every second, and alerts that wait for nothing."""
+        config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        for job in config["scrape_configs"]:
+            for found in job.pop("dns_sd_configs", []):
+                # What the name of the compose service would resolve to, were it the one for GPUs.
+                place = self.triton.metrics_url.removeprefix("http://").removesuffix("/metrics")
+                job["static_configs"] = [{"targets": [place], "labels": {"__meta_dns_name": found["names"][0]}}]
+        text = yaml.safe_dump(config)
+        for name, place in places.items():
+            assert name in text, name
+            text = text.replace(name, place)
+        assert not re.search(r"(triton|gateway|counter|blackbox):\d", text)
+        (self._folder / "prometheus.yml").write_text(text)
+        rules = (PROMETHEUS / "alerts.yml").read_text()
+        (self._folder / "alerts.yml").write_text(re.sub(r"for: \d+m", "for: 0s", rules))
+        data = self._folder / "data"
+        return [
+            f"--config.file={self._folder}/prometheus.yml",
+            f"--storage.tsdb.path={data}",
+            f"--web.listen-address={self.url}",
+        ]
+
+    def ask(self, path: str, **query: str) -> Any:
+        with urlopen(f"http://{self.url}/api/v1/{path}?{urlencode(query)}", timeout=10) as response:
+            return json.load(response)["data"]
+
+    def values(self, expression: str) -> list[float]:
+        """The values of an expression now, those that are a number."""
+        expression = expression.replace("$__rate_interval", "10s")
+        found = [float(one["value"][1]) for one in self.ask("query", query=expression)["result"]]
+        return [value for value in found if value == value]
+
+    def results(self) -> dict[str, int]:
+        """What came of the requests over both APIs, as it is counted now."""
+        with urlopen(self.counter_url, timeout=10) as response:
+            text = response.read().decode()
+        found = re.findall(r'^gateway_requests_total\{api="(\w+)",result="(\w+)"\} (\d+)$', text, re.MULTILINE)
+        return {f"{api} {result}": int(count) for api, result, count in found if count != "0"}
+
+
+def tensors(clip: np.ndarray) -> list[InferInput]:
+    both = InferInput("clip", clip.shape, "FP32"), InferInput("scale", (1, 1), "FP32")
+    for tensor, value in zip(both, (clip, np.ones((1, 1), np.float32)), strict=True):
+        tensor.set_data_from_numpy(value)
+    return list(both)
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if holds():
+                return True
+        except (URLError, OSError):  # it has not started yet
+            pass
+        time.sleep(0.3)
+    return False
+
+
+@pytest.fixture(scope="module")
+def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+    folder = tmp_path_factory.mktemp("plant")
+    stand_in.write(folder / "repository/sums", delay=20_000)
+    stand_in.write(folder / "repository/broken")
+    (folder / "repository/broken/1/model.onnx").write_bytes(b"no model")
+    extra = ["--model-control-mode=explicit", "--load-model=sums"]
+    keys = {"model-repository": KEY}
+    with TritonServer(folder / "repository", device="cpu", keys=keys, extra=extra, exit_timeout=2) as triton:
+        plant = Plant(folder, triton)
+        try:
+            assert eventually(lambda: bool(plant.values('probe_success{job="reachable"} == 1'))), plant.ask("targets")
+            yield plant
+        finally:
+            plant.close()
+
+
+@pytest.fixture
+def load(plant: Plant) -> Iterator[None]:
+    """Clients, one more than may be at once, whose requests succeed, fail, are given up and are refused."""
+    over = threading.Event()
+
+    def work() -> None:
+        clip = np.ones((1, 5), np.float32)
+        too_long = np.ones((1, stand_in.LONGEST + 1), np.float32)
+        with InferenceServerClient(plant.grpc_url) as client:
+            while not over.is_set():
+                for one, seconds in (clip, 5.0), (clip, 5.0), (too_long, 5.0), (clip, 0.005):
+                    try:
+                        client.infer("sums", tensors(one), client_timeout=seconds)
+                    except InferenceServerException:
+                        pass
+                    time.sleep(0.01)
+
+    threads = [threading.Thread(target=work) for _ in range(LIMIT + 1)]
+    for thread in threads:
+        thread.start()
+    yield
+    over.set()
+    for thread in threads:
+        thread.join()
+
+
+@needs_plant
+def test_requests_at_the_gateway_are_counted_by_what_came_of_them(plant: Plant) -> None:
+    clip = np.ones((1, 5), np.float32)
+
+    def over_http(body: bytes) -> int:
+        connection = http.client.HTTPConnection(plant.http_url, timeout=20)
+        connection.request("POST", "/v2/models/sums/infer", body)
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    inputs = [
+        {"name": "clip", "datatype": "FP32", "shape": [1, 2], "data": [1, 1]},
+        {"name": "scale", "datatype": "FP32", "shape": [1, 1], "data": [1]},
+    ]
+    with InferenceServerClient(plant.grpc_url) as client:
+        for _ in range(3):
+            client.infer("sums", tensors(clip))
+        for bad in tensors(clip)[:1], tensors(MEGABYTE), tensors(np.ones((1, stand_in.LONGEST + 1), np.float32)):
+            with pytest.raises(InferenceServerException):
+                client.infer("sums", bad)
+        with pytest.raises(InferenceServerException):
+            client.infer("sums", tensors(clip), client_timeout=0.005)
+        client.is_server_ready()  # not an inference
+    assert over_http(json.dumps({"inputs": inputs}).encode()) == 200
+    assert over_http(json.dumps({"inputs": inputs[:1]}).encode()) == 400
+    assert over_http(b"no JSON") == 500  # as Triton answers it, so it counts as failed
+    assert over_http(b" " * (2 << 20)) == 413
+    expected = {
+        "grpc ok": 3,
+        "grpc bad_request": 1,
+        "grpc too_large": 1,
+        "grpc failed": 1,
+        "grpc gave_up": 1,
+        "http ok": 1,
+        "http bad_request": 1,
+        "http failed": 1,
+        "http too_large": 1,
+    }
+    assert eventually(lambda: plant.results() == expected, 5), plant.results()
+
+
+@needs_plant
+def test_bytes_tell_the_seconds_of_audio(plant: Plant) -> None:
+    def seconds() -> float:
+        with urlopen(plant.counter_url) as response:
+            found = re.search(r'answered_bytes_total\{api="grpc"\} (\d+)', response.read().decode())
+        assert found
+        return int(found[1]) / 64000
+
+    before = seconds()
+    clips = np.ones((4, 900), np.float32)  # as much as the stand-in takes, and far shorter than a clip
+    scale = InferInput("scale", (4, 1), "FP32")
+    scale.set_data_from_numpy(np.ones((4, 1), np.float32))
+    with InferenceServerClient(plant.grpc_url) as client:
+        for _ in range(20):
+            client.infer("sums", [tensors(clips)[0], scale])
+    audio = 20 * 4 * 900 / 16000
+    assert eventually(lambda: seconds() - before >= audio, 5)
+    assert seconds() - before == pytest.approx(audio, rel=0.05)  # 300 bytes around each 14,400
+
+
+@needs_plant
+def test_all_that_is_asked_for_is_there(plant: Plant, load: None) -> None:
+    asked = {target["expr"] for panel in PANELS for target in panel["targets"]}
+    for rule in RULES:  # which have a value only when they fire, so it is their series that must be there
+        asked |= {selector for name, selector in selectors(rule["expr"]).items()}
+    assert eventually(lambda: "ALERTS" in str(plant.ask("label/__name__/values")))  # one panel shows what fires
+    missing = {one for one in asked if not set(selectors(one)) & GPU_SERIES}
+    assert len(missing) > 30
+
+    def found() -> bool:
+        missing.difference_update([one for one in missing if plant.values(one)])
+        return not missing
+
+    assert eventually(found), missing
+    for one in asked - missing:
+        if set(selectors(one)) & GPU_SERIES:
+            assert plant.values(one) == []  # a question that Prometheus understands
+
+
+@needs_plant
+def test_alerts_fire(plant: Plant, load: None) -> None:
+    def firing() -> set[str]:
+        return {alert["labels"]["alertname"] for alert in plant.ask("alerts")["alerts"]}
+
+    # The target is called one with GPUs, and this server has none.
+    assert eventually(lambda: firing() >= {"CpuInsteadOfGpu", "RequestsFail", "RequestsRefused"}), firing()
+    assert not firing() & {"TritonDown", "TritonNotReady", "GatewayDown", "MonitoringBlind"}
+
+    request = Request(f"http://{plant.triton.http_url}/v2/repository/models/broken/load", b"{}", {"api-key": KEY})
+    with pytest.raises(URLError):
+        urlopen(request, timeout=20)
+    assert eventually(lambda: "TritonNotReady" in firing()), firing()
+    assert not firing() & {"TritonDown", "GatewayDown", "MonitoringBlind"}
+
+    plant.triton.stop()
+    assert eventually(lambda: "TritonDown" in firing() and "TritonNotReady" not in firing()), firing()
+    assert eventually(lambda: plant.results().get("grpc away", 0) > 0), plant.results()
+    assert not firing() & {"GatewayDown", "MonitoringBlind"}
+
+    plant.stop("counter")
+    assert eventually(lambda: "MonitoringBlind" in firing()), firing()
+    assert "GatewayDown" not in firing()  # nginx does without
+    plant.stop("nginx")
+    assert eventually(lambda: "GatewayDown" in firing()), firing()
+    words = json.dumps([alert["annotations"] for alert in plant.ask("alerts")["alerts"]])
+    assert "error" not in words.replace("errors", ""), words  # as Prometheus puts it into a template that fails
