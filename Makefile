@@ -5,7 +5,7 @@ SOURCE ?=
 SOAK_MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ops faults lint export verify serve bench loadtest soak gpu-check clean
+.PHONY: help demo test test-slow test-ops faults lint export verify serve bench loadtest soak gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -14,12 +14,15 @@ demo: $(BIN)/installed ## export, serve on real Triton, tell the voices of sampl
 	@$(BIN)/python -m samples.demo
 
 # The fault tests have the machine to themselves: they tell how much a server can do.
-test: $(BIN)/installed lint ## lint, types and all tests, the served ones against a real tritonserver
+test: $(BIN)/installed lint ## lint, types and tests, the served ones against a real tritonserver
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/faults -m "not slow"
 	$(BIN)/python -m pytest tests/faults
 
-test-ops: $(BIN)/installed ## containers, monitoring, Kubernetes, TLS and keys; pip resolves what the images install
-	$(BIN)/python -m pytest $(addprefix tests/test_,compose.py monitoring.py kubernetes.py balancing.py security.py)
+test-slow: $(BIN)/installed ## what `make test` leaves out: exports by README's commands, pip resolving what images install
+	$(BIN)/python -m pytest -m slow
+
+test-ops: $(BIN)/installed ## containers, monitoring, Kubernetes, several servers, TLS and keys alone
+	$(BIN)/python -m pytest $(addprefix tests/test_,$(addsuffix .py,compose monitoring kubernetes balancing security))
 
 faults: $(BIN)/installed ## the fault tests alone: hostile requests, overload, kills; counts what came of every reply
 	$(BIN)/python -m pytest tests/faults

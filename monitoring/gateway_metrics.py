@@ -1,8 +1,8 @@
 """Tells Prometheus what came of the inference requests at nginx, which sees more than Triton counts.
 
 Triton's own figures leave out what nginx refuses and what Triton's front end does (a wrong shape, say). With
-`REQUEST_LOG` set (`server/nginx.conf.template`), nginx sends a datagram for each inference request to the UDP port that
-has the number of the HTTP port on which `/metrics` is. Nothing beyond the standard library is needed.
+`REQUEST_LOG` set (`server/nginx.conf.template`), nginx sends a datagram for each inference request to a socket in a
+folder that both see. Nothing beyond the standard library is needed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import sys
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 APIS = "grpc", "http"
@@ -85,13 +86,15 @@ class _Handler(BaseHTTPRequestHandler):
 def main() -> None:
     """Counts until it is told to stop."""
     parser = argparse.ArgumentParser(description="Counts nginx's inference requests and shows them to Prometheus.")
-    parser.add_argument("--port", type=int, default=9514, help="UDP for nginx and TCP for Prometheus (%(default)s)")
-    parser.add_argument("--udp-address", default="127.0.0.1", help="where nginx sends to (%(default)s)")
+    parser.add_argument("--socket", type=Path, required=True, metavar="PATH", help="where nginx sends to; made here")
     parser.add_argument("--address", default="127.0.0.1", help="where Prometheus asks (%(default)s)")
+    parser.add_argument("--port", type=int, default=9514, help="(%(default)s)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which the first process of a container would ignore
-    datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    datagrams.bind((options.udp_address, options.port))
+    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    options.socket.unlink(missing_ok=True)  # that of one before
+    datagrams.bind(str(options.socket))
+    options.socket.chmod(0o777)  # nginx is another user
     server = ThreadingHTTPServer((options.address, options.port), _Handler)
     Thread(target=server.serve_forever, daemon=True).start()
     while True:

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import IO
 
 # Runs first in the child, then becomes the command. Not `preexec_fn`: that forks, and a fork stops the gRPC servers and
-# clients of the process that forks. Python ignores some signals; the command shall not.
+# clients of the process that forks. Python ignores some signals; the command shall not. Each request in work takes up
+# to two open files, and many shells allow 1024.
 _FIRST = """
-import ctypes, os, signal, sys
+import ctypes, os, resource, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end, in order, when the parent is killed
 if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (most if 0 <= most < 65536 else 65536, most))
 for number in signal.SIGPIPE, signal.SIGXFSZ:
     signal.signal(number, signal.SIG_DFL)
 try:

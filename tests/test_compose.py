@@ -7,6 +7,7 @@ against the tritonserver of the wheel and an installed nginx.
 from __future__ import annotations
 
 import functools
+import getpass
 import http.client
 import json
 import os
@@ -175,8 +176,11 @@ def test_triton_is_reached_through_the_gateway_alone() -> None:
 
 def test_mounts() -> None:
     writable = {("export", "/models"), ("export", "/downloads"), ("prometheus", "/prometheus")}
-    writable |= {("grafana", "/var/lib/grafana")}
+    writable |= {("grafana", "/var/lib/grafana"), ("counter", "/run/requests")}
+    writable |= {(name, "/run/requests") for name in ("gateway-gpu", "gateway-cpu")}
     for name, service in SERVICES.items():
+        for place in service["tmpfs"]:  # a restarted container has it as root's alone unless told otherwise
+            assert re.fullmatch(r"/tmp:mode=1777|\S+:uid=\d+,gid=\d+,mode=0700", place)
         for mount in service.get("volumes", []):
             source, target, *mode = mount.split(":")
             assert (mode == ["ro"]) == ((name, target) not in writable), mount
@@ -192,10 +196,9 @@ def test_health_and_order() -> None:
     assert {name for name, service in SERVICES.items() if "healthcheck" not in service} == {"export"}
     waits = {name: service["depends_on"] for name, service in SERVICES.items() if "depends_on" in service}
     healthy = {"condition": "service_healthy"}
-    named = {"counter": {"condition": "service_started"}}  # nginx asks for its address when it starts
     assert waits == {
-        "gateway-gpu": {"triton-gpu": healthy, **named},
-        "gateway-cpu": {"triton-cpu": healthy, **named},
+        "gateway-gpu": {"triton-gpu": healthy},
+        "gateway-cpu": {"triton-cpu": healthy},
         "grafana": {"prometheus": healthy},
     }
     for name in TRITONS:
@@ -460,7 +463,7 @@ def nginx(service: Service, folder: Path, ports: Mapping[str, int], tls: Path | 
         "127.0.0.1:8080": f"127.0.0.1:{ports['health']}",
         "triton:8000": f"127.0.0.1:{ports['http']}",
         "triton:8001": f"127.0.0.1:{ports['grpc']}",
-        "counter:9514": f"127.0.0.1:{ports['counter']}",
+        "/run/requests": str(folder),
         "/etc/nginx/tls": str(tls),
     }
     mounts = [mount.split(":")[:2] for mount in service["volumes"]]
@@ -472,6 +475,7 @@ def nginx(service: Service, folder: Path, ports: Mapping[str, int], tls: Path | 
             text = (ROOT / source).read_text()
             text = re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda use: variables.get(use[1] or use[2], use[0]), text)
             (Path(variables["NGINX_ENVSUBST_OUTPUT_DIR"]) / name[1]).write_text(text)
+    service["command"] += ["-g", f"user {getpass.getuser()};"]  # as in the image, where nobody is root
     running = Running(service, variables, folder / "nginx.log")
     try:
         yield running
@@ -482,9 +486,9 @@ def nginx(service: Service, folder: Path, ports: Mapping[str, int], tls: Path | 
 @contextmanager
 def counter(folder: Path, port: int) -> Iterator[Running]:
     """What counts the gateway's requests, by its service's command."""
-    places = {"0.0.0.0": "127.0.0.1", ":9514": f":{port}"}
-    places |= {mount.split(":")[1]: str(ROOT / mount.split(":")[0]) for mount in SERVICES["counter"]["volumes"]}
-    service = replace(SERVICES["counter"], places)
+    (script, _), (_, target) = (mount.split(":")[:2] for mount in SERVICES["counter"]["volumes"])
+    places = {"0.0.0.0": "127.0.0.1", ":9514": f":{port}", f"/{Path(script).name}": str(ROOT / script)}
+    service = replace(SERVICES["counter"], places | {target: str(folder)})
     service["command"].append(f"--port={port}")
     running = Running(service, environment(service), folder / "counter.log")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import http.client
 import json
 import os
@@ -188,8 +189,16 @@ class Plant:
         self.grpc_url, self.http_url = places["gateway:8001"], places["gateway:8000"]
         self.counter_url = f"http://{places['counter:9514']}/metrics"
         self.url = f"127.0.0.1:{ports['prometheus']}"
-        self._start("counter", sys.executable, FOLDER / "gateway_metrics.py", f"--port={ports['counter']}")
-        self._start("nginx", gateway.find(), "-c", self._nginx(ports), "-p", folder)
+        self._start(
+            "counter",
+            sys.executable,
+            FOLDER / "gateway_metrics.py",
+            f"--port={ports['counter']}",
+            f"--socket={folder / 'requests'}",
+        )
+        # As in its image, where nobody is root: the socket's folder is this user's.
+        user = f"user {getpass.getuser()};"
+        self._start("nginx", gateway.find(), "-c", self._nginx(ports), "-p", folder, "-g", user)
         self._start("blackbox", shutil.which("prometheus-blackbox-exporter"), *self._blackbox(places["blackbox:9115"]))
         self._start("prometheus", shutil.which("prometheus"), *self._prometheus(places))
 
@@ -218,7 +227,7 @@ class Plant:
             "MAX_REQUEST_MB": 1,
             "SSL": "",
             "TLS_CONF": "/dev/null",
-            "REQUEST_LOG": f"syslog:server=127.0.0.1:{ports['counter']} request",
+            "REQUEST_LOG": f"syslog:server=unix:{self._folder / 'requests'} request",
         }
         text = (ROOT / "server/nginx.conf.template").read_text()
         path = self._folder / "nginx.conf"

@@ -18,7 +18,14 @@ from server.triton import TritonServer
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-LINES = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines() if line.strip()]
+LINES = [
+    # Exports are tested by themselves, too.
+    pytest.param(line, marks=[pytest.mark.slow] if line.startswith("python -m export") else [])
+    for language, block in BLOCKS
+    if language == "sh"
+    for line in block.splitlines()
+    if line.strip()
+]
 
 
 @pytest.fixture(scope="module")
