@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
 
     capacity = commands.add_parser("capacity", help="how many replicas a number of clips a day needs")
     capacity.add_argument("result", type=Path, metavar="RESULT.json", help="of run, with the scenario mixed")
-    capacity.add_argument("--clips-per-day", type=_positive, required=True, metavar="N")
+    capacity.add_argument("--clips-per-day", type=_sane, required=True, metavar="N")
     capacity.add_argument(
-        "--mean-seconds", type=_positive, default=5.0, metavar="S", help="of a clip (default: %(default)g)"
+        "--mean-seconds", type=_sane, default=5.0, metavar="S", help="of a clip (default: %(default)g)"
     )
     capacity.add_argument(
         "--peak-factor", type=_peak, default=3.0, metavar="P", help="of the peak over the mean (default: %(default)g)"
@@ -189,8 +189,12 @@ def _positive(text: str) -> float:
     return _between(text, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def _sane(text: str) -> float:
+    return _between(text, lambda value: 0 < value <= 1e15, "a number above 0 and up to 1e15")
+
+
 def _peak(text: str) -> float:
-    return _between(text, lambda value: 1 <= value < math.inf, "a number of 1 or more")
+    return _between(text, lambda value: 1 <= value <= 1e6, "a number of 1 or more")
 
 
 def _utilization(text: str) -> float:

@@ -69,13 +69,17 @@ def run(options: argparse.Namespace) -> None:
         raise report.ReportError(f"{options.result}: the scenario mixed was not measured: run it")
     for target, row in speeds.items():
         speed = row["audio_per_s"]
+        if not (speed and math.isfinite(speed)):
+            raise report.ReportError(
+                f"{options.result}: {target} embedded nothing in the scenario mixed: run it longer"
+            )
         needed = replicas(demand, speed, options.utilization)
         print(
             f"{target}: {needed} replicas at {options.utilization:.0%} of {speed:.1f} s of audio/s each, "
             f"and {SPARE} to spare: {needed + SPARE}."
         )
         for level in _ours(result, "arrivals"):
-            if level["target"] == target:
+            if level["target"] == target and level["queue_ms"] is not None:
                 print(f"{target} at {_level(level, speed)}")
 
 

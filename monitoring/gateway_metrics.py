@@ -11,12 +11,12 @@ import argparse
 import re
 import signal
 import socket
-import sys
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+ENDING = signal.SIGTERM, signal.SIGINT
 APIS = "grpc", "http"
 # The first three are nginx's own: more in work than may be, larger than may be, no answer from Triton.
 RESULTS = "busy", "too_large", "away", "ok", "bad_request", "unavailable", "failed", "gave_up"
@@ -90,13 +90,19 @@ def main() -> None:
     parser.add_argument("--address", default="127.0.0.1", help="where Prometheus asks (%(default)s)")
     parser.add_argument("--port", type=int, default=9514, help="(%(default)s)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which the first process of a container would ignore
+    # The first process of a container ignores what it does not wait for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     options.socket.unlink(missing_ok=True)  # that of one before
     datagrams.bind(str(options.socket))
     options.socket.chmod(0o777)  # nginx is another user
     server = ThreadingHTTPServer((options.address, options.port), _Handler)
     Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=_count_all, args=[datagrams], daemon=True).start()
+    signal.sigwait(ENDING)
+
+
+def _count_all(datagrams: socket.socket) -> None:
     while True:
         count(datagrams.recv(2048))
 

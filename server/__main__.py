@@ -67,6 +67,12 @@ def main(arguments: list[str]) -> int:
                         file=sys.stderr,
                         flush=True,
                     )
+                if not (tls or server.keys or options.address.startswith("127.") or options.address == "localhost"):
+                    print(
+                        f"warning: all who reach {options.address} are served, unencrypted: --tls-cert and --key-file",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 ready = time.monotonic()
                 server.wait()
             except ServerError as error:
@@ -180,6 +186,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--max-requests and --max-request-mb need the gateway: leave out --gateway off")
     if (options.tls_cert is None) != (options.tls_key is None) or (options.tls_client_ca and not options.tls_cert):
         parser.error("--tls-cert and --tls-key go together, and --tls-client-ca with them")
+    groups = [group for keys in options.key_file for group, _ in keys]
+    if twice := {group for group in groups if groups.count(group) > 1}:
+        parser.error(f"--key-file: there are two keys for {', '.join(sorted(twice))}")
     if options.tls_cert and options.gateway == "off":
         parser.error("TLS needs the gateway: leave out --gateway off")
     if options.device == "cpu" and options.gpus is not None:
@@ -196,13 +205,18 @@ def _numbers(text: str) -> list[int]:
 def _key_file(text: str) -> list[tuple[str, str]]:
     names, _, path = text.partition("=")
     if not path:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected groups and a file, such as inference=key.txt")
+        raise argparse.ArgumentTypeError("expected groups and a file, such as inference=key.txt")
+    # What stands for the file is not repeated: it may be the key itself.
     try:
-        key = Path(path).read_text("ascii").strip()
+        key = Path(path).read_text("utf-8-sig").strip()
         keys = {group: key for name in names.split(",") for group in (ADMIN if name == "admin" else [name])}
         check_keys(keys)
-    except (OSError, ValueError, ServerError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{names}: {error.strerror}: expected a file with the key in it") from error
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{names}: the file is no text: expected one with the key in it") from error
+    except ServerError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return list(keys.items())
 
 

@@ -109,7 +109,10 @@ class Gateway:
             configuration.write_text(text)
         self._log = folder / "nginx.log"
         command = [binary, "-c", str(configuration), "-p", str(folder)]
-        test = subprocess.run([*command, "-t"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        # In a session of its own it has no terminal to ask for a pass phrase.
+        test = subprocess.run(
+            [*command, "-t"], stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True
+        )
         if test.returncode != 0:
             raise GatewayError(f"nginx does not start: {_first(test.stderr)}")
         with self._log.open("wb") as log:
@@ -123,6 +126,7 @@ class Gateway:
     def check(self) -> None:
         """Raises GatewayError when it has ended."""
         if self._process.poll() is not None:
+            self._end_workers()  # which would go on without it, and let clients in to a Triton that is being stopped
             self._raise_ended()
 
     def stop(self) -> None:
@@ -130,9 +134,12 @@ class Gateway:
         self._process.send_signal(signal.SIGQUIT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOPPING)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # workers that outlived it, too
+        self._end_workers()
         self._process.wait()
+
+    def _end_workers(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _raise_ended(self) -> NoReturn:
         code = self._process.returncode
@@ -144,9 +151,13 @@ class Gateway:
 def _readable(path: Path) -> str:
     """As nginx takes it."""
     try:
-        path.open("rb").close()
+        content = path.read_bytes()
     except OSError as error:
         raise GatewayError(f"cannot read {path}: {error.strerror}") from error
+    if b"ENCRYPTED" in content:
+        raise GatewayError(f"{path} is encrypted: expected a key without pass phrase (openssl pkey -in ... -out ...)")
+    if "$" in str(path.absolute()):
+        raise GatewayError(f"{path}: nginx takes no path with a $ in it: put the file elsewhere")
     escaped = re.sub(r'(["\\])', r"\\\1", str(path.absolute()))
     return f'"{escaped}"'
 

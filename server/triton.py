@@ -55,7 +55,7 @@ GROUPS = ("health", "metadata", "inference", "model-config", "statistics", *ADMI
 # What carries the key: a header of HTTP, and with Triton's prefix one of gRPC.
 KEY_HEADER = "api-key"
 GRPC_KEY_HEADER = f"triton-grpc-protocol-{KEY_HEADER}"
-_KEY = re.compile(r"[\x21-\x7e]{16,}")
+_KEY = re.compile(r"[\x21-\x7e]{16,1024}")
 
 
 class ServerError(Exception):
@@ -210,10 +210,14 @@ class TritonServer:
                 self._open_gateway(self.limits, listen)
             self.version: str = json.loads(_get(triton, "/v2", headers=self._key("metadata")))["version"]
         except BaseException as error:
-            self._keep_log = isinstance(error, ServerError)
+            self._keep_log = isinstance(error, ServerError | http.client.HTTPException)
             self._clean_up()
             if isinstance(error, GatewayError):
                 raise ServerError(str(error)) from error
+            if isinstance(error, http.client.HTTPException):  # an option of `extra` that closes what is asked here
+                raise ServerError(
+                    f"tritonserver does not tell its version ({error}): check the options after --"
+                ) from error
             if isinstance(error, OSError):  # a full disk, say
                 raise ServerError(f"cannot set up the server in {self._folder}: {error}") from error
             raise
@@ -741,7 +745,9 @@ def check_keys(keys: Mapping[str, str]) -> None:
         if group not in GROUPS:
             raise ServerError(f"no group of APIs is called {group!r}: expected one of {', '.join(GROUPS)}")
         if not _KEY.fullmatch(key):
-            raise ServerError(f"the key of {group} is not 16 or more visible ASCII characters")
+            raise ServerError(
+                f"the key of {group} has {len(key)} characters: expected 16 to 1024, visible ASCII, no blanks"
+            )
 
 
 def _restricted(keys: Mapping[str, str]) -> list[str]:

@@ -118,7 +118,7 @@ def test_truncate(fake: FakeTriton, client: SpeakerClient) -> None:
 
 def test_windows(fake: FakeTriton, client: SpeakerClient) -> None:
     fake.info = (0.45, 2.0, 640.0)
-    fake.otherwise = slow(0.1)
+    fake.otherwise = slow(0.5)
     waveform = noise(5)
     embedding = client.embed(waveform, long="windows")
     starts = [0, 1.5, 3]
@@ -329,7 +329,7 @@ def test_embed_many_keeps_the_order(fake: FakeTriton, client: SpeakerClient) -> 
 
 
 def test_embed_many_is_under_way_together_and_bounded(fake: FakeTriton) -> None:
-    fake.otherwise = slow(0.1)
+    fake.otherwise = slow(0.5)
     taken = 0
 
     def clips() -> Iterator[np.ndarray]:

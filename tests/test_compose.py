@@ -465,6 +465,8 @@ def nginx(service: Service, folder: Path, ports: Mapping[str, int], tls: Path | 
         "triton:8001": f"127.0.0.1:{ports['grpc']}",
         "/run/requests": str(folder),
         "/etc/nginx/tls": str(tls),
+        # As in the image, where nobody is root.
+        "/docker-entrypoint.sh nginx -c": f"{gateway.find()} -g 'user {getpass.getuser()};' -c",
     }
     mounts = [mount.split(":")[:2] for mount in service["volumes"]]
     service = replace(service, places)
@@ -475,7 +477,6 @@ def nginx(service: Service, folder: Path, ports: Mapping[str, int], tls: Path | 
             text = (ROOT / source).read_text()
             text = re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda use: variables.get(use[1] or use[2], use[0]), text)
             (Path(variables["NGINX_ENVSUBST_OUTPUT_DIR"]) / name[1]).write_text(text)
-    service["command"] += ["-g", f"user {getpass.getuser()};"]  # as in the image, where nobody is root
     running = Running(service, variables, folder / "nginx.log")
     try:
         yield running
@@ -496,6 +497,14 @@ def counter(folder: Path, port: int) -> Iterator[Running]:
         yield running
     finally:
         running.stop()
+
+
+@pytest.mark.parametrize("name", ["gateway-gpu", "gateway-cpu"])
+@pytest.mark.parametrize("ssl, verify", [("", "on"), ("yes", "off"), ("ssl", "yes")])
+def test_certificates_are_not_asked_for_in_the_clear(name: str, ssl: str, verify: str) -> None:
+    service = read(SSL=ssl, VERIFY_CLIENT=verify)[name]
+    run = subprocess.run(started(service), env=environment(service), capture_output=True, text=True)
+    assert run.returncode == 1 and "expected SSL= or ssl, and on only with ssl" in run.stderr
 
 
 @needs_curl

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import http.client
 import json
+import queue
 import re
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,11 +202,82 @@ def clip() -> np.ndarray:
 
 @pytest.mark.parametrize(
     "keys, reason",
-    [({"doors": "x" * 16}, "no group of APIs is called 'doors'"), ({"inference": "short"}, "16 or more")],
+    [({"doors": "x" * 16}, "no group of APIs is called 'doors'"), ({"inference": "short"}, "16 to 1024")],
 )
 def test_keys_are_checked(keys: dict[str, str], reason: str, stand_ins: Path) -> None:
     with pytest.raises(ServerError, match=reason):
         TritonServer(stand_ins, device="cpu", keys=keys).start()
+
+
+# --- what would pass by the limits ---
+
+
+@pytest.fixture(scope="module")
+def limited(stand_ins: Path) -> Iterator[TritonServer]:
+    if gateway.find() is None:
+        pytest.skip("nginx is not installed")
+    with TritonServer(stand_ins, device="cpu", limits=Limits(2, 2)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "GZIP", "identity, gzip"])
+def test_compressed_requests_are_refused(encoding: str, limited: TritonServer) -> None:
+    """Triton would unpack whatever is in them."""
+    assert http_status(limited.http_url, "inference", {"Content-Encoding": encoding}) == 415
+    assert http_status(limited.http_url, "inference", {"Content-Encoding": "identity"}) == 200
+    with InferenceServerClient(limited.grpc_url) as triton:
+        with pytest.raises(InferenceServerException, match="without compression"):
+            triton.infer("sums", inputs(), compression_algorithm="gzip")
+        assert triton.infer("sums", inputs()).as_numpy("sum")[0, 0] == 5
+
+
+def test_a_second_header_hides_nothing(limited: TritonServer) -> None:
+    """Whichever of them nginx looks at, Triton gets none."""
+    packed = gzip.compress(json.dumps({"inputs": JSON_INPUTS}).encode())
+    for encodings in ("identity", "gzip"), ("gzip", "identity"):
+        connection = http.client.HTTPConnection(limited.http_url, timeout=20)
+        connection.putrequest("POST", HTTP["inference"][1])
+        for encoding in encodings:
+            connection.putheader("Content-Encoding", encoding)
+        connection.putheader("Content-Length", str(len(packed)))
+        connection.endheaders(packed)
+        assert connection.getresponse().status in (400, 415, 500)
+        connection.close()
+
+
+def test_streams_are_closed(limited: TritonServer) -> None:
+    answers: queue.Queue[InferenceServerException | None] = queue.Queue()
+    with InferenceServerClient(limited.grpc_url) as triton:
+        triton.start_stream(lambda result, error: answers.put(error))
+        with contextlib.suppress(InferenceServerException):  # where it is already known to be closed
+            triton.async_stream_infer("sums", inputs())
+        assert "ModelInfer" in str(answers.get(timeout=20))
+
+
+def test_what_is_not_inference_is_small(limited: TritonServer) -> None:
+    # 500 is Triton's word for what is not JSON: it came through.
+    for path, status in ("/v2/models/sums/infer", 500), ("/v2/repository/index", 413), ("/v2/logging", 413):
+        connection = http.client.HTTPConnection(limited.http_url, timeout=20)
+        connection.request("POST", path, b" " * (3 << 19))
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+def test_who_hangs_up_keeps_the_place_until_triton_is_done(tmp_path: Path) -> None:
+    if gateway.find() is None:
+        pytest.skip("nginx is not installed")
+    stand_in.write(tmp_path / "sums", delay=3_000_000)
+    with TritonServer(tmp_path, device="cpu", limits=Limits(1, 1)) as server:
+        body = json.dumps({"inputs": JSON_INPUTS})
+        connection = http.client.HTTPConnection(server.http_url, timeout=20)
+        connection.request("POST", HTTP["inference"][1], body)
+        time.sleep(0.5)
+        connection.close()
+        time.sleep(0.2)
+        assert http_status(server.http_url, "inference", {}) == 503
+        deadline = time.monotonic() + 20
+        while http_status(server.http_url, "inference", {}) != 200:
+            assert time.monotonic() < deadline
 
 
 # --- TLS ---
@@ -285,8 +360,15 @@ def test_the_command_and_the_client_with_all_of_it(
             assert "key needed for inference, metadata, shared-memory, model-repository, trace, logging" in told
             assert KEYS["inference"] not in told
             url = f"grpcs://{ready[1]}"
-            with SpeakerClient(url, tls=files.of_client, api_key=KEYS["inference"]) as client:
-                assert client.embed(clip).shape == (192,)
+            address = ready[1]
+            several = f"ipv4:{address},{address}"
+            for url_, name in (url, None), (several, "127.0.0.1"), (several, "localhost"):
+                tls = replace(files.of_client, name=name)
+                with SpeakerClient(url_, tls=tls, api_key=KEYS["inference"]) as client:
+                    assert client.embed(clip).shape == (192,)
+            with SpeakerClient(several, tls=files.of_client, api_key=KEYS["inference"]) as client:
+                with pytest.raises(ConnectError, match="names and dates of its certificate"):
+                    client.embed(clip)
             for tls, secret, error in (
                 (files.of_client, None, KeyRefusedError),
                 (Tls(files.ca), KEYS["inference"], ConnectError),
@@ -323,9 +405,15 @@ def test_the_command_and_the_client_with_all_of_it(
         (["--tls-client-ca=x"], "go together"),
         (["--tls-cert=x", "--tls-key=x", "--gateway=off"], "TLS needs the gateway"),
         (["--key-file=inference"], "expected groups and a file"),
+        (["--key-file=inference={key}", "--key-file=inference={key}"], "two keys for inference"),
+        (["--key-file=admin={key}", "--key-file=logging={key}"], "two keys for logging"),
+        (["--key-file=inference={binary}"], "inference: the file is no text"),
+        pytest.param(["--tls-cert={key}", "--tls-key={encrypted}"], "without pass phrase", marks=needs_nginx),
+        pytest.param(["--tls-cert={dollar}", "--tls-key={key}"], "nginx takes no path with a $", marks=needs_nginx),
+        (["--", "--http-restricted-api=metadata:foo=bar"], "check the options after --"),
         (["--key-file=inference=/nowhere"], "No such file"),
         (["--key-file=doors={key}"], "no group of APIs is called 'doors'"),
-        (["--key-file=inference={short}"], "16 or more"),
+        (["--key-file=inference={short}"], "16 to 1024"),
         pytest.param(["--tls-cert=x", "--tls-key=x"], "cannot read x: No such file", marks=needs_nginx),
         pytest.param(["--tls-cert={key}", "--tls-key={key}"], "nginx does not start", marks=needs_nginx),
     ],
@@ -333,7 +421,10 @@ def test_the_command_and_the_client_with_all_of_it(
 def test_wrong_options(options: list[str], reason: str, stand_ins: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("x" * 20)
     (tmp_path / "short").write_text("x")
-    files = {"key": tmp_path / "key", "short": tmp_path / "short"}
+    (tmp_path / "binary").write_bytes(b"\xff" * 20)
+    (tmp_path / "encrypted").write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----")
+    (tmp_path / "a$b").write_text("x")
+    files = {name: tmp_path / name for name in ("key", "short", "binary", "encrypted")} | {"dollar": tmp_path / "a$b"}
     command = [sys.executable, "-m", "server", f"--repository={stand_ins}", "--device=cpu"]
     command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
     command += [option.format_map(files) for option in options]

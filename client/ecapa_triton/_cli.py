@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from ._errors import (
     ClosedError,
     ConnectError,
     EcapaError,
+    KeyRefusedError,
     ModelNotFoundError,
     ModelNotReadyError,
     ServerError,
@@ -40,7 +42,7 @@ SAME, DIFFERENT, FAILED = 0, 1, 2  # exit statuses
 _LARGEST_PAGE = 10_000_000  # bytes
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
 # The next file would fare no better.
-HOPELESS = (ClosedError, ConnectError, ModelNotFoundError, ModelNotReadyError)
+HOPELESS = (ClosedError, ConnectError, KeyRefusedError, ModelNotFoundError, ModelNotReadyError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--tls-ca", metavar="FILE", help="authorities to trust the server's certificate by, PEM")
     common.add_argument("--tls-cert", metavar="FILE", help="this client's certificate, PEM; with --tls-key")
     common.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+    common.add_argument(
+        "--tls-name", metavar="NAME", help="what the server's certificate is for, if not the url's host"
+    )
     common.add_argument("--key-file", type=Path, metavar="FILE", help="the API key, where the server asks for one")
     common.add_argument("--json", action="store_true", help="print JSON, one object a line")
     clips = argparse.ArgumentParser(add_help=False)
@@ -137,11 +142,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _client(arguments: argparse.Namespace) -> SpeakerClient:
-    tls = Tls(arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
+    tls = Tls(arguments.tls_ca, arguments.tls_cert, arguments.tls_key, arguments.tls_name)
     key = None
     if arguments.key_file is not None:
         try:
-            key = arguments.key_file.read_text("ascii").strip()
+            key = arguments.key_file.read_text("utf-8-sig").strip()
         except (OSError, ValueError) as exc:
             raise ConnectError(
                 f"{arguments.key_file}: {getattr(exc, 'strerror', exc)}: pass a file with the key"
@@ -233,7 +238,7 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 
 def _gpus(metrics: str | None, url: str, timeout: float) -> list[Gpu]:
     """Those on the page of metrics. A page that was asked for must be there, the usual one need not."""
-    page = metrics or f"http://{url.rpartition(':')[0]}:8002/metrics"
+    page = metrics or f"http://{re.sub('^.*[:/]/+', '', url).rpartition(':')[0]}:8002/metrics"
     try:
         with urlopen(page, timeout=timeout if metrics else min(timeout, 1)) as reply:
             text = reply.read(_LARGEST_PAGE).decode(errors="replace")

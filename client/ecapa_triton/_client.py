@@ -86,11 +86,13 @@ class Tls:
             gRPC brings along.
         certificate: File with this client's own certificate, PEM, where the server asks for one.
         key: File with its private key, PEM.
+        name: What the server's certificate is for, where the url does not say: a list of addresses.
     """
 
     ca: Path | str | None = None
     certificate: Path | str | None = None
     key: Path | str | None = None
+    name: str | None = None
 
     def _arguments(self) -> dict[str, Any]:
         if (self.certificate is None) != (self.key is None):
@@ -170,7 +172,10 @@ class SpeakerClient:
             raise ConnectError("api_key is not of visible ASCII characters alone: pass the key as the server has it")
         self._headers = {} if api_key is None else {_wire.KEY_HEADER: api_key}
         encrypted = {} if tls is None else tls._arguments()
-        self._triton = InferenceServerClient(target, channel_args=_wire.CHANNEL_ARGS, **encrypted)
+        channel = list(_wire.CHANNEL_ARGS)
+        if tls is not None and tls.name is not None:
+            channel.append(("grpc.ssl_target_name_override", tls.name))
+        self._triton = InferenceServerClient(target, channel_args=channel, **encrypted)
 
     def __enter__(self) -> SpeakerClient:
         return self

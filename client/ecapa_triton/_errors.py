@@ -26,6 +26,11 @@ Each message says what came, what was expected and what to do.
 
 from __future__ import annotations
 
+import re
+
+# In gRPC's words for a TLS connection that did not come about.
+_NO_TRUST = r"handshak|hostname verification|certificate[ _]verify|ssl_error|wrong version number"
+
 
 class EcapaError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -123,7 +128,8 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
         return DeadlineError(f"no reply from {url} in {timeout} s: raise the timeout, or send less at once")
     if "protocol is restricted" in words:
         return KeyRefusedError(
-            f"the server at {url} asks for a key and got none or another ({detail}): pass its api_key"
+            f"the server at {url} asks for a key and got none or another ({detail}): "
+            "pass its api_key (command line: --key-file)"
         )
     if "unknown model" in words:
         if "no available versions" not in words and (status == "NOT_FOUND" or "is not found" in words):
@@ -140,14 +146,15 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
         )
     if "server is stopping" in words:
         return ConnectError(f"the server at {url} is stopping ({detail}): try again once it is back")
-    if "handshake" in words or "certificate" in words or "ssl" in words:
+    if status == "UNAUTHENTICATED" or (status == "UNAVAILABLE" and re.search(_NO_TRUST, words)):
         return ConnectError(
-            f"no trust between this client and the server at {url} ({detail}): pass the authority of its certificate, "
-            "and a certificate if it asks for one"
+            f"no trust between this client and the server at {url} ({detail}): look at the names and dates of its "
+            "certificate, pass the authority that signed it, and a certificate of this client's if it asks for one"
         )
     if status == "UNAVAILABLE":
         return ConnectError(
-            f"no Triton answers at {url} ({detail}): is it running, and is this its gRPC port, usually 8001?"
+            f"no Triton answers at {url} ({detail}): is it running, is this its gRPC port, usually 8001, and does it "
+            "want TLS (grpcs://)?"
         )
     if status == "RESOURCE_EXHAUSTED":
         return RejectedError(f"too large for the server at {url} ({detail}): send less audio in one request")
