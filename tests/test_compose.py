@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -516,6 +517,7 @@ def test_tritonserver_takes_the_options(name: str, tmp_path: Path) -> None:
     (tmp_path / "not_exported/config.pbtxt").write_text('name: "not_exported"\nbackend: "onnxruntime"\n')
     ports = free_ports()
     with triton(read(INFERENCE_KEY=KEY, ADMIN_KEY=KEY * 2)[name], tmp_path, ports) as running:
+        wait_until_reached(ports["metrics"])  # which Triton opens last
         assert status(ports["metrics"], "GET", "/metrics") == 200
         # Without a key, with the other's key, with its own.
         for method, path, key, other in (
@@ -526,6 +528,16 @@ def test_tritonserver_takes_the_options(name: str, tmp_path: Path) -> None:
             assert found == [403, 403, 200]
         assert healthy(running.service)
     assert not healthy(running.service)
+
+
+def wait_until_reached(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def status(port: int, method: str, path: str, headers: Mapping[str, str] | None = None) -> int:
