@@ -52,6 +52,11 @@ def main(arguments: list[str]) -> int:
         log=options.log,
         exit_timeout=options.exit_timeout,
     )
+    if not (tls or server.keys or options.address.startswith("127.") or options.address == "localhost"):
+        print(
+            f"warning: all who reach {options.address} are served, unencrypted: --tls-cert and --key-file",
+            file=sys.stderr,
+        )
     for number in STOPPING:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, _on_signal)
@@ -64,12 +69,6 @@ def main(arguments: list[str]) -> int:
                     print(
                         "warning: nginx is not installed, so requests have no limits: trust their senders, or "
                         "apt install nginx-light",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                if not (tls or server.keys or options.address.startswith("127.") or options.address == "localhost"):
-                    print(
-                        f"warning: all who reach {options.address} are served, unencrypted: --tls-cert and --key-file",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def copy_configs(folder: Path) -> Path:
     """A model repository in `folder` with the project's configs and no model files."""
     ignored = shutil.ignore_patterns("model*.onnx", "model*.pt", ".*")
     return Path(shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignored))
+
+
+def entry_point(template: str, environment: Mapping[str, object]) -> str:
+    """What 20-envsubst-on-templates.sh of nginx's image makes of a template: only defined variables are replaced."""
+    pattern = r"\$(?:\{(\w+)\}|(\w+))"
+    return re.sub(pattern, lambda found: str(environment.get(found[1] or found[2], found[0])), template)
 
 
 @pytest.fixture(autouse=True)

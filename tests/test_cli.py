@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import numpy as np
@@ -340,6 +341,18 @@ sys.exit(main())
     assert (process.returncode, out, err) == (130, b"", b"")
     assert time.monotonic() - start < 2
     assert [p.name for p in tmp_path.iterdir()] == ["clip.wav"]
+
+
+@pytest.mark.parametrize("url", ["host.example:8001", "grpc://host.example:8001", "dns:///host.example:8001"])
+def test_the_usual_page_of_metrics(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[str] = []
+
+    def refuse(page: str, timeout: float) -> NoReturn:
+        pages.append(page)
+        raise OSError
+
+    monkeypatch.setattr(_cli, "urlopen", refuse)
+    assert _cli._gpus(None, url, 1) == [] and pages == ["http://host.example:8002/metrics"]
 
 
 def test_names_that_no_terminal_can_show(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import pytest
 import stand_in
 import trustme
 import yaml
-from conftest import ROOT
+from conftest import ROOT, entry_point
 from ecapa_triton import KeyRefusedError, SpeakerClient, Tls
 
 from export import seal
@@ -474,9 +474,8 @@ def nginx(service: Service, folder: Path, ports: Mapping[str, int], tls: Path | 
     variables = environment(service)
     for source, target in mounts:
         name = re.fullmatch(r"/etc/nginx/templates/(.+)\.template", target)
-        if name:  # only variables that are defined are replaced, in both of the shell's forms
-            text = (ROOT / source).read_text()
-            text = re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda use: variables.get(use[1] or use[2], use[0]), text)
+        if name:
+            text = entry_point((ROOT / source).read_text(), variables)
             (Path(variables["NGINX_ENVSUBST_OUTPUT_DIR"]) / name[1]).write_text(text)
     running = Running(service, variables, folder / "nginx.log")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, entry_point
 from ecapa_triton import KeyRefusedError, SpeakerClient
 
 from loadtest.__main__ import main as loadtest
@@ -305,11 +306,6 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def entry_point(template: str, environment: dict[str, str]) -> str:
-    """What 20-envsubst-on-templates.sh of nginx's image makes of a template: only defined variables are replaced."""
-    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: environment.get(found[1] or found[2], found[0]), template)
-
-
 class Pod:
     """The containers' commands as processes of this machine, with other ports and folders and the wheel's Triton."""
 
@@ -573,8 +569,28 @@ def test_replicas(clips: int, speed: float, utilization: float, expected: int) -
     assert replicas(Demand(clips, seconds=10, peak=1), speed, utilization) == expected
 
 
-def test_capacity_needs_the_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "speeds, reason",
+    [
+        ([], "the scenario mixed was not measured"),
+        ([0.0], "cpu embedded nothing in the scenario mixed"),
+        ([math.nan], "cpu embedded nothing in the scenario mixed"),
+    ],
+)
+def test_capacity_needs_the_measurement(
+    speeds: list[float], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"target": "cpu", "contender": "ours", "scenario": "mixed", "audio_per_s": speed} for speed in speeds]
     result = tmp_path / "result.json"
-    result.write_text(json.dumps({"kind": "load", "rows": []}))
+    result.write_text(json.dumps({"kind": "load", "rows": rows}))
     assert loadtest(["capacity", str(result), "--clips-per-day", "1"]) == 1
-    assert "the scenario mixed was not measured" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--clips-per-day=1e308", "--mean-seconds=0", "--peak-factor=0.5", "--utilization=2"]
+)
+def test_capacity_of_nonsense(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        loadtest(["capacity", "result.json", "--clips-per-day=1", option])
+    assert f"argument {option.partition('=')[0]}" in capsys.readouterr().err

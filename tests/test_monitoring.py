@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import stand_in
 import yaml
-from conftest import ROOT
+from conftest import ROOT, entry_point
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
@@ -216,7 +216,6 @@ class Plant:
             self._running[name] = child.start([str(part) for part in command], log)
 
     def _nginx(self, ports: dict[str, int]) -> Path:
-        """The template, filled in as the entry point of nginx's image does it: only what it names, all of it."""
         values = {
             "FOLDER": self._folder,
             "GRPC": self.grpc_url,
@@ -229,9 +228,8 @@ class Plant:
             "TLS_CONF": "/dev/null",
             "REQUEST_LOG": f"syslog:server=unix:{self._folder / 'requests'} request",
         }
-        text = (ROOT / "server/nginx.conf.template").read_text()
         path = self._folder / "nginx.conf"
-        path.write_text(re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), text))
+        path.write_text(entry_point((ROOT / "server/nginx.conf.template").read_text(), values))
         return path
 
     def _blackbox(self, address: str) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from loadtest import report
 from server.triton import TritonServer
 
 README = (ROOT / "README.md").read_text()
@@ -49,8 +50,8 @@ LOADS = {  # scenario, seconds, clips a request, clients
 
 
 def test_figures_are_those_of_the_report() -> None:
-    (report,) = re.findall(r"\[report\]\((\S+-load)\.md\)", README)
-    result = json.loads((ROOT / f"{report}.json").read_text())
+    (name,) = re.findall(r"\[report\]\((\S+-load)\.md\)", README)
+    result = json.loads((ROOT / f"{name}.json").read_text())
     contenders = "ours", "one at a time", "padded batches", "in process"
     keys = "scenario", "seconds", "batch", "users", "contender"
     rows = {tuple(row[key] for key in keys): row for row in result["rows"]}
@@ -60,6 +61,20 @@ def test_figures_are_those_of_the_report() -> None:
         speeds = [f"{row['audio_per_s']:.1f}" if row else "" for row in of]
         latencies = ", ".join(f"{row['p95_ms']:,.0f}" for row in of[:3] if row)
         assert f"|{'|'.join([load, *speeds, latencies])}|" in lines
+
+    def ratio(load: str, base: str) -> float:
+        found = report.ratio(rows[(*LOADS[load], "ours")], rows[(*LOADS[load], base)])
+        assert found is not None
+        return found
+
+    text = " ".join(README.split())
+    one, many = "one client, 5 s", "16 clients, 1 to 20 s"
+    assert f"clips of 5 s ({ratio(one, 'one at a time'):.2f})" in text
+    assert f"with 16 clients ({ratio(many, 'one at a time'):.2f})" in text
+    assert f"three times its padded batches ({ratio(many, 'padded batches'):.1f})" in text
+    assert f"({ratio(one, 'in process'):.2f} and {ratio(many, 'in process'):.2f})" in text
+    assert f"ours is {ratio('one client, 10 s', 'one at a time'):.1f} times as fast" in text
+    assert f"and {ratio('one client, 10 s', 'in process'):.2f} of the speed in process" in text
     requests, wrong = (sum(row[what] for row in result["rows"]) for what in ("requests", "wrong"))
     assert wrong == 0 and f"none of {requests:,} replies wrong" in README
 

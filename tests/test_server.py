@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -234,6 +235,35 @@ def test_no_fork_of_a_process_with_threads(stand_in_repository: Path, tmp_path: 
     with TritonServer(stand_in_repository, device="cpu") as server:
         assert ask(server.grpc_url, np.ones((1, 10), np.float32)) == 10
     assert not forks
+
+
+def test_a_child_has_the_usual_signals_and_many_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with (tmp_path / "log").open("wb") as log:
+            assert child.start(["/bin/cat", "/proc/self/status", "/proc/self/limits"], log).wait(20) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    told = (tmp_path / "log").read_text()
+    assert re.search(r"SigIgn:\s0+\n", told)
+    assert re.search(rf"Max open files\s+{min(hard, 65536) if hard >= 0 else 65536}\s", told)
+
+
+@pytest.mark.parametrize(
+    "options, warned",
+    [
+        (["--address=0.0.0.0"], True),
+        (["--address=192.0.2.1", "--metrics-address=0.0.0.0"], True),
+        (["--address=0.0.0.0", "--key-file=inference={key}"], False),
+        (["--address=127.0.0.2"], False),
+        ([], False),
+    ],
+)
+def test_who_serves_everybody_is_told(options: list[str], warned: bool, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("x" * 20)
+    result = run("--repository=/nowhere", *(option.format(key=tmp_path / "key") for option in options))
+    assert ("are served, unencrypted" in result.stderr) is warned and result.returncode == 1
 
 
 @pytest.mark.parametrize("mode, reason", [(None, "No such file"), (0o644, "Permission denied")])
