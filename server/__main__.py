@@ -52,10 +52,10 @@ def main(arguments: list[str]) -> int:
         log=options.log,
         exit_timeout=options.exit_timeout,
     )
-    if not (tls or server.keys or options.address.startswith("127.") or options.address == "localhost"):
-        print(
-            f"warning: all who reach {options.address} are served, unencrypted: --tls-cert and --key-file",
-            file=sys.stderr,
+    warnings = []
+    if limits is None and options.gateway == "auto":
+        warnings.append(
+            "nginx is not installed, so requests have no limits: trust their senders, or apt install nginx-light"
         )
     for number in STOPPING:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
@@ -64,14 +64,7 @@ def main(arguments: list[str]) -> int:
     try:
         while True:
             try:
-                _start(server)
-                if limits is None and options.gateway == "auto":
-                    print(
-                        "warning: nginx is not installed, so requests have no limits: trust their senders, or "
-                        "apt install nginx-light",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                _start(server, warnings)
                 ready = time.monotonic()
                 server.wait()
             except ServerError as error:
@@ -96,11 +89,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _start(server: TritonServer) -> None:
+def _start(server: TritonServer, warnings: list[str]) -> None:
     begin = time.monotonic()
     server.start()
-    if server.warning:
-        print(f"warning: {server.warning}", file=sys.stderr)
+    for warning in [*warnings, *server.warnings]:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     print(f"device {server.chosen}")
     if server.limits is not None:
         print(f"limits {server.limits.requests} requests in work, {server.limits.request_mb} MB each, set by nginx")

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import IO
 
 # Runs first in the child, then becomes the command. Not `preexec_fn`: that forks, and a fork stops the gRPC servers and
-# clients of the process that forks. Python ignores some signals; the command shall not. Each request in work takes up
-# to two open files, and many shells allow 1024.
+# clients of the process that forks. Signals that Python or the shell (nohup) ignores end the command as usual:
+# it has a session of its own. Each request in work takes up to two open files, and many shells allow 1024.
 _FIRST = """
 import ctypes, os, resource, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end, in order, when the parent is killed
@@ -20,7 +20,7 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (most if 0 <= most < 65536 else 65536, most))
-for number in signal.SIGPIPE, signal.SIGXFSZ:
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
     signal.signal(number, signal.SIG_DFL)
 try:
     os.execv(sys.argv[2], sys.argv[2:])

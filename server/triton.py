@@ -10,6 +10,7 @@ import ctypes.util
 import fcntl
 import http.client
 import importlib.util
+import ipaddress
 import json
 import math
 import os
@@ -195,7 +196,8 @@ class TritonServer:
         # Where Triton itself listens.
         listen = {api: listen.get(f"{api} behind nginx", listen[api]) for api in ports}
 
-        self.warning = "" if installed else shm_warning()
+        warnings = "" if installed else shm_warning(), exposure_warning(self._address, self.tls, self.keys)
+        self.warnings = [warning for warning in warnings if warning]
         self._keep_log = False
         remove_stale_folders()
         self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
@@ -523,6 +525,13 @@ def shm_warning() -> str:
         f"{_SHM} has {free / 1e6:.0f} MB free: large requests will fail, and clips that share their batch with them; "
         f"give it {_ENOUGH_SHM >> 30} GB or more (docker run --shm-size={_ENOUGH_SHM >> 30}g)"
     )
+
+
+def exposure_warning(address: str, tls: Tls | None, keys: Mapping[str, str]) -> str:
+    """What to tell who serves everybody; empty for a loopback address, with TLS and with keys."""
+    if tls is not None or keys or ipaddress.IPv4Address(address).is_loopback:
+        return ""
+    return f"all who reach {address} are served, unencrypted: --tls-cert and --key-file"
 
 
 def _libpython_folder(python: str) -> list[str]:

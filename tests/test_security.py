@@ -292,8 +292,10 @@ def test_no_header_has_triton_unpack_a_grpc_request(
             command += ["-H", header]
         method = "inference.GRPCInferenceService/ModelInfer"
         command += ["--data-binary", f"@{tmp_path / 'body'}", f"http://{limited.grpc_url}/{method}"]
-        headers = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return re.findall(r"grpc-status: (\d+)", headers)[-1]
+        result = subprocess.run(command, capture_output=True, text=True)
+        # 92: nginx refused before it had read the body, and reset the stream after its answer.
+        assert result.returncode in (0, 92), result.stderr
+        return re.findall(r"grpc-status: (\d+)", result.stdout)[-1]
 
     assert status(compressed=True) in ("12", "13")
     if "gzip" not in encodings:
