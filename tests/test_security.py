@@ -293,11 +293,12 @@ def test_no_header_has_triton_unpack_a_grpc_request(
         method = "inference.GRPCInferenceService/ModelInfer"
         command += ["--data-binary", f"@{tmp_path / 'body'}", f"http://{limited.grpc_url}/{method}"]
         result = subprocess.run(command, capture_output=True, text=True)
-        # 92: nginx refused before it had read the body, and reset the stream after its answer.
-        assert result.returncode in (0, 92), result.stderr
+        if result.returncode == 92:  # nginx refused before it had read the body, and reset the stream
+            return "reset"
+        assert result.returncode == 0, result.stderr
         return re.findall(r"grpc-status: (\d+)", result.stdout)[-1]
 
-    assert status(compressed=True) in ("12", "13")
+    assert status(compressed=True) in ("12", "13", "reset")
     if "gzip" not in encodings:
         assert status(compressed=False) == "0"
 
