@@ -112,8 +112,7 @@ def _export(
             with step(f"write {target}"):
                 # What a GPU alone runs has no use for pieces that fit into a CPU's caches.
                 model = packed.PackedEcapa(
-                    loaded.classifier,
-                    loaded.threshold,
+                    loaded,
                     max_seconds,
                     group=None if name == kind.half_file else packed.GROUP,
                     half=name == kind.half_file,

@@ -103,7 +103,7 @@ def _read_torchscript(path: Path) -> ModelFile:
     except (zipfile.BadZipFile, ValueError, KeyError) as error:
         raise ModelFileError(f"{path} was not written by python -m export: run it") from error
     inputs = [Tensor("waveform", "TYPE_FP32", ["S"]), Tensor("lengths", "TYPE_INT32", ["B", 1])]
-    outputs = [Tensor("embedding", "TYPE_FP32", ["B", size]), Tensor("model_info", "TYPE_FP32", ["B", 3])]
+    outputs = [Tensor("embedding", "TYPE_FP32", ["B", size]), Tensor("model_info", "TYPE_FP32", ["B", 7])]
     return ModelFile("pytorch", inputs, outputs, metadata)
 
 

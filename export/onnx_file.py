@@ -25,7 +25,7 @@ def write(model: PackedEcapa, checkpoint: Checkpoint, path: Path) -> None:
     """Write the packed model to ``path``, with metadata that says where it comes from, and sealed.
 
     Inputs ``waveform`` float32 ``[S]`` and ``lengths`` int32 ``[B, 1]``, outputs ``embedding`` float32 ``[B, E]`` and
-    ``model_info`` float32 ``[B, 3]``: see :meth:`PackedEcapa.forward`.
+    ``model_info`` float32 ``[B, 7]``: see :meth:`PackedEcapa.forward`.
 
     Raises:
         ExportError: the exporter made a graph that the container's ONNX Runtime could not read.

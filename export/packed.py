@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint
+
 SAMPLE_RATE = 16000  # Hz
 MAX_AMPLITUDE = 1e4  # full scale is 1; anything beyond this is not audio
 # A softmax whose exponents stay below this needs no shift by the maximum: exp(60) = 1e26 leaves a float32 room for
@@ -22,6 +24,7 @@ MAX_AMPLITUDE = 1e4  # full scale is 1; anything beyond this is not audio
 EXP_LIMIT = 60.0
 
 Window = tuple[int, int]  # kernel and dilation of a convolution
+ID_DIGITS = 24  # of the weights' SHA-256: enough that no two models share them
 GROUP = 512  # channels pooled at a time: 2 MB for ten seconds
 
 
@@ -45,13 +48,13 @@ class PackedEcapa(nn.Module):
 
     def __init__(
         self,
-        classifier: Any,
-        threshold: float,
+        checkpoint: Checkpoint,
         max_seconds: float = 30.0,
         group: int | None = GROUP,
         half: bool = False,
     ) -> None:
         super().__init__()
+        classifier = checkpoint.classifier
         model = classifier.mods.embedding_model
         _check_supported(classifier)
         self.features = Features(classifier.mods.compute_features)
@@ -86,8 +89,10 @@ class PackedEcapa(nn.Module):
             for module in self.modules():
                 if isinstance(module, Tdnn | Res2Net | SERes2Net | ChannelGroup):
                     module.to_half()
-        info = torch.tensor([[threshold, self.max_samples / SAMPLE_RATE, float(self.min_samples)]])
-        self.register_buffer("info", info)
+        # A float32 holds whole numbers of 24 bits.
+        identity = [float(int(checkpoint.sha256[i : i + 6], 16)) for i in range(0, ID_DIGITS, 6)]
+        limits = [checkpoint.threshold, self.max_samples / SAMPLE_RATE, float(self.min_samples)]
+        self.register_buffer("info", torch.tensor([limits + identity]))
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Embed the clips of one batch.
@@ -99,8 +104,9 @@ class PackedEcapa(nn.Module):
         Returns:
             ``embedding`` float32 ``[B, E]``: raw, not unit length. NaN for a clip that is too short, has samples
             that are not finite or beyond 1e4, or is empty; for the clips behind an empty one too, because
-            a server may have stopped copying there. The same ``model_info`` float32 ``[B, 3]`` for every clip:
-            verification threshold, longest clip in seconds, shortest clip in samples.
+            a server may have stopped copying there. The same ``model_info`` float32 ``[B, 7]`` for every clip:
+            verification threshold, longest clip in seconds, shortest clip in samples, and the first 24 hexadecimal
+            digits of the weights' SHA-256 as four whole numbers of six digits.
         """
         lengths = lengths.reshape(-1)
         ends = torch.cumsum(lengths, 0, dtype=torch.int32)

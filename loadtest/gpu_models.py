@@ -72,7 +72,7 @@ def write_models(folder: Path, source: str, channels: int, device: str) -> Files
         for precision, name in FORMATS[kind][1].items():
             print(f"write {name} ...", flush=True)
             half = precision == "fp16"
-            model = PackedEcapa(loaded.classifier, loaded.threshold, group=None if half else GROUP, half=half).eval()
+            model = PackedEcapa(loaded, group=None if half else GROUP, half=half).eval()
             files[kind, precision] = folder / name
             writer(model, loaded, folder / name)
     return files

@@ -98,7 +98,7 @@ class Local:
 
     def _write(self, name: str, half: bool) -> Path:
         writer = importlib.import_module("export.torchscript_file" if name.endswith(".pt") else "export.onnx_file")
-        model = PackedEcapa(self._loaded.classifier, self._loaded.threshold, group=None if half else GROUP, half=half)
+        model = PackedEcapa(self._loaded, group=None if half else GROUP, half=half)
         with step(f"write {name}"):
             writer.write(model.eval(), self._loaded, self._folder / name)
         return self._folder / name

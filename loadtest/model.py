@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     threads = options.threads or machine.cores()
     torch.set_num_threads(threads)
     loaded = checkpoint.load(options.source, channels=options.channels)
-    packed = PackedEcapa(loaded.classifier, loaded.threshold).eval()
+    packed = PackedEcapa(loaded).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write(packed, loaded, path)

@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
             shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("*.onnx", "*.pt"))
             _path(repository).parent.mkdir(exist_ok=True)
             with step("write ONNX"):
-                write(PackedEcapa(loaded.classifier, loaded.threshold), loaded, _path(repository))
+                write(PackedEcapa(loaded), loaded, _path(repository))
         model = OnnxModel(_path(repository))
         with step(f"SpeechBrain's embeddings of clips of {LENGTHS} lengths"):
             clips = make_clips(loaded.classifier, model.min_samples, model.max_samples, LENGTHS)

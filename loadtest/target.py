@@ -241,7 +241,7 @@ def add_baselines(folder: Path, origin: str) -> str:
 
 
 def _client(address: str) -> Any:
-    from ecapa_triton import _wire
+    from ecapa_triton._connection import CHANNEL_ARGS
     from tritonclient.grpc import InferenceServerClient
 
-    return InferenceServerClient(address, channel_args=_wire.CHANNEL_ARGS)
+    return InferenceServerClient(address, channel_args=CHANNEL_ARGS)

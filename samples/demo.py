@@ -9,7 +9,7 @@ import time
 from itertools import combinations
 from pathlib import Path
 
-from ecapa_triton import EcapaError, SpeakerClient, cosine
+from ecapa_triton import EcapaError, SpeakerClient, score
 
 from export import checkpoint
 from export.__main__ import ERRORS as EXPORT_ERRORS
@@ -67,7 +67,7 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
             server.stop()
 
     names = [path.stem for path in clips]
-    scores = {(a, b): cosine(embeddings[i], embeddings[j]) for (i, a), (j, b) in combinations(enumerate(names), 2)}
+    scores = {(a, b): score(embeddings[i], embeddings[j]) for (i, a), (j, b) in combinations(enumerate(names), 2)}
     print(f"\ncosine of each pair; above {threshold:g} the verdict is `same speaker`, marked *\n")
     print(" " * 10 + "".join(f"{name:>10}" for name in names))
     for b in names:

@@ -13,6 +13,7 @@ import numpy as np
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 SIZE = 192
+MODEL = "0123456789abcdeffedcba98"
 Answer = Callable[["FakeTriton", np.ndarray], "dict[str, np.ndarray]"]
 
 
@@ -30,8 +31,13 @@ def fingerprint(waveform: np.ndarray) -> np.ndarray:
     return row.astype(np.float32)
 
 
+def model_info(*limits: float, model: str = MODEL) -> np.ndarray:
+    """Threshold, max_seconds, min_samples, and the model's identity."""
+    return np.array([[*limits, *(int(model[i : i + 6], 16) for i in range(0, 24, 6))]], np.float32)
+
+
 def good(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
-    return {"embedding": fingerprint(waveform)[None], "model_info": np.array([fake.info], np.float32)}
+    return {"embedding": fingerprint(waveform)[None], "model_info": model_info(*fake.info, model=fake.model(fake))}
 
 
 def nan(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
@@ -65,11 +71,17 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     info: tuple[float, float, float] = (0.45, 30.0, 640.0)
     answers: list[Answer] = field(default_factory=list)
     otherwise: Answer = good
-    version: Callable[[int], str] = lambda count: "1"
+    model: Callable[[FakeTriton], str] = lambda fake: MODEL
     lengths: list[int] = field(default_factory=list)  # samples of the requests seen
     busy: int = 0
     most_busy: int = 0
+    cancelled: int = 0  # requests whose client gave up before the answer
+    metadata: list[dict[str, str]] = field(default_factory=list)  # of every call
     url: str = ""
+
+    @property
+    def calls(self) -> int:
+        return len(self.metadata)
 
     def ModelInfer(self, request, context):
         if request.model_name != "ecapa":
@@ -79,7 +91,6 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         waveform = np.frombuffer(request.raw_input_contents[0], np.float32)
         assert list(request.inputs[0].shape) == [1, len(waveform)]
         self.lengths.append(len(waveform))
-        count = len(self.lengths)
         self.busy += 1
         self.most_busy = max(self.most_busy, self.busy)
         answer = self.answers.pop(0) if self.answers else self.otherwise
@@ -89,7 +100,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.abort(refusal.status, refusal.detail)
         finally:
             self.busy -= 1
-        response = service_pb2.ModelInferResponse(model_name="ecapa", model_version=self.version(count))
+            self.cancelled += not context.is_active()
+        response = service_pb2.ModelInferResponse(model_name="ecapa", model_version="1")
         for name, array in arrays.items():
             kind = {"float32": "FP32", "float64": "FP64"}[array.dtype.name]
             response.outputs.add(name=name, datatype=kind, shape=array.shape)
@@ -133,11 +145,22 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return response
 
 
+class _Noted(grpc.ServerInterceptor):
+    def __init__(self, fake: FakeTriton) -> None:
+        self.fake = fake
+
+    def intercept_service(self, continuation, details):
+        self.fake.metadata.append(dict(details.invocation_metadata))
+        return continuation(details)
+
+
 @contextmanager
 def fake_triton() -> Iterator[FakeTriton]:
     fake = FakeTriton()
     server = grpc.server(
-        ThreadPoolExecutor(64), options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
+        ThreadPoolExecutor(64),
+        interceptors=[_Noted(fake)],
+        options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)],
     )
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
     fake.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 from ecapa_triton import _cli
-from fake_triton import SIZE, FakeTriton, fake_triton, fingerprint, nan, refuse, slow
+from fake_triton import MODEL, SIZE, FakeTriton, fake_triton, fingerprint, nan, refuse, slow
 
 COMMAND = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())"]
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -147,7 +147,7 @@ def test_nan_is_one_line(fake: FakeTriton, clip: Path) -> None:
     fake.otherwise = nan
     status, _, err = run("embed", clip, "--url", fake.url)
     assert status == 2
-    one_line(err, "clip.wav", "NaN twice")
+    one_line(err, "clip.wav", "NaN 5 times")
 
 
 def test_verify_exit_status(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_status(fake: FakeTriton) -> None:
         assert words in out
     facts = json.loads(run("status", "--url", fake.url, "--json")[1])
     assert facts["gpus"] == [] and facts["deployment"]["precision"] == "fp16"
-    assert facts["limits"] == {"threshold": 0.45, "max_seconds": 30.0, "min_samples": 640}
+    assert facts["info"] == {"threshold": 0.45, "max_seconds": 30.0, "min_samples": 640, "id": MODEL}
     assert facts["statistics"]["mean_batch"] == 3.0
     fake.answers = [refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")]
     assert run("status", "--url", fake.url)[0] == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import ecapa_triton
 import grpc
@@ -16,6 +19,8 @@ import numpy as np
 import pytest
 import soundfile
 from ecapa_triton import (
+    AddressError,
+    AsyncSpeakerClient,
     AudioFileError,
     AudioFormatError,
     ClosedError,
@@ -23,7 +28,7 @@ from ecapa_triton import (
     DeadlineError,
     EcapaError,
     EmbeddingError,
-    Limits,
+    ModelInfo,
     ModelNotFoundError,
     ModelNotReadyError,
     NotAudioError,
@@ -32,14 +37,40 @@ from ecapa_triton import (
     RejectedError,
     ServerError,
     SpeakerClient,
+    State,
+    Status,
     ThresholdError,
     TooLongError,
     TooShortError,
-    cosine,
+    TrustError,
+    Utterance,
+    Verification,
+    _flow,
+    score,
 )
+from ecapa_triton._flow import Wait
 from ecapa_triton._wire import Deployment
-from fake_triton import SIZE, Answer, FakeTriton, fake_triton, fingerprint, nan, outputs, refuse, slow
+from fake_triton import (
+    MODEL,
+    SIZE,
+    Answer,
+    FakeTriton,
+    fake_triton,
+    fingerprint,
+    good,
+    model_info,
+    nan,
+    outputs,
+    refuse,
+    slow,
+)
 from tritonclient.grpc import InferenceServerClient
+
+from export import checkpoint
+
+T = TypeVar("T")
+OVERLOAD = refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+AWAY = refuse(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 
 SECOND = 16_000
 SAMPLES = sorted(p for p in (Path(__file__).parents[1] / "samples").iterdir() if p.suffix in (".flac", ".wav"))
@@ -49,8 +80,87 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * SECOND)).astype(np.float32)
 
 
-def model_info(*values: float) -> Answer:
-    return outputs(model_info=np.array([values], np.float32))
+def info(*limits: float) -> Answer:
+    return outputs(model_info=model_info(*limits))
+
+
+class Awaited(SpeakerClient):
+    """`AsyncSpeakerClient` with an event loop of its own, so that the same tests run on both clients."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._twin = AsyncSpeakerClient(*args, **kwargs)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+
+    def _wait(self, awaited: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(awaited, self._loop).result()
+
+    def __exit__(self, *error: object) -> None:
+        if self._loop.is_closed():
+            return
+        self.close()
+        self._wait(self._loop.shutdown_asyncgens())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def state(self) -> State:
+        return self._twin.state
+
+    def close(self) -> None:
+        self._wait(self._twin.close())
+
+    def utterance(self, *args: Any, **kwargs: Any) -> Utterance:
+        return self._wait(self._twin.utterance(*args, **kwargs))
+
+    def embed(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return self._wait(self._twin.embed(*args, **kwargs))
+
+    def embed_many(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wait(self._twin.embed_many(*args, **kwargs))
+
+    def verify(self, *args: Any, **kwargs: Any) -> Verification:
+        return self._wait(self._twin.verify(*args, **kwargs))
+
+    def status(self) -> Status:
+        return self._wait(self._twin.status())
+
+    def utterances(self, *args: Any, **kwargs: Any) -> Iterator[Utterance | EcapaError]:
+        return self._each(self._twin.utterances(*args, **kwargs))
+
+    def _each(self, outcomes: AsyncIterator[Utterance | EcapaError]) -> Iterator[Utterance | EcapaError]:
+        assert isinstance(outcomes, AsyncGenerator)
+        try:
+            while True:
+                yield self._wait(outcomes.__anext__())
+        except StopAsyncIteration:
+            pass
+        finally:
+            self._wait(outcomes.aclose())
+
+
+Make = Callable[..., SpeakerClient]
+
+
+@pytest.fixture(params=[SpeakerClient, Awaited], ids=["sync", "async"])
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Makes clients of either kind; they end with the test."""
+    with contextlib.ExitStack() as made:
+
+        def one(*args: Any, **kwargs: Any) -> SpeakerClient:
+            return made.enter_context(request.param(*args, **kwargs))
+
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Those between attempts, in seconds; nobody waits for them."""
+    asked: list[float] = []
+    monkeypatch.setattr(_flow, "Wait", lambda seconds: (asked.append(seconds), Wait(0.0))[1])
+    return asked
 
 
 @pytest.fixture
@@ -60,9 +170,8 @@ def fake() -> Iterator[FakeTriton]:
 
 
 @pytest.fixture
-def client(fake: FakeTriton) -> Iterator[SpeakerClient]:
-    with SpeakerClient(fake.url) as client:
-        yield client
+def client(fake: FakeTriton, make: Make) -> SpeakerClient:
+    return make(fake.url)
 
 
 # --- one clip ---
@@ -130,9 +239,9 @@ def test_windows(fake: FakeTriton, client: SpeakerClient) -> None:
     np.testing.assert_array_equal(short, fingerprint(waveform[:SECOND]))
 
 
-def test_windows_stop_at_max_duration(fake: FakeTriton) -> None:
+def test_windows_stop_at_max_duration(make: Make, fake: FakeTriton) -> None:
     with (
-        SpeakerClient(fake.url, max_duration=60) as client,
+        make(fake.url, max_duration=60) as client,
         pytest.raises(TooLongError, match=r"longer than the 60 s .*\(max_duration of SpeakerClient\): cut the rec"),
     ):
         client.embed(noise(61), long="windows")
@@ -155,15 +264,16 @@ def test_a_larger_limit_is_learned(fake: FakeTriton, client: SpeakerClient) -> N
 
 
 def test_limits_that_keep_changing_end(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.otherwise = lambda fake, waveform: model_info(0.45, len(waveform) / SECOND / 2, 640)(fake, waveform)
+    fake.otherwise = lambda fake, waveform: info(0.45, len(waveform) / SECOND / 2, 640)(fake, waveform)
     with pytest.raises(ModelNotReadyError, match="keeps changing its limits"):
         client.embed(noise(29), long="windows")
 
 
-def test_versions_are_not_mixed_in_windows(fake: FakeTriton, client: SpeakerClient) -> None:
+def test_models_are_not_mixed_in_windows(fake: FakeTriton, client: SpeakerClient) -> None:
     fake.info = (0.45, 1.0, 640.0)
-    fake.version = lambda count: "1" if count <= 3 else "2"
-    client.embed(noise(3), long="windows")
+    models = iter([MODEL] * 2)
+    fake.model = lambda fake: next(models, "f" * 24)
+    assert client.utterance(noise(3), long="windows").model == "f" * 24
     assert fake.lengths[-3:] == [SECOND] * 3 and len(fake.lengths) >= 6
 
 
@@ -175,17 +285,17 @@ def test_long_is_checked(client: SpeakerClient) -> None:
 # --- NaN ---
 
 
-def test_nan_is_asked_again_once(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.answers = [nan]
+def test_nan_is_asked_again(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.answers = [nan, nan]
     np.testing.assert_array_equal(client.embed(noise(1)), fingerprint(noise(1)))
-    assert len(fake.lengths) == 2
+    assert len(fake.lengths) == 3
 
 
-def test_nan_twice_says_why(fake: FakeTriton, client: SpeakerClient) -> None:
+def test_nan_for_ever_says_why(fake: FakeTriton, make: Make) -> None:
     fake.otherwise = nan
-    with pytest.raises(EmbeddingError, match=r"NaN twice for 1.00 s of good audio; another client's empty clip"):
-        client.embed(noise(1))
-    assert len(fake.lengths) == 2
+    with pytest.raises(EmbeddingError, match=r"NaN 3 times for 1.00 s of good audio; another client's empty clip"):
+        make(fake.url, retries=2).embed(noise(1))
+    assert len(fake.lengths) == 3
 
 
 def test_nan_in_one_window_is_asked_again(fake: FakeTriton, client: SpeakerClient) -> None:
@@ -218,45 +328,48 @@ def test_nan_in_one_window_is_asked_again(fake: FakeTriton, client: SpeakerClien
         (outputs(embedding=np.zeros(SIZE, np.float32)), ProtocolError, r"is float32 \[192\]; expected"),
         (outputs(embedding=np.zeros((1, 0), np.float32)), ProtocolError, r"is float32 \[1, 0\]; expected"),
         (outputs(embedding=np.zeros((1, SIZE))), ProtocolError, r"is float64 \[1, 192\]; expected"),
-        (outputs(model_info=np.zeros((1, 2), np.float32)), ProtocolError, r"is float32 \[1, 2\]; expected .*\[1, 3\]"),
-        (model_info(0.45, math.nan, 640), ProtocolError, "max_seconds nan"),
-        (model_info(0.45, 30, math.nan), ProtocolError, "min_samples nan"),
+        (outputs(model_info=np.zeros((1, 2), np.float32)), ProtocolError, r"is float32 \[1, 2\]; expected .*\[1, 7\]"),
+        (info(0.45, math.nan, 640), ProtocolError, "max_seconds nan"),
+        (info(0.45, 30, math.nan), ProtocolError, "min_samples nan"),
+        (outputs(model_info=model_info(0.45, 30, 640) + 0.5), ProtocolError, "expected the model's identity"),
     ],
 )
 def test_server_errors(
     fake: FakeTriton, client: SpeakerClient, answer: Answer, kind: type[EcapaError], words: str
 ) -> None:
-    fake.answers = [answer]
+    fake.answers = [answer] * 5
     with pytest.raises(kind, match=words) as caught:
         client.embed(noise(1))
     assert type(caught.value) is kind and "\n" not in str(caught.value)
+    assert len(fake.lengths) == (5 if kind.transient else 1)
+    fake.answers.clear()
     assert client.embed(noise(1)).shape == (SIZE,)  # and the client goes on
 
 
-def test_timeout(fake: FakeTriton) -> None:
+def test_timeout(make: Make, fake: FakeTriton) -> None:
     fake.otherwise = slow(1)
-    with SpeakerClient(fake.url, timeout=0.2) as client:
+    with make(fake.url, timeout=0.2) as client:
         start = time.monotonic()
         with pytest.raises(DeadlineError, match=rf"no reply from {fake.url} in 0.2 s: raise the timeout"):
             client.embed(noise(1))
         assert time.monotonic() - start < 0.9
 
 
-def test_server_away() -> None:
+def test_server_away(make: Make) -> None:
     with (
-        SpeakerClient("127.0.0.1:9") as client,
+        make("127.0.0.1:9") as client,
         pytest.raises(ConnectError, match=r"no Triton answers at 127\.0\.0\.1:9 .*8001"),
     ):
         client.embed(noise(1))
 
 
-def test_the_clip_is_looked_at_before_the_server(tmp_path: Path) -> None:
-    with SpeakerClient("127.0.0.1:9") as client, pytest.raises(AudioFileError):
+def test_the_clip_is_looked_at_before_the_server(make: Make, tmp_path: Path) -> None:
+    with make("127.0.0.1:9") as client, pytest.raises(AudioFileError):
         client.embed(tmp_path / "none.wav")
 
 
-def test_model_missing(fake: FakeTriton) -> None:
-    with SpeakerClient(fake.url, model="other") as client:
+def test_model_missing(make: Make, fake: FakeTriton) -> None:
+    with make(fake.url, model="other") as client:
         for call in (lambda: client.embed(noise(1)), client.status):
             with pytest.raises(ModelNotFoundError, match="model 'other' is not on the server at"):
                 call()
@@ -282,22 +395,22 @@ def test_wrong_options(option: str, values: list[float], words: str) -> None:
             SpeakerClient(**{option: value})  # type: ignore[arg-type]
 
 
-def test_the_longest_timeout(fake: FakeTriton) -> None:
-    with SpeakerClient(fake.url, timeout=1e6, max_duration=86_400) as client:
+def test_the_longest_timeout(make: Make, fake: FakeTriton) -> None:
+    with make(fake.url, timeout=1e6, max_duration=86_400) as client:
         assert client.embed(noise(1)).shape == (SIZE,)
 
 
-def test_no_proxy_sees_the_clips(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_sees_the_clips(make: Make, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     for name in ("grpc_proxy", "https_proxy", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with SpeakerClient(fake.url) as client:
+    with make(fake.url) as client:
         assert client.embed(noise(1)).shape == (SIZE,)
 
 
-def test_grpc_scheme(fake: FakeTriton) -> None:
-    with SpeakerClient(f"grpc://{fake.url}") as client:
+def test_grpc_scheme(make: Make, fake: FakeTriton) -> None:
+    with make(f"grpc://{fake.url}") as client:
         assert client.embed(noise(1)).shape == (SIZE,)
 
 
@@ -305,7 +418,7 @@ def test_closed(fake: FakeTriton, client: SpeakerClient) -> None:
     client.close()
     client.close()
     for call in (lambda: client.embed(noise(1)), client.status):
-        with pytest.raises(ClosedError, match="make a new SpeakerClient"):
+        with pytest.raises(ClosedError, match="make a new one"):
             call()
 
 
@@ -318,7 +431,213 @@ def test_closing_ends_requests_under_way(fake: FakeTriton, client: SpeakerClient
     assert time.monotonic() - start < 0.9
 
 
+# --- again ---
+
+
+def test_what_may_pass_is_tried_again(fake: FakeTriton, client: SpeakerClient, waits: list[float]) -> None:
+    fake.answers = [OVERLOAD, AWAY, nan, OVERLOAD]
+    np.testing.assert_array_equal(client.embed(noise(1)), fingerprint(noise(1)))
+    assert len(fake.lengths) == 5
+    assert all(first / 2 <= wait <= first for wait, first in zip(waits, (0.1, 0.2, 0.4, 0.8), strict=True))
+
+
+def test_waits_grow_to_two_seconds_and_differ(fake: FakeTriton, make: Make, waits: list[float]) -> None:
+    fake.otherwise = OVERLOAD
+    with pytest.raises(OverloadedError):
+        make(fake.url, timeout=None, retries=30).embed(noise(1))
+    assert len(waits) == 30 and 1 <= min(waits[5:]) < max(waits[5:]) <= 2
+    assert len(set(waits[5:])) == 25
+
+
+def test_no_retries(fake: FakeTriton, make: Make, waits: list[float]) -> None:
+    fake.answers = [OVERLOAD]
+    with pytest.raises(OverloadedError):
+        make(fake.url, retries=0).embed(noise(1))
+    assert (len(fake.lengths), waits) == (1, [])
+
+
+def test_the_timeout_holds_for_all_attempts(fake: FakeTriton, make: Make) -> None:
+    def late(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+        time.sleep(0.3)
+        return AWAY(fake, waveform)
+
+    fake.otherwise = late
+    start = time.monotonic()
+    with pytest.raises(DeadlineError, match="in 0.5 s"):
+        make(fake.url, timeout=0.5, retries=100).embed(noise(1))
+    assert time.monotonic() - start < 0.9
+    assert len(fake.lengths) == 2
+
+
+def test_no_wait_that_ends_after_the_timeout(fake: FakeTriton, make: Make, waits: list[float]) -> None:
+    """The reason is worth more than a timeout that says nothing."""
+    fake.otherwise = OVERLOAD
+    with pytest.raises(OverloadedError):
+        make(fake.url, timeout=0.15, retries=100).embed(noise(1))
+    assert len(waits) < 5 and max(waits, default=0) < 0.15
+
+
+def test_windows_are_tried_again_each_by_itself(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.info = (0.45, 1.0, 640.0)
+    expected = client.embed(noise(3), long="windows")
+    fake.lengths.clear()
+    fake.answers = [OVERLOAD, AWAY]
+    np.testing.assert_array_equal(client.embed(noise(3), long="windows"), expected)
+    assert len(fake.lengths) == 5
+
+
+def test_transient_errors() -> None:
+    errors = {name: getattr(ecapa_triton, name) for name in ecapa_triton.__all__ if name.endswith("Error")}
+    assert {name for name, error in errors.items() if error.transient} == {
+        "ConnectError", "OverloadedError", "ModelNotReadyError", "EmbeddingError"
+    }  # fmt: skip
+
+
+# --- connection ---
+
+
+def test_states(fake: FakeTriton, client: SpeakerClient) -> None:
+    assert client.state is State.NEW and fake.calls == 0
+    client.embed(noise(1))
+    assert client.state is State.OPEN
+    client.close()
+    assert client.state is State.CLOSED
+
+
+def test_a_client_that_was_never_used_is_closed(make: Make) -> None:
+    client = make("127.0.0.1:9")
+    client.close()
+    with pytest.raises(ClosedError):
+        client.embed(noise(1))
+
+
+def test_key_and_metadata_go_with_every_call(fake: FakeTriton, make: Make) -> None:
+    client = make(fake.url, api_key="secret", metadata={"x-tenant": "calls"})
+    client.embed(noise(1))
+    client.status()
+    assert len(fake.metadata) > 5
+    for metadata in fake.metadata:
+        assert metadata["x-tenant"] == "calls" and metadata["triton-grpc-protocol-api-key"] == "secret"
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"api_key": "ke\ny"}, TrustError, "api_key is not of visible ASCII"),
+        ({"metadata": {"Upper": "1"}}, ValueError, "metadata has the name 'Upper': expected small letters"),
+        ({"metadata": {"": "1"}}, ValueError, "metadata has the name ''"),
+        ({"metadata": {"name": "\u00e9"}}, TrustError, "metadata 'name' is not of visible ASCII"),
+        ({"retries": -1}, ValueError, "retries is -1: expected 0 or more"),
+        ({"url": "http://host:8000"}, AddressError, "8000 is its HTTP port"),
+    ],
+)
+def test_options_that_cannot_work(make: Make, options: dict[str, Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        make(**options)
+
+
+def test_dns_names(fake: FakeTriton, make: Make) -> None:
+    assert make(f"dns:///localhost:{fake.url.rpartition(':')[2]}").embed(noise(1)).shape == (SIZE,)
+
+
+def test_an_event_loop_after_another(fake: FakeTriton) -> None:
+    client = AsyncSpeakerClient(fake.url)
+    for _ in range(2):
+        assert asyncio.run(client.embed(noise(1))).shape == (SIZE,)
+
+
+def test_two_event_loops_at_once(fake: FakeTriton) -> None:
+    async def two() -> None:
+        async with AsyncSpeakerClient(fake.url) as client:
+            await client.embed(noise(1))
+            with pytest.raises(RuntimeError, match="another event loop that is still open: make one for each"):
+                await asyncio.to_thread(asyncio.run, client.embed(noise(1)))
+
+    asyncio.run(two())
+
+
+# --- cancelled ---
+
+
+def gave_up(fake: FakeTriton, requests: int) -> bool:
+    """Whether the server saw so many requests whose client was gone, in good time."""
+    deadline = time.monotonic() + 10
+    while fake.cancelled < requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return fake.cancelled == requests
+
+
+def test_leaving_the_iteration_cancels(fake: FakeTriton, make: Make) -> None:
+    client = make(fake.url, max_in_flight=3)
+    fake.otherwise = lambda fake, waveform: (good if len(waveform) == SECOND else slow(0.5))(fake, waveform)
+    outcomes = client.utterances(noise(0.1 if i else 1, i) for i in range(100))
+    assert isinstance(next(outcomes), Utterance)
+    while fake.busy < 3:
+        time.sleep(0.01)
+    outcomes.close()  # type: ignore[attr-defined]
+    assert gave_up(fake, 3) and len(fake.lengths) <= 5
+
+
+def test_a_cancelled_task_cancels_its_request(fake: FakeTriton) -> None:
+    async def give_up() -> None:
+        async with AsyncSpeakerClient(fake.url) as client:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(client.embed(noise(1)), 0.2)
+            assert await asyncio.to_thread(gave_up, fake, 1)
+            fake.otherwise = good
+            assert (await client.embed(noise(1))).shape == (SIZE,)
+
+    fake.otherwise = slow(0.5)
+    asyncio.run(give_up())
+
+
+def test_an_interrupt_cancels_the_request(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(future: object) -> None:
+        while not fake.busy:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    fake.otherwise = slow(0.5)
+    with SpeakerClient(fake.url) as client:
+        monkeypatch.setattr("ecapa_triton._client._result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.embed(noise(1))
+        assert gave_up(fake, 1)
+
+
+def test_closing_ends_a_wait(fake: FakeTriton, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flow, "Wait", lambda seconds: Wait(60))
+    fake.otherwise = OVERLOAD
+    client = make(fake.url, timeout=None)
+    threading.Timer(0.3, client.close).start()
+    start = time.monotonic()
+    with pytest.raises(ClosedError):
+        client.embed(noise(1))
+    assert time.monotonic() - start < 5
+
+
 # --- many clips ---
+
+
+def test_utterances_tell_what_they_are(fake: FakeTriton, client: SpeakerClient) -> None:
+    one, error, long = client.utterances([noise(1), b"no audio", noise(31)], long="truncate")
+    assert isinstance(one, Utterance) and isinstance(long, Utterance) and isinstance(error, NotAudioError)
+    assert (one.seconds, one.model, one.threshold) == (1, MODEL, 0.45)
+    assert long.seconds == 30 and long.embedding[0] == 30 * SECOND
+    np.testing.assert_array_equal(client.utterance(noise(1)).embedding, one.embedding)
+
+
+def test_an_asynchronous_generator_of_clips(fake: FakeTriton) -> None:
+    async def clips() -> AsyncIterator[np.ndarray]:
+        for i in range(20):
+            await asyncio.sleep(0)
+            yield noise(0.1, i)
+
+    async def embed() -> list[np.ndarray]:
+        async with AsyncSpeakerClient(fake.url) as client:
+            return await client.embed_many(clips())
+
+    np.testing.assert_array_equal(asyncio.run(embed()), [fingerprint(noise(0.1, i)) for i in range(20)])
 
 
 def test_embed_many_keeps_the_order(fake: FakeTriton, client: SpeakerClient) -> None:
@@ -328,7 +647,7 @@ def test_embed_many_keeps_the_order(fake: FakeTriton, client: SpeakerClient) -> 
     np.testing.assert_array_equal(np.stack(embeddings), np.stack([fingerprint(clip) for clip in clips]))
 
 
-def test_embed_many_is_under_way_together_and_bounded(fake: FakeTriton) -> None:
+def test_embed_many_is_under_way_together_and_bounded(make: Make, fake: FakeTriton) -> None:
     fake.otherwise = slow(0.5)
     taken = 0
 
@@ -339,7 +658,7 @@ def test_embed_many_is_under_way_together_and_bounded(fake: FakeTriton) -> None:
             assert taken - (len(fake.lengths) - fake.busy) <= 3 * 4  # under way, waiting, and just handed over
             yield noise(0.1, i)
 
-    with SpeakerClient(fake.url, max_in_flight=4) as client:
+    with make(fake.url, max_in_flight=4) as client:
         assert len(client.embed_many(clips())) == 12
     assert fake.most_busy == 4
 
@@ -361,7 +680,7 @@ def test_embed_many_of_nothing_and_of_a_string(client: SpeakerClient) -> None:
         client.embed_many("clip.wav")
 
 
-def test_threads_get_their_own_replies(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_get_their_own_replies(make: Make, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where tritonclient passes the call through an attribute: a thread may be held up right there."""
 
     def hold_up(triton: InferenceServerClient, call: object) -> None:
@@ -371,7 +690,7 @@ def test_threads_get_their_own_replies(fake: FakeTriton, monkeypatch: pytest.Mon
     attribute = property(lambda triton: triton.__dict__["call"], hold_up)
     monkeypatch.setattr(InferenceServerClient, "_call_future", attribute, raising=False)
     clips = [noise(0.05, seed=i) for i in range(200)]
-    with SpeakerClient(fake.url) as client, ThreadPoolExecutor(16) as pool:
+    with make(fake.url) as client, ThreadPoolExecutor(16) as pool:
         embeddings = list(pool.map(client.embed, clips))
     np.testing.assert_array_equal(np.stack(embeddings), np.stack([fingerprint(clip) for clip in clips]))
 
@@ -382,7 +701,7 @@ def test_threads_get_their_own_replies(fake: FakeTriton, monkeypatch: pytest.Mon
 def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
     a, b = noise(1), noise(1.5, seed=1)
     verification = client.verify(a, b)
-    assert verification.score == pytest.approx(cosine(fingerprint(a), fingerprint(b)))
+    assert verification.score == pytest.approx(score(fingerprint(a), fingerprint(b)))
     assert verification.threshold == 0.45  # not 0.44999998807907104
     assert client.verify(a, a).same
     assert client.verify(a, a).score == pytest.approx(1)
@@ -406,8 +725,9 @@ def test_verify_with_a_wrong_threshold(fake: FakeTriton, client: SpeakerClient, 
 
 
 def test_verify_does_not_compare_two_models(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.version = str
-    with pytest.raises(ModelNotReadyError, match="replaced between the two clips"):
+    models = iter(("1" * 24, "2" * 24))
+    fake.model = lambda fake: next(models)
+    with pytest.raises(ModelNotReadyError, match=r"replaced between the two clips \([0-9a-f]{24}, then [0-9a-f]{24}\)"):
         client.verify(noise(1), noise(1))
 
 
@@ -415,9 +735,9 @@ def test_verify_does_not_compare_two_models(fake: FakeTriton, client: SpeakerCli
     ("a", "b"),
     [([1.0, 0.0], [1.0]), ([[1.0]], [[1.0]]), ([0.0, 0.0], [1.0, 0.0]), ([math.nan, 1.0], [1.0, 0.0])],
 )
-def test_cosine_refuses(a: list[float], b: list[float]) -> None:
+def test_score_refuses(a: list[float], b: list[float]) -> None:
     with pytest.raises(EmbeddingError, match="expected"):
-        cosine(np.array(a), np.array(b))
+        score(np.array(a), np.array(b))
 
 
 # --- status ---
@@ -427,7 +747,7 @@ def test_status(fake: FakeTriton, client: SpeakerClient) -> None:
     status = client.status()
     assert (status.server_version, status.live, status.ready) == ("2.51.0", True, True)
     assert status.model_versions == ("1", "2")
-    assert status.limits == Limits(threshold=0.45, max_seconds=30.0, min_samples=640)
+    assert status.info == ModelInfo(threshold=0.45, max_seconds=30.0, min_samples=640, id=MODEL)
     assert status.deployment == Deployment(
         "onnxruntime", "model_fp16.onnx", ("2 on GPU 0", "2 on GPU 1", "1 on the CPU"), "fp16", 3
     )
@@ -437,8 +757,8 @@ def test_status(fake: FakeTriton, client: SpeakerClient) -> None:
 
 
 def test_status_of_an_overloaded_server(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.answers = [refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")]
-    assert client.status().limits is None
+    fake.otherwise = refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+    assert client.status().info is None
 
 
 # --- the package ---
@@ -449,7 +769,7 @@ def test_all_is_there_and_sorted() -> None:
     assert sorted(set(ecapa_triton.__all__)) == sorted(ecapa_triton.__all__)
 
 
-def test_the_tree_in_the_docstring_is_the_tree() -> None:
+def test_the_tree_in_the_docstring_is_the_tree(make: Make) -> None:
     lines = [line for line in (ecapa_triton._errors.__doc__ or "").splitlines() if line.startswith("    ")]
     parents: list[str] = []
     for line in lines:
@@ -466,9 +786,8 @@ Reference = Callable[[np.ndarray], np.ndarray]
 
 
 @pytest.fixture
-def served(server) -> Iterator[SpeakerClient]:  # type: ignore[no-untyped-def]
-    with SpeakerClient(server.grpc_url, timeout=60) as client:
-        yield client
+def served(server, make: Make) -> SpeakerClient:  # type: ignore[no-untyped-def]
+    return make(server.grpc_url, timeout=60)
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
@@ -515,10 +834,10 @@ def test_served_resampling_keeps_the_voice(served: SpeakerClient) -> None:
     """At 48 kHz and back, and at half the level: the same clip to the model."""
     samples, rate = soundfile.read(SAMPLES[0], dtype="float32")
     from_44100 = ecapa_triton._audio.soxr.resample(samples, rate, 48_000)
-    assert cosine(served.embed(samples, rate), served.embed(from_44100, 48_000)) > 0.99
+    assert score(served.embed(samples, rate), served.embed(from_44100, 48_000)) > 0.99
 
 
-def test_served_status(served: SpeakerClient) -> None:
+def test_served_status(served: SpeakerClient, mini: checkpoint.Checkpoint) -> None:
     time.sleep(0.5)  # Triton counts a request just after it has replied, and tests before this one sent some
     before = served.status()
     served.embed_many([noise(0.5, seed=i) for i in range(8)])
@@ -526,15 +845,15 @@ def test_served_status(served: SpeakerClient) -> None:
     after = served.status()
     assert before.server_version == after.server_version != ""
     assert after.live and after.ready and after.model_versions
-    assert after.limits == Limits(threshold=0.45, max_seconds=30.0, min_samples=640)
+    assert after.info == ModelInfo(threshold=0.45, max_seconds=30.0, min_samples=640, id=mini.sha256[:24])
     assert after.statistics.requests == before.statistics.requests + 9  # with the clip of silence of `before`
     assert 0 < after.statistics.executions - before.statistics.executions <= 9
     assert after.statistics.compute_ms > 0
 
 
-def test_served_unknown_model_and_wrong_version(server) -> None:  # type: ignore[no-untyped-def]
+def test_served_unknown_model_and_wrong_version(make: Make, server) -> None:  # type: ignore[no-untyped-def]
     for options in ({"model": "other"}, {"model_version": "999"}):
-        with SpeakerClient(server.grpc_url, **options) as client:
+        with make(server.grpc_url, **options) as client:
             for call in (lambda client=client: client.embed(noise(1)), client.status):
                 with pytest.raises((ModelNotFoundError, ModelNotReadyError)):
                     call()

@@ -33,7 +33,7 @@ def written_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 def test_products_of_the_published_size_are_counted() -> None:
     loaded = checkpoint.load("random", channels=1024)
-    packed = PackedEcapa(loaded.classifier, loaded.threshold).eval()
+    packed = PackedEcapa(loaded).eval()
     clips = [np.zeros(n, np.float32) for n in (640, 16000)]
     products = model.count_products(packed, clips)
     frames = 5 + 101

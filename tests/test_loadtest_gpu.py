@@ -58,7 +58,7 @@ def scripted(mini: checkpoint.Checkpoint, tmp_path_factory: pytest.TempPathFacto
     """A folder with the small model's TorchScript files alone."""
     folder = tmp_path_factory.mktemp("scripted")
     for half, name in (False, "model.pt"), (True, "model_fp16.pt"):
-        torchscript_file.write(PackedEcapa(mini.classifier, mini.threshold, half=half).eval(), mini, folder / name)
+        torchscript_file.write(PackedEcapa(mini, half=half).eval(), mini, folder / name)
     return folder
 
 
@@ -198,7 +198,7 @@ def test_a_reason_is_one_line(error: Exception, told: str) -> None:
 
 
 def test_products_are_counted_as_by_the_benchmark(scripted: Path, mini: checkpoint.Checkpoint) -> None:
-    packed = PackedEcapa(mini.classifier, mini.threshold).eval()
+    packed = PackedEcapa(mini).eval()
     products = model.count_products(packed, [np.zeros(16000, np.float32)])
     macs = sum(rows * inner * outer * count for (rows, inner, outer), count in products.items())
     padding = packed.features.basis.shape[0] - packed.features.n_fft

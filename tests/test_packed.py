@@ -86,7 +86,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def packed(loaded: checkpoint.Checkpoint) -> PackedEcapa:
-    return PackedEcapa(loaded.classifier, loaded.threshold, max_seconds=2, group=36).eval()
+    return PackedEcapa(loaded, max_seconds=2, group=36).eval()
 
 
 def embed(packed: PackedEcapa, clips: list[torch.Tensor]) -> torch.Tensor:
@@ -180,7 +180,9 @@ def test_work_is_bounded_by_the_clips_not_by_their_length(packed: PackedEcapa) -
 def test_model_info(loaded: checkpoint.Checkpoint, packed: PackedEcapa) -> None:
     with torch.inference_mode():
         _, info = packed(torch.cat(noise(3000, 4000)), torch.tensor([[3000], [4000]], dtype=torch.int32))
-    assert info.tolist() == [[loaded.threshold, 2.0, packed.min_samples]] * 2
+    limits, identity = info.numpy()[:, :3], info.numpy()[:, 3:]
+    assert limits.tolist() == [[loaded.threshold, 2.0, packed.min_samples]] * 2
+    assert ["".join(f"{int(number):06x}" for number in row) for row in identity] == [loaded.sha256[:24]] * 2
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_model_info(loaded: checkpoint.Checkpoint, packed: PackedEcapa) -> None:
 def test_what_is_not_reproduced_is_refused(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     loaded = checkpoint.load(str(make_folder(tmp_path / "source", **changes)))
     with pytest.raises(UnsupportedModel, match=what):
-        PackedEcapa(loaded.classifier, loaded.threshold)
+        PackedEcapa(loaded)
 
 
 def test_an_attention_that_could_overflow_is_refused(tmp_path: Path) -> None:
@@ -204,4 +206,4 @@ def test_an_attention_that_could_overflow_is_refused(tmp_path: Path) -> None:
     torch.save(state, folder / "embedding_model.ckpt")
     loaded = checkpoint.load(str(folder))
     with pytest.raises(UnsupportedModel, match="safe up to 60"):
-        PackedEcapa(loaded.classifier, loaded.threshold)
+        PackedEcapa(loaded)

@@ -112,7 +112,7 @@ batches_with_empty = st.lists(cuts() | cuts() | st.just(Cut("noise", 0)), min_si
 def model(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
     """The small trained model, exported to hear no more than LIMIT samples."""
     path = tmp_path_factory.mktemp("model") / "model.onnx"
-    onnx_file.write(PackedEcapa(mini.classifier, mini.threshold, LIMIT / SAMPLE_RATE).eval(), mini, path)
+    onnx_file.write(PackedEcapa(mini, LIMIT / SAMPLE_RATE).eval(), mini, path)
     model = OnnxModel(path)
     assert (model.min_samples, model.max_samples) == (SHORTEST, LIMIT)
     return model
@@ -458,7 +458,7 @@ def test_the_real_model_in_the_backend(ecapa: Any, reference: Reference, request
         note(f"{cut}")
         assert response.error is None, response.error
         rows = response.tensors["embedding"]
-        assert rows.shape == (items, 192) and response.tensors["model_info"].shape == (items, 3)
+        assert rows.shape == (items, 192) and response.tensors["model_info"].shape == (items, 7)
         if np.abs(cut.clip).max(initial=0) <= MAX_AMPLITUDE and cut.samples >= SHORTEST:
             assert all(difference(row, reference(cut.clip))[0] <= MAX_ERROR for row in rows)
         else:

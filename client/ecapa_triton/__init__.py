@@ -9,9 +9,13 @@ with SpeakerClient("127.0.0.1:8001") as client:
 ```
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ._audio import SAMPLE_RATE, Audio
-from ._client import SpeakerClient, Status, Tls
+from ._client import SpeakerClient
+from ._connection import State, Tls
 from ._errors import (
+    AddressError,
     AudioError,
     AudioFileError,
     AudioFormatError,
@@ -32,12 +36,19 @@ from ._errors import (
     ThresholdError,
     TooLongError,
     TooShortError,
+    TrustError,
 )
-from ._scoring import Verification, cosine
-from ._wire import Limits, Statistics
+from ._flow import Status
+from ._scoring import Utterance, Verification, score
+from ._wire import Deployment, ModelInfo, Statistics
+
+if TYPE_CHECKING:
+    from ._async_client import AsyncSpeakerClient
 
 __all__ = [
     "SAMPLE_RATE",
+    "AddressError",
+    "AsyncSpeakerClient",
     "Audio",
     "AudioError",
     "AudioFileError",
@@ -45,10 +56,11 @@ __all__ = [
     "ClosedError",
     "ConnectError",
     "DeadlineError",
+    "Deployment",
     "EcapaError",
     "EmbeddingError",
     "KeyRefusedError",
-    "Limits",
+    "ModelInfo",
     "ModelNotFoundError",
     "ModelNotReadyError",
     "NotAudioError",
@@ -58,12 +70,23 @@ __all__ = [
     "RejectedError",
     "ServerError",
     "SpeakerClient",
+    "State",
     "Statistics",
     "Status",
     "ThresholdError",
     "Tls",
     "TooLongError",
     "TooShortError",
+    "TrustError",
+    "Utterance",
     "Verification",
-    "cosine",
+    "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AsyncSpeakerClient":  # asyncio and its gRPC take time to import
+        from ._async_client import AsyncSpeakerClient
+
+        return AsyncSpeakerClient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

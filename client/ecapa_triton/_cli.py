@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._audio import describe
-from ._client import MAX_TIMEOUT, Embedded, Long, SpeakerClient, Tls
+from ._client import SpeakerClient
+from ._connection import MAX_TIMEOUT, Tls
 from ._errors import (
     ClosedError,
     ConnectError,
@@ -36,6 +37,8 @@ from ._errors import (
     ModelNotReadyError,
     ServerError,
 )
+from ._flow import Long
+from ._scoring import Utterance
 from ._wire import Gpu, read_gpus
 
 SAME, DIFFERENT, FAILED = 0, 1, 2  # exit statuses
@@ -164,11 +167,11 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         _check_output(arguments.output)
     files: list[str] = []
-    done: list[Embedded] = []
+    done: list[Utterance] = []
     failed = 0
-    outcomes = client._embed_each(arguments.files, long=arguments.long)
+    outcomes = client.utterances(arguments.files, long=arguments.long)
     for file, outcome in zip(arguments.files, outcomes, strict=True):
-        if isinstance(outcome, Embedded):
+        if isinstance(outcome, Utterance):
             files.append(file)
             done.append(outcome)
             if arguments.output is None:
@@ -190,7 +193,7 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     return FAILED if failed else SAME
 
 
-def _line(file: str, one: Embedded, as_json: bool) -> str:
+def _line(file: str, one: Utterance, as_json: bool) -> str:
     if as_json:
         return json.dumps({"file": file, "seconds": one.seconds, "embedding": [float(str(x)) for x in one.embedding]})
     first = " ".join(f"{x:.3f}" for x in one.embedding[:4])
@@ -214,17 +217,18 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_without_nan(asdict(status) | {"gpus": [asdict(gpu) for gpu in gpus]})))
         return SAME
-    limits, statistics, served = status.limits, status.statistics, status.deployment
+    info, statistics, served = status.info, status.statistics, status.deployment
     state = "ready" if status.ready else "live, not ready" if status.live else "not live"
     print(f"server      Triton {status.server_version} at {status.url}, {state}")
     print(f"model       {status.model}, version {', '.join(status.model_versions) or 'none'}")
     file, precision = served.file or "its usual file", f", {served.precision}" if served.precision else ""
     print(f"served      {file} by {served.backend}{precision}; instances: {', '.join(served.instances) or 'none'}")
     print(f"batch       up to {served.max_batch} clips")
-    if limits is not None:
-        shortest = limits.min_samples / 16  # ms at 16 kHz
-        print(f"clips       {shortest:g} ms to {limits.max_seconds:g} s")
-        print(f"threshold   {'none: give one' if limits.threshold is None else limits.threshold}")
+    if info is not None:
+        shortest = info.min_samples / 16  # ms at 16 kHz
+        print(f"weights     {info.id}")
+        print(f"clips       {shortest:g} ms to {info.max_seconds:g} s")
+        print(f"threshold   {'none: give one' if info.threshold is None else info.threshold}")
     print(
         f"requests    {statistics.requests} in {statistics.executions} executions, "
         f"{statistics.failures} failed, mean batch {statistics.mean_batch:.2f}"

@@ -1,6 +1,7 @@
 """Everything that can go wrong, as one tree.
 
-Each message says what came, what was expected and what to do.
+Each message says what came, what was expected and what to do. Where `transient` is true, the same request may fare
+better a moment later; the clients have asked several times before such an error is raised.
 
     EcapaError
         AudioError              the clip cannot be embedded; nothing of it was sent
@@ -12,6 +13,8 @@ Each message says what came, what was expected and what to do.
             NotFiniteError          holds NaN, infinity, or samples far outside [-1, 1]
         ServerError             the server could not be asked or did not answer as it should
             ConnectError            no Triton is reached at this address
+                AddressError            the url is none
+                TrustError              client and server do not accept each other's certificates
             KeyRefusedError         the server asks for an API key, and got none or another
             DeadlineError           no reply within the timeout
             OverloadedError         the server's queue is full, or the request waited too long in it
@@ -27,13 +30,20 @@ Each message says what came, what was expected and what to do.
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 # In gRPC's words for a TLS connection that did not come about.
 _NO_TRUST = r"handshak|hostname verification|certificate[ _]verify|ssl_error|wrong version number"
 
 
 class EcapaError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        transient: Whether the same request may fare better a moment later.
+    """
+
+    transient: ClassVar[bool] = False
 
 
 class AudioError(EcapaError):
@@ -71,6 +81,20 @@ class ServerError(EcapaError):
 class ConnectError(ServerError):
     """No Triton is reached at this address."""
 
+    transient = True
+
+
+class AddressError(ConnectError):
+    """The url is not that of a gRPC endpoint."""
+
+    transient = False
+
+
+class TrustError(ConnectError):
+    """Client and server do not accept each other's certificates."""
+
+    transient = False
+
 
 class KeyRefusedError(ServerError):
     """The server asks for an API key, and got none or another."""
@@ -83,6 +107,8 @@ class DeadlineError(ServerError):
 class OverloadedError(ServerError):
     """The server's queue is full, or the request waited in it for too long."""
 
+    transient = True
+
 
 class ModelNotFoundError(ServerError):
     """The server has no model of this name."""
@@ -90,6 +116,8 @@ class ModelNotFoundError(ServerError):
 
 class ModelNotReadyError(ServerError):
     """The server knows the model but it is not loaded."""
+
+    transient = True
 
 
 class RejectedError(ServerError):
@@ -102,6 +130,8 @@ class ProtocolError(ServerError):
 
 class EmbeddingError(EcapaError):
     """The model has no embedding for a clip that looks right (NaN)."""
+
+    transient = True
 
 
 class ThresholdError(EcapaError):
@@ -147,7 +177,7 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
     if "server is stopping" in words:
         return ConnectError(f"the server at {url} is stopping ({detail}): try again once it is back")
     if status == "UNAUTHENTICATED" or (status == "UNAVAILABLE" and re.search(_NO_TRUST, words)):
-        return ConnectError(
+        return TrustError(
             f"no trust between this client and the server at {url} ({detail}): look at the names and dates of its "
             "certificate, pass the authority that signed it, and a certificate of this client's if it asks for one"
         )

@@ -13,6 +13,24 @@ from numpy.typing import NDArray
 from ._errors import EmbeddingError, ThresholdError
 
 
+@dataclass(frozen=True, eq=False)
+class Utterance:
+    """An embedding with what is known about its making.
+
+    Attributes:
+        embedding: float32 `[192]`; not of unit length.
+        seconds: Of audio that it stands for.
+        model: Whose it is: the first 24 hexadecimal digits of the SHA-256 of the model's weights. Embeddings of two
+            models do not compare.
+        threshold: The model's own: cosine above which two utterances are of one speaker; None where it has none.
+    """
+
+    embedding: NDArray[np.float32]
+    seconds: float
+    model: str
+    threshold: float | None
+
+
 @dataclass(frozen=True)
 class Verification:
     """Whether two clips are of one speaker.
@@ -28,7 +46,7 @@ class Verification:
     same: bool
 
 
-def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+def score(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Cosine of two embeddings `[dims]`, -1 to 1; they need not be of unit length.
 
     Raises:

@@ -14,35 +14,22 @@ from tritonclient.utils import InferenceServerException
 from ._audio import SAMPLE_RATE, Waveform
 from ._errors import ProtocolError
 
-SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
-KEY_HEADER = "triton-grpc-protocol-api-key"  # for Triton's APIs that are restricted by the header "api-key"
-
-# A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
-CHANNEL_ARGS = [
-    ("grpc.max_send_message_length", -1),  # the model limits the length of a clip, not gRPC
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    # A Triton endpoint is addressed directly; gRPC would hand clips, even those for 127.0.0.1, to $http_proxy.
-    ("grpc.enable_http_proxy", 0),
-    # Where a name or a list stands for several servers they take turns, not the first one everything.
-    ("grpc.lb_policy_name", "round_robin"),
-]
-
 
 @dataclass(frozen=True)
-class Limits:
+class ModelInfo:
     """Constants of a model; they come with every one of its replies.
 
     Attributes:
         threshold: Cosine above which two clips are of one speaker; None where the model has none.
         max_seconds: The model embeds no more than this much of a clip.
         min_samples: Smallest clip, in samples at 16 kHz.
+        id: Which model it is: the first 24 hexadecimal digits of the SHA-256 of its weights.
     """
 
     threshold: float | None
     max_seconds: float
     min_samples: int
+    id: str
 
     @property
     def max_samples(self) -> int:
@@ -51,7 +38,7 @@ class Limits:
 
 
 # What an export gives when not told otherwise; only a guess how much to read before a first reply is there.
-USUAL_LIMITS = Limits(threshold=None, max_seconds=30.0, min_samples=640)
+USUAL = ModelInfo(threshold=None, max_seconds=30.0, min_samples=640, id="")
 
 
 @dataclass(frozen=True)
@@ -59,8 +46,7 @@ class Reply:
     """What the model says about one clip: `embedding` float32 [dims], NaN where it has none."""
 
     embedding: Waveform
-    limits: Limits
-    version: str
+    info: ModelInfo
 
     @property
     def finite(self) -> bool:
@@ -138,16 +124,21 @@ def request(waveform: Waveform) -> dict[str, Any]:
 def read_reply(result: InferResult) -> Reply:
     """The reply to `request`, or `ProtocolError` if it is not one."""
     embedding = _output(result, "embedding")
-    threshold, max_seconds, min_samples = _output(result, "model_info", size=3)
+    threshold, max_seconds, min_samples, *identity = _output(result, "model_info", size=7)
     if not (0 < max_seconds < math.inf and 0 <= min_samples < math.inf):
         raise ProtocolError(
             f"model_info says max_seconds {max_seconds} and min_samples {min_samples}, "
             "expected positive numbers: export the model again"
         )
+    if not all(0 <= number < 1 << 24 and number == int(number) for number in identity):
+        raise ProtocolError(
+            f"model_info ends with {', '.join(map(str, identity))}, expected the model's identity, "
+            "whole numbers of 24 bits: export the model again"
+        )
     # As the shortest decimal that this float32 is nearest to: 0.45, not 0.44999998807907104.
     cosine = None if np.isnan(threshold) else float(str(threshold))
-    limits = Limits(cosine, float(max_seconds), int(min_samples))
-    return Reply(embedding, limits, result.get_response().model_version)
+    digits = "".join(f"{int(number):06x}" for number in identity)
+    return Reply(embedding, ModelInfo(cosine, float(max_seconds), int(min_samples), digits))
 
 
 def _output(result: InferResult, name: str, size: int | None = None) -> Waveform:

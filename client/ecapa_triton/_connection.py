@@ -1,0 +1,133 @@
+"""How a client reaches the server: checked once, the same for both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ._errors import AddressError, TrustError
+
+SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
+KEY_HEADER = "triton-grpc-protocol-api-key"  # for Triton's APIs that are restricted by the header "api-key"
+MAX_TIMEOUT = 1e6  # s; gRPC takes deadlines in the far future for ones in the past
+MAX_DURATION = 86_400  # s
+CLOSED = "the client is closed: make a new one"
+
+CHANNEL_ARGS = [
+    # No clip is longer than the model's limit: the client cuts or refuses it before.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", 16 << 20),  # bytes; the largest reply is that of the model's config
+    # A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A server whose machine is gone says nothing: without pings gRPC would wait a quarter of an hour for it. They are
+    # sent only while a request is under way, and not so many that a server would take offence.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A Triton endpoint is addressed directly; gRPC would hand clips, even those for 127.0.0.1, to $http_proxy.
+    ("grpc.enable_http_proxy", 0),
+    # Where a name or a list stands for several servers they take turns, not the first one everything.
+    ("grpc.lb_policy_name", "round_robin"),
+]
+
+
+class State(Enum):
+    """What a client can do.
+
+    Attributes:
+        NEW: Nothing was asked of the server yet, and there is no connection.
+        OPEN: It has a connection, or finds one again.
+        CLOSED: It was closed, and takes no more requests.
+    """
+
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class Tls:
+    """An encrypted connection.
+
+    Attributes:
+        ca: File with the certificates of the authorities that the server's is trusted by, PEM. None: those that
+            gRPC brings along.
+        certificate: File with this client's own certificate, PEM, where the server asks for one.
+        key: File with its private key, PEM.
+        name: What the server's certificate is for, where the url does not say: a list of addresses.
+    """
+
+    ca: Path | str | None = None
+    certificate: Path | str | None = None
+    key: Path | str | None = None
+    name: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of Triton's clients."""
+        if (self.certificate is None) != (self.key is None):
+            raise TrustError("a client's certificate and its key go together: pass both or neither")
+        named = {"root_certificates": self.ca, "certificate_chain": self.certificate, "private_key": self.key}
+        paths = {name: str(path) for name, path in named.items() if path is not None}
+        for path in paths.values():
+            try:
+                open(path, "rb").close()
+            except OSError as exc:
+                raise TrustError(f"{path}: {exc.strerror}: pass a file in PEM format") from exc
+        return {"ssl": True} | paths
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The options of a client, checked. Those of `SpeakerClient` say what they mean."""
+
+    url: str
+    model: str
+    timeout: float | None
+    model_version: str = ""
+    retries: int = 4
+    max_in_flight: int = 8
+    max_duration: float = 3600.0
+    tls: Tls | None = None
+    api_key: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
+            raise ValueError(
+                f"timeout is {self.timeout}: expected seconds above 0 and up to {MAX_TIMEOUT:.0f}, "
+                "or None to wait for ever"
+            )
+        if not 0 < self.max_duration <= MAX_DURATION:
+            raise ValueError(f"max_duration is {self.max_duration}: expected seconds above 0 and up to {MAX_DURATION}")
+        for name, least in ("max_in_flight", 1), ("retries", 0):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected {least} or more")
+        for name, value in self.headers.items():
+            # What gRPC would refuse with words of its own, at the first request.
+            if not (name and name == name.lower() and name.replace("-", "").replace("_", "").isalnum()):
+                raise ValueError(f"metadata has the name {name!r}: expected small letters, digits, - and _")
+            if not (value.isascii() and value.isprintable()):
+                what = "api_key" if name == KEY_HEADER else f"metadata {name!r}"
+                raise TrustError(f"{what} is not of visible ASCII characters alone: pass it as the server has it")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with every request."""
+        return dict(self.metadata) | ({} if self.api_key is None else {KEY_HEADER: self.api_key})
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of Triton's clients."""
+        target = self.url.removeprefix(SCHEME).removeprefix(TLS_SCHEME).rstrip("/")
+        if not target or target.startswith(("http://", "https://")):
+            raise AddressError(
+                f"url is {self.url!r}: expected HOST:PORT of Triton's gRPC endpoint, such as 127.0.0.1:8001 "
+                "(8000 is its HTTP port)"
+            )
+        tls = self.tls or (Tls() if self.url.startswith(TLS_SCHEME) else None)
+        channel = list(CHANNEL_ARGS)
+        if tls is not None and tls.name is not None:
+            channel.append(("grpc.ssl_target_name_override", tls.name))
+        return {"url": target, "channel_args": channel} | ({} if tls is None else tls.arguments())

@@ -1,0 +1,291 @@
+"""What becomes of a clip, step by step: no network, no thread, no clock that waits.
+
+Each function here is a generator of steps. A client performs them, by blocking or by awaiting, and sends back what came
+of each; so that both clients do the same, and differ in nothing but how they wait.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
+
+from . import _audio, _scoring, _wire
+from ._audio import SAMPLE_RATE, Audio, Clip, Waveform
+from ._connection import Connection
+from ._errors import (
+    EcapaError,
+    EmbeddingError,
+    ModelNotReadyError,
+    OverloadedError,
+    TooLongError,
+    TooShortError,
+    from_grpc,
+)
+from ._scoring import Utterance, Verification
+from ._wire import Deployment, ModelInfo, Reply, Statistics
+
+Embedding: TypeAlias = NDArray[np.float32]
+Long: TypeAlias = Literal["error", "truncate", "windows"]
+T = TypeVar("T")
+
+FIRST_WAIT, LONGEST_WAIT = 0.1, 2.0  # s, between two attempts
+
+
+@dataclass(frozen=True)
+class Read:
+    """Read a clip, as `_audio.read`; the answer is a `Clip`."""
+
+    audio: Audio
+    sample_rate: float | None
+    max_samples: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send one request and wait for its reply for `timeout` seconds; the answer is a `Reply`."""
+
+    waveform: Waveform
+    timeout: float | None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Call a method of Triton's client; the answer is what it returns."""
+
+    method: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Together:
+    """Perform all of these, `max_in_flight` at a time; the answer is the list of their results, or the first error."""
+
+    parts: Sequence[Generator[Any, Any, Reply]]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Perform these steps while no others of this kind are performed; the answer is their result."""
+
+    steps: Generator[Any, Any, Any]
+
+
+Step: TypeAlias = Read | Send | Ask | Wait | Together | Alone
+Steps: TypeAlias = Generator[Step, Any, T]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the server says about itself and the model.
+
+    Attributes:
+        url: Address of the server.
+        server_version: Version of Triton.
+        live: The server runs.
+        ready: The server and the model take requests.
+        model: Name of the model.
+        model_versions: Versions of the model that are loaded.
+        deployment: How the model is served.
+        info: Constants of the model; None where they could not be asked for.
+        statistics: What the server counted for the model.
+    """
+
+    url: str
+    server_version: str
+    live: bool
+    ready: bool
+    model: str
+    model_versions: tuple[str, ...]
+    deployment: Deployment
+    info: ModelInfo | None
+    statistics: Statistics
+
+
+class Flow:
+    """The steps of one client, and what it has learned of the model."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._info: ModelInfo | None = None  # of the latest reply
+
+    def utterance(self, audio: Audio, sample_rate: float | None, long: Long) -> Steps[Utterance]:
+        """Embed one clip."""
+        for _ in range(3):  # with a guess of the limits, the model's own, those of a model that replaced it
+            info = self._info or _wire.USUAL
+            clip: Clip = yield Read(audio, sample_rate, info.max_samples)
+            if not len(clip.waveform):
+                raise TooShortError(f"{clip.name}: holds no samples: pass a clip of a second or more")
+            if self._info is None and (clip.cut or len(clip.waveform) < info.min_samples):
+                yield from self._ask_info()  # a guess is good enough to read by, not to refuse by
+                continue
+            _check_length(clip, info, long)
+            if clip.cut and long == "windows":  # one at a time, so that memory is bounded by max_duration
+                clip, replies = yield Alone(self._windows(audio, sample_rate, info))
+            else:
+                replies = [(yield from self.request(clip.name, clip.waveform))]
+            one_model = len({reply.info for reply in replies}) == 1
+            sent = min(len(clip.waveform), info.max_samples)
+            info = replies[0].info
+            whole = sent <= info.max_samples or long == "truncate"
+            if one_model and whole:  # else the model was replaced by one with other limits
+                embeddings = [reply.embedding for reply in replies]
+                embedding = embeddings[0] if len(embeddings) == 1 else _scoring.mean_direction(embeddings)
+                seconds = min(clip.seconds, info.max_seconds) if long == "truncate" else clip.seconds
+                return Utterance(embedding, seconds, info.id, info.threshold)
+        raise ModelNotReadyError(
+            f"model {self.connection.model!r} at {self.connection.url} keeps changing its limits: try again"
+        )
+
+    def request(self, name: str, waveform: Waveform) -> Steps[Reply]:
+        """Ask for one embedding, again where that may help, until the time is up."""
+        timeout, retries = self.connection.timeout, self.connection.retries
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        for attempt in range(retries + 1):
+            try:
+                reply: Reply = yield Send(waveform, None if timeout is None else end - time.monotonic())
+                self._info = reply.info
+                if reply.finite:
+                    return reply
+                if len(waveform) < reply.info.min_samples:
+                    raise _too_short(name, len(waveform), reply.info)
+                raise _no_embedding(name, len(waveform), attempt + 1)
+            except EcapaError as exc:
+                pause = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
+                if not exc.transient or attempt == retries or time.monotonic() + pause >= end:
+                    raise
+            yield Wait(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def verification(
+        self, one: Utterance | EcapaError, two: Utterance | EcapaError, threshold: float | None
+    ) -> Verification:
+        """Tell whether two utterances are of one speaker; an error among them is raised."""
+        one, two = raise_first([one, two])
+        if one.model != two.model:
+            raise ModelNotReadyError(
+                f"model {self.connection.model!r} was replaced between the two clips ({one.model}, then "
+                f"{two.model}), and their embeddings do not compare: try again"
+            )
+        return _scoring.decide(_scoring.score(one.embedding, two.embedding), threshold, two.threshold)
+
+    def status(self) -> Steps[Status]:
+        """Ask for all that `Status` tells. A clip of silence is embedded, once the statistics are read."""
+        model = (self.connection.model, self.connection.model_version)
+        server = yield Ask("get_server_metadata")
+        metadata = yield Ask("get_model_metadata", model)
+        config = yield Ask("get_model_config", model)
+        ready = (yield Ask("is_server_ready")) and (yield Ask("is_model_ready", model))
+        statistics = yield Ask("get_inference_statistics", model)
+        info = self._info
+        try:
+            info = yield from self._ask_info()
+        except OverloadedError:
+            pass  # the rest is worth telling, now more than ever
+        live = yield Ask("is_server_live")
+        return Status(
+            url=self.connection.url,
+            server_version=server.version,
+            live=bool(live),
+            ready=bool(ready),
+            model=self.connection.model,
+            model_versions=tuple(metadata.versions),
+            deployment=_wire.read_config(config.config),
+            info=info,
+            statistics=_wire.read_statistics(statistics),
+        )
+
+    def error(self, exc: InferenceServerException) -> EcapaError:
+        """The error of ours for one of Triton's client."""
+        status = (exc.status() or "UNKNOWN").removeprefix("StatusCode.")
+        connection = self.connection
+        return from_grpc(
+            status, exc.message() or "", url=connection.url, model=connection.model, timeout=connection.timeout
+        )
+
+    def _windows(self, audio: Audio, sample_rate: float | None, info: ModelInfo) -> Steps[tuple[Clip, list[Reply]]]:
+        longest = self.connection.max_duration
+        clip: Clip = yield Read(audio, sample_rate, round(longest * SAMPLE_RATE))
+        if clip.cut:
+            raise TooLongError(
+                f"{clip.name}: longer than the {longest:g} s that this client reads "
+                "(max_duration of SpeakerClient): cut the recording"
+            )
+        places = _audio.windows(len(clip.waveform), info.max_samples)
+        replies = yield Together([self.request(clip.name, clip.waveform[place]) for place in places])
+        return clip, replies
+
+    def _ask_info(self) -> Steps[ModelInfo]:
+        """The model's constants, which come with any reply, even one without an embedding."""
+        try:
+            silence = np.zeros(_wire.USUAL.min_samples, np.float32)
+            yield from self.request("a clip of silence", silence)
+        except (EmbeddingError, TooShortError):
+            pass
+        assert self._info is not None
+        return self._info
+
+
+def check_many(audios: object, long: Long) -> None:
+    """Refuse a single clip where a list is meant, and an unknown `long`."""
+    if isinstance(audios, str | bytes) or hasattr(audios, "__fspath__"):
+        raise TypeError(f"audios is a single {type(audios).__name__}: expected a list of clips")
+    check_long(long)
+
+
+def check_long(long: Long) -> None:
+    """Refuse an unknown `long`."""
+    if long not in get_args(Long):
+        raise ValueError(f"long is {long!r}: expected one of {', '.join(get_args(Long))}")
+
+
+def raise_first(outcomes: Iterable[Utterance | EcapaError]) -> list[Utterance]:
+    """The outcomes, once all are there, or the first error among them raised."""
+    finished = list(outcomes)
+    for outcome in finished:
+        if isinstance(outcome, EcapaError):
+            raise outcome
+    return [outcome for outcome in finished if isinstance(outcome, Utterance)]
+
+
+def _check_length(clip: Clip, info: ModelInfo, long: Long) -> None:
+    if len(clip.waveform) < info.min_samples:
+        raise _too_short(clip.name, len(clip.waveform), info)
+    if clip.cut and long == "error":
+        seconds = clip.source_seconds
+        digits = next((n for n in range(1, 7) if round(seconds, n) > info.max_seconds), None)  # 30.0001, not 30.0
+        length = "longer than its header says" if digits is None else f"{seconds:.{digits}f} s long"
+        raise TooLongError(
+            f"{clip.name}: {length}, the model takes up to {info.max_seconds:g} s: "
+            "choose long=truncate (the first of it) or long=windows (the mean over all of it)"
+        )
+
+
+def _too_short(name: str, samples: int, info: ModelInfo) -> TooShortError:
+    return TooShortError(
+        f"{name}: {samples / SAMPLE_RATE * 1000:.1f} ms long, "
+        f"expected {info.min_samples / SAMPLE_RATE * 1000:g} ms or more: pass a longer clip, "
+        "best of a second or more"
+    )
+
+
+def _no_embedding(name: str, samples: int, times: int) -> EmbeddingError:
+    return EmbeddingError(
+        f"{name}: the model answered NaN {times} times for {samples / SAMPLE_RATE:.2f} s of good audio; "
+        "another client's empty clip in the same batch explains one NaN, hardly more: try again, "
+        "then check the model with `python -m export verify`"
+    )
