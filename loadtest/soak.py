@@ -238,7 +238,7 @@ class Load:
         kinds = itertools.cycle(HOSTILE[(first + turn) % len(HOSTILE)] for turn in range(len(HOSTILE)))
         with (
             InferenceServerClient(self.server.grpc_url) as triton,
-            SpeakerClient(self.server.grpc_url, timeout=TIMEOUT) as speaker,
+            SpeakerClient(self.server.grpc_url, timeout=TIMEOUT, retries=0) as speaker,
         ):
             if self.hostile:
                 self._send_hostile(triton, next(kinds), random)

@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import math
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
@@ -554,6 +557,38 @@ def test_two_event_loops_at_once(fake: FakeTriton) -> None:
                 await asyncio.to_thread(asyncio.run, client.embed(noise(1)))
 
     asyncio.run(two())
+
+
+GONE = """
+import os, subprocess
+from ecapa_triton import ConnectError, SpeakerClient
+from fake_triton import fake_triton
+import numpy as np
+
+with fake_triton() as fake, SpeakerClient(fake.url, timeout=100, retries=0) as client:
+    clip = np.full(160_000, 0.1, np.float32)
+    client.embed(clip)
+    for command in "del local 127.0.0.1 table local", "add blackhole 127.0.0.1 table local":
+        subprocess.run(["ip", "route", *command.split()], check=True)
+    try:
+        client.embed(clip)
+    except ConnectError:
+        print("noticed", flush=True)
+        os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_machine_that_vanishes_is_noticed() -> None:
+    """In a network of its own, in which packets to the server are lost from some moment on."""
+    own = ["unshare", "--map-root-user", "--net", "sh", "-c"]
+    if not shutil.which("unshare") or not shutil.which("ip") or subprocess.run([*own, "ip link"]).returncode:
+        pytest.skip("needs unshare and ip, and leave to use them: apt install util-linux iproute2")
+    command = [*own, 'ip link set lo up && exec "$0" -c "$1"', sys.executable, GONE]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=90)
+    assert done.stdout == "noticed\n", done.stderr
+    assert time.monotonic() - start < 60  # and not the 100 s of the timeout
 
 
 # --- cancelled ---

@@ -237,7 +237,7 @@ class ClientSender:
     """This project's client; it hands out no NaN, so each of its embeddings must be right."""
 
     def __init__(self, url: str) -> None:
-        self.client = SpeakerClient(url, timeout=PATIENCE)
+        self.client = SpeakerClient(url, timeout=PATIENCE, retries=0)
 
     def __enter__(self) -> ClientSender:
         return self
