@@ -5,7 +5,7 @@ SOURCE ?=
 SOAK_MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-ops faults lint export verify serve bench loadtest soak gpu-check clean
+.PHONY: help demo test test-slow test-ops faults lint export verify serve bench loadtest soak gpu-check api clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -55,6 +55,9 @@ soak: $(BIN)/installed ## a minute of damaged audio files, then the server under
 gpu-check: $(BIN)/installed ## all that needs a GPU, measured on this host's, into loadtest/results/
 	$(BIN)/python -m loadtest gpu $(if $(SOURCE),--source $(SOURCE))
 
+api: $(BIN)/installed ## the client's reference from its docstrings: build/api/index.html
+	@$(BIN)/python -W error docs/api.py build/api && echo build/api/index.html
+
 clean: ## remove the environment and the exported models
 	rm -rf .venv model_repository/*/1/model.*
 
@@ -64,6 +67,6 @@ $(BIN)/installed: pyproject.toml constraints.txt
 		{ echo "$$($(PYTHON) --version) found, Python 3.10 to 3.12 is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
 	@echo "install into .venv (some minutes the first time) ..."
 	@begun=$$(date +%s) && $(PYTHON) -m venv .venv && \
-		$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,server,loadtest,dev]' && \
+		$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,server,loadtest,bulk,evaluate,ray,dev]' && \
 		echo "install into .venv: $$(($$(date +%s) - begun)) s"
 	@touch $@

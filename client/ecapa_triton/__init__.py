@@ -24,11 +24,15 @@ from ._errors import (
     DeadlineError,
     EcapaError,
     EmbeddingError,
+    GalleryError,
+    GalleryFileError,
     KeyRefusedError,
+    ModelMismatchError,
     ModelNotFoundError,
     ModelNotReadyError,
     NotAudioError,
     NotFiniteError,
+    OutputError,
     OverloadedError,
     ProtocolError,
     RejectedError,
@@ -37,8 +41,10 @@ from ._errors import (
     TooLongError,
     TooShortError,
     TrustError,
+    UnknownVoiceError,
 )
 from ._flow import Status
+from ._gallery import Candidate, Gallery, Identification
 from ._scoring import Utterance, Verification, score
 from ._wire import Deployment, ModelInfo, Statistics
 
@@ -53,18 +59,25 @@ __all__ = [
     "AudioError",
     "AudioFileError",
     "AudioFormatError",
+    "Candidate",
     "ClosedError",
     "ConnectError",
     "DeadlineError",
     "Deployment",
     "EcapaError",
     "EmbeddingError",
+    "Gallery",
+    "GalleryError",
+    "GalleryFileError",
+    "Identification",
     "KeyRefusedError",
     "ModelInfo",
+    "ModelMismatchError",
     "ModelNotFoundError",
     "ModelNotReadyError",
     "NotAudioError",
     "NotFiniteError",
+    "OutputError",
     "OverloadedError",
     "ProtocolError",
     "RejectedError",
@@ -78,6 +91,7 @@ __all__ = [
     "TooLongError",
     "TooShortError",
     "TrustError",
+    "UnknownVoiceError",
     "Utterance",
     "Verification",
     "score",
@@ -90,3 +104,7 @@ def __getattr__(name: str) -> Any:
 
         return AsyncSpeakerClient
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

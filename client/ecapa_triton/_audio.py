@@ -8,12 +8,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
-import soundfile
-import soxr
 from numpy.typing import NDArray
 
 from ._errors import (
@@ -28,7 +27,9 @@ Audio: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | NDA
 
 Waveform: TypeAlias = NDArray[np.float32]
 
-SAMPLE_RATE = 16_000  # Hz, the rate of the model's training data
+SAMPLE_RATE = 16_000
+"""Hz, of the model's training data and so of every waveform that is sent."""
+
 MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; outside it is a broken header rather than a recording of speech
 MAX_AMPLITUDE = 1e4  # full scale is 1; beyond this the model answers NaN
 MAX_CHANNELS = 32  # of an array: more is a transposed array rather than a microphone array
@@ -85,6 +86,8 @@ def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) ->
         _check_rate(name, rate)
         _check_array(name, audio)
         return _collect(name, _array_blocks(audio), rate, len(audio) / rate, max_samples)
+    import soundfile  # only where there is a file to read
+
     try:
         with _open(name, audio) as (file, frames, raw):
             rate = file.samplerate
@@ -157,6 +160,8 @@ def _resample(blocks: Iterator[Waveform], rate: float) -> Iterator[Waveform]:
     if rate == SAMPLE_RATE:
         yield from blocks
         return
+    import soxr  # only where there is something to resample
+
     stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     for block in blocks:
         yield stream.resample_chunk(block)
@@ -184,11 +189,16 @@ def _array_blocks(array: NDArray[Any]) -> Iterator[Waveform]:
         yield _mono(block)
 
 
-class _Forward(soundfile.SoundFile):  # type: ignore[misc]
+@cache
+def _forward() -> type[Any]:
     """A file only read forwards: else soundfile seeks after every read, which resets an MP3 decoder."""
+    import soundfile
 
-    def seekable(self) -> bool:
-        return False
+    class Forward(soundfile.SoundFile):  # type: ignore[misc]
+        def seekable(self) -> bool:
+            return False
+
+    return Forward
 
 
 class _Bytes(io.BytesIO):
@@ -202,7 +212,7 @@ class _Bytes(io.BytesIO):
 @contextmanager
 def _open(
     name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview
-) -> Iterator[tuple[_Forward, int, _Bytes | io.FileIO]]:
+) -> Iterator[tuple[Any, int, _Bytes | io.FileIO]]:
     """The file, how many frames its header promises, and what libsndfile reads it from."""
     raw: _Bytes | io.FileIO
     if isinstance(audio, bytes | bytearray | memoryview):
@@ -218,7 +228,7 @@ def _open(
         times = _promised(raw)
         raw.seek(0)
         # By descriptor: no RAW format by suffix, no encoding of the name, and reasons from the system.
-        with _Forward(raw.fileno() if isinstance(raw, io.FileIO) else raw, closefd=False) as file:
+        with _forward()(raw.fileno() if isinstance(raw, io.FileIO) else raw, closefd=False) as file:
             yield file, round(file.frames * times) if times > 1 else file.frames, raw
 
 
@@ -267,7 +277,7 @@ def _open_path(name: str, path: str | os.PathLike[str]) -> io.FileIO:
         ) from exc
 
 
-def _file_blocks(name: str, file: _Forward, frames: int, raw: _Bytes | io.FileIO) -> Iterator[Waveform]:
+def _file_blocks(name: str, file: Any, frames: int, raw: _Bytes | io.FileIO) -> Iterator[Waveform]:
     """Mono float32 blocks of a file, with an error if it ends before or goes on behind what its header promises."""
     step = max(1, BLOCK // file.channels)
     done, start = 0, raw.tell()

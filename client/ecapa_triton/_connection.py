@@ -23,9 +23,9 @@ CHANNEL_ARGS = [
     # A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # A server whose machine is gone says nothing, and gRPC would send to it for a quarter of an hour. With keepalive on,
-    # a connection ends on which what was sent is not acknowledged in 10 s. Pings themselves come once in 330 s at most:
-    # a server with gRPC's usual settings ends connections that ping more than once in 300 s.
+    # A server whose machine is gone says nothing, and gRPC would send to it for a quarter of an hour. With keepalive, a
+    # connection ends on which what was sent is not acknowledged in 10 s. Pings themselves come once in 330 s at most: a
+    # server with gRPC's usual settings ends connections that ping more than once in 300 s.
     ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     # A Triton endpoint is addressed directly; gRPC would hand clips, even those for 127.0.0.1, to $http_proxy.
@@ -66,8 +66,7 @@ class Tls:
     key: Path | str | None = None
     name: str | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of Triton's clients."""
+    def _arguments(self) -> dict[str, Any]:
         if (self.certificate is None) != (self.key is None):
             raise TrustError("a client's certificate and its key go together: pass both or neither")
         named = {"root_certificates": self.ca, "certificate_chain": self.certificate, "private_key": self.key}
@@ -131,4 +130,4 @@ class Connection:
         channel = list(CHANNEL_ARGS)
         if tls is not None and tls.name is not None:
             channel.append(("grpc.ssl_target_name_override", tls.name))
-        return {"url": target, "channel_args": channel} | ({} if tls is None else tls.arguments())
+        return {"url": target, "channel_args": channel} | ({} if tls is None else tls._arguments())

@@ -25,6 +25,11 @@ better a moment later; the clients have asked several times before such an error
         EmbeddingError          the model has no embedding for a clip that looks right (NaN)
         ThresholdError          no usable threshold to decide by
         ClosedError             the client was closed
+        ModelMismatchError      embeddings of two models do not compare
+        GalleryError            a name that cannot be one, or nothing to enrol
+            UnknownVoiceError       nobody of this name is enrolled
+            GalleryFileError        the file holds no gallery, or only a damaged one
+        OutputError             a file cannot be written at this path
 """
 
 from __future__ import annotations
@@ -140,6 +145,26 @@ class ThresholdError(EcapaError):
 
 class ClosedError(EcapaError):
     """The client was closed."""
+
+
+class ModelMismatchError(EcapaError):
+    """Embeddings of two models do not compare."""
+
+
+class GalleryError(EcapaError):
+    """A name that cannot be one, or nothing to enrol."""
+
+
+class UnknownVoiceError(GalleryError):
+    """Nobody of this name is enrolled."""
+
+
+class GalleryFileError(GalleryError):
+    """The file holds no gallery, or only a damaged one."""
+
+
+class OutputError(EcapaError):
+    """A file cannot be written at this path."""
 
 
 def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float | None) -> EcapaError:

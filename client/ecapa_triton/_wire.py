@@ -21,7 +21,7 @@ class ModelInfo:
 
     Attributes:
         threshold: Cosine above which two clips are of one speaker; None where the model has none.
-        max_seconds: The model embeds no more than this much of a clip.
+        max_seconds: Of a clip; the model embeds no more seconds of it than these.
         min_samples: Smallest clip, in samples at 16 kHz.
         id: Which model it is: the first 24 hexadecimal digits of the SHA-256 of its weights.
     """

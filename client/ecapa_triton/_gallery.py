@@ -1,0 +1,522 @@
+"""Voices that were enrolled, to tell who speaks: no server, no audio."""
+
+from __future__ import annotations
+
+import math
+import os
+import unicodedata
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib import format as numpy_format
+from numpy.typing import NDArray
+
+from ._audio import describe
+from ._errors import (
+    EcapaError,
+    EmbeddingError,
+    GalleryError,
+    GalleryFileError,
+    ModelMismatchError,
+    UnknownVoiceError,
+)
+from ._files import replacing
+from ._scoring import Utterance, Verification, decide, unit
+
+MAX_NAME = 128  # characters
+FORMAT = 1  # of the files
+MEMBERS = "format", "model", "threshold", "names", "clips", "sums"
+BLOCK = 64  # utterances that are scored by one matrix product
+SHORTEST_MEAN = 1e-6  # of unit vectors; below it rounding decides where it points
+
+_npy: Any = numpy_format  # not every numpy has types for it
+
+
+class Candidate(NamedTuple):
+    """A voice that may be the one heard.
+
+    Attributes:
+        name: Whose it is.
+        score: Cosine to the utterance, -1 to 1.
+    """
+
+    name: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Identification:
+    """Who of a gallery speaks.
+
+    Attributes:
+        name: Whose voice it is; None where no voice scores above the threshold.
+        score: Cosine to the nearest voice, -1 to 1, whether or not it is above the threshold; -1 in an empty gallery.
+        threshold: The cosine that was decided by.
+        candidates: The nearest voices, best first; equal scores are in the order of their names.
+    """
+
+    name: str | None
+    score: float
+    threshold: float
+    candidates: tuple[Candidate, ...]
+
+
+class Gallery:
+    """Enrolled voices, to tell who speaks.
+
+    A voice is the mean direction of one or more utterances of a person. All are of one model, that of the first
+    utterance enrolled; one of another model is refused wherever it comes.
+
+    ```python
+    gallery = Gallery()
+    gallery.enrol("anna", client.utterances(["anna_1.flac", "anna_2.flac"]))
+    print(gallery.identify(client.utterance("unknown.flac")).name)    # anna, or None
+    gallery.save("voices.npz")
+    ```
+
+    Names are kept in Unicode's composed form (NFC) and looked up by it, so that one voice does not get two names that
+    look the same. A voice of 192 numbers takes 2.3 kB of memory and 1.6 kB in a file; one utterance is told from among
+    100,000 voices in some 10 ms on one core.
+
+    Many threads may read one gallery at once (identify, verify, score, save), as long as none of them changes it
+    (enrol, remove): that wants a lock of the caller's.
+    """
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._model: str | None = None
+        self._threshold: float | None = None
+        self._rows: dict[str, int] = {}  # by name, in the order of enrolment
+        self._names: list[str] = []  # by row
+        self._clips: list[int] = []  # by row
+        # Both have rows to spare. The sums are what a later enrolment adds to; the rows of length 1 find the nearest.
+        self._sums: NDArray[np.float64] = np.empty((0, 0))
+        self._units: NDArray[np.float32] = np.empty((0, 0), np.float32)
+
+    @property
+    def model(self) -> str | None:
+        """Identity of the model that all voices are of, `Utterance.model`; None while the gallery is empty."""
+        return self._model
+
+    @property
+    def threshold(self) -> float | None:
+        """The model's own, from the latest utterance enrolled that had one; None where none had."""
+        return self._threshold
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and unicodedata.normalize("NFC", name) in self._rows
+
+    def __repr__(self) -> str:
+        return f"<Gallery of {len(self)} voices, model {self._model}>"
+
+    def clips(self, name: str) -> int:
+        """How many utterances stand behind a voice.
+
+        Raises:
+            UnknownVoiceError: Nobody of this name is enrolled.
+        """
+        return self._clips[self._row(name)]
+
+    def enrol(self, name: str, utterances: Utterance | Iterable[Utterance | EcapaError]) -> None:
+        """Add utterances to a voice, new or there already; each ever added counts the same.
+
+        All of them are added or, where an error is raised, none.
+
+        Args:
+            name: Whose they are: up to 128 printable characters, without spaces around them.
+            utterances: One, or several, such as `client.utterances(...)` yields them.
+
+        Raises:
+            GalleryError: The name cannot be one, or there is no utterance.
+            ModelMismatchError: An utterance is of another model than the gallery or those before it.
+            EmbeddingError: An embedding has no direction or another size, or all together cancel out.
+            EcapaError: The first error among `utterances`.
+        """
+        name = _composed(name)
+        if fault := _fault(name):
+            raise GalleryError(f"the name {name[:MAX_NAME]!r} {fault}")
+        items = [utterances] if isinstance(utterances, Utterance | EcapaError) else utterances
+        total: NDArray[np.float64] | None = None
+        count, model, threshold, dims = 0, self._model, self._threshold, self._dims
+        for item in items:
+            utterance = _good(item)
+            direction = _direction(utterance, model, dims)
+            total = direction if total is None else total + direction
+            count, model, dims = count + 1, utterance.model, len(direction)
+            threshold = threshold if utterance.threshold is None else utterance.threshold
+        if total is None:
+            raise GalleryError(f"no utterance for {name!r}: pass one or more")
+        row = self._rows.get(name)
+        if row is not None:
+            total, count = total + self._sums[row], count + self._clips[row]
+        lengths = _lengths(total[None])
+        if not lengths[0] >= SHORTEST_MEAN * count:
+            raise EmbeddingError(f"the utterances of {name!r} cancel each other out: enrol others, of one speaker")
+        if row is None:
+            row = len(self._names)
+            self._make_room(row, len(total))
+            self._rows[name] = row
+            self._names.append(name)
+            self._clips.append(count)
+        self._sums[row], self._units[row], self._clips[row] = total, total / lengths[0], count
+        self._model, self._threshold = model, threshold
+
+    def remove(self, name: str) -> None:
+        """Forget a voice. With the last one the gallery forgets its model too.
+
+        Raises:
+            UnknownVoiceError: Nobody of this name is enrolled.
+        """
+        row = self._row(name)
+        del self._rows[self._names[row]]
+        last, clips = self._names.pop(), self._clips.pop()
+        if row < len(self._names):  # the last row moves to where it was
+            self._rows[last], self._names[row], self._clips[row] = row, last, clips
+            self._sums[row], self._units[row] = self._sums[len(self._names)], self._units[len(self._names)]
+        if not self._names:
+            self._clear()
+
+    def identify(self, utterance: Utterance, top: int = 5, threshold: float | None = None) -> Identification:
+        """Tell who speaks.
+
+        Args:
+            utterance: Of a voice to be told.
+            top: Candidates to name at most.
+            threshold: Cosine above which it is the nearest voice; None takes the model's own, as the utterance says.
+
+        Raises:
+            ModelMismatchError: The utterance is of another model than the gallery.
+            ThresholdError: No threshold is given and the model has none, or it is no cosine.
+            EmbeddingError: The embedding has no direction, or another size.
+            ValueError: `top` is below 1.
+        """
+        _check_options(top, threshold)
+        (outcome,) = self._identify([utterance], top, threshold)
+        if isinstance(outcome, EcapaError):
+            raise outcome
+        return outcome
+
+    def identify_many(
+        self, utterances: Iterable[Utterance | EcapaError], top: int = 5, threshold: float | None = None
+    ) -> Iterator[Identification | EcapaError]:
+        """Tell who speaks in each of many utterances, 64 at a time: for one as soon as it is there use `identify`.
+
+        Args:
+            utterances: Such as `client.utterances(...)` yields them; may be a generator.
+            top: As for `identify`.
+            threshold: As for `identify`.
+
+        Returns:
+            Each one's outcome in order. What `identify` raises for an utterance is in its place, and so is an error
+            that came among `utterances`.
+
+        Raises:
+            ThresholdError: The threshold given is no cosine.
+            ValueError: `top` is below 1.
+        """
+        _check_options(top, threshold)
+        items = iter(utterances)
+        blocks = iter(lambda: list(islice(items, BLOCK)), [])
+        return (outcome for block in blocks for outcome in self._identify(block, top, threshold))
+
+    def scores(self, utterances: Iterable[Utterance]) -> NDArray[np.float32]:
+        """Cosines of utterances to all voices.
+
+        Returns:
+            float32 `[utterances, voices]`, -1 to 1, the voices in the order of iteration.
+
+        Raises:
+            ModelMismatchError: An utterance is of another model than the gallery or those before it.
+            EmbeddingError: An embedding has no direction, or another size.
+        """
+        model, dims, directions = self._model, self._dims, []
+        for utterance in utterances:
+            directions.append(_direction(_good(utterance), model, dims))
+            model, dims = utterance.model, len(directions[-1])
+        scores = self._nearness(directions)[:, list(self._rows.values())]
+        return np.clip(scores, -1, 1, out=scores)
+
+    def verify(self, name: str, utterance: Utterance, threshold: float | None = None) -> Verification:
+        """Tell whether an utterance is of the voice that it is claimed to be.
+
+        Args:
+            name: Whose voice is claimed.
+            utterance: Of the one who claims it.
+            threshold: Cosine above which the claim holds; None takes the model's own, as the utterance says.
+
+        Raises:
+            UnknownVoiceError: Nobody of this name is enrolled.
+            ModelMismatchError: The utterance is of another model than the gallery.
+            ThresholdError: No threshold is given and the model has none, or it is no cosine.
+            EmbeddingError: The embedding has no direction, or another size.
+        """
+        row = self._row(name)
+        direction = _direction(_good(utterance), self._model, self._dims)
+        return decide(self._exact([row], direction)[0], threshold, self._learned(utterance))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the gallery to an npz file, whole or not at all; a file that is there is replaced.
+
+        Voices tell who people are: mind who can read the file. It gets the permissions of the one that it replaces,
+        else the usual ones.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        rows = list(self._rows.values())
+        with replacing(path) as file:
+            np.savez(
+                file,
+                format=np.array(FORMAT, "<i8"),
+                model=np.array(self._model or ""),
+                threshold=np.array(math.nan if self._threshold is None else self._threshold, "<f8"),
+                names=np.array(list(self._rows), str),
+                clips=np.array([self._clips[row] for row in rows], "<i8"),
+                sums=self._sums[rows].astype("<f8", copy=False),
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Gallery:
+        """Read a gallery that `save` wrote: the same to the last bit.
+
+        Nothing in the file is run, and no more memory is taken than its size calls for.
+
+        Raises:
+            GalleryFileError: The file cannot be read, or holds no gallery, or only a damaged one.
+        """
+        name = describe(path)
+        try:
+            if not Path(path).is_file():
+                os.stat(path)
+                raise OSError("not a regular file")
+            return cls._restored(_read(Path(path)))
+        except OSError as exc:
+            raise GalleryFileError(
+                f"{name}: cannot be read ({exc.strerror or exc}): pass a file that Gallery.save wrote"
+            ) from exc
+        except GalleryFileError as exc:
+            raise GalleryFileError(f"{name}: {exc}") from exc
+        except Exception as exc:  # zipfile and numpy raise of all kinds where bytes were changed
+            reason = " ".join(str(exc).split()) or type(exc).__name__
+            raise GalleryFileError(
+                f"{name}: no gallery, or a damaged one ({reason}): pass a file that Gallery.save wrote, or enrol again"
+            ) from exc
+
+    @classmethod
+    def _restored(cls, arrays: dict[str, NDArray[Any]]) -> Gallery:
+        gallery = cls()
+        names: list[str] = arrays["names"].tolist()
+        clips: list[int] = arrays["clips"].tolist()
+        model, threshold, sums = arrays["model"].item(), arrays["threshold"].item(), arrays["sums"]
+        if not len(names) == len(clips) == len(sums):
+            raise ValueError(f"{len(names)} names, {len(clips)} counts of clips and {len(sums)} voices")
+        if bool(names) != bool(model) or not model.isprintable():
+            raise ValueError("voices without a model's identity, or one without voices")
+        if not (math.isnan(threshold) or -1 <= threshold <= 1):
+            raise ValueError(f"threshold {threshold}")
+        for name in names:
+            if fault := _fault(name):
+                raise ValueError(f"the name {name!r} {fault}")
+            if name != _composed(name):
+                raise ValueError(f"the name {name!r} is not in NFC")
+        if len(set(names)) < len(names):
+            raise ValueError("a name that comes twice")
+        if not names:
+            return gallery
+        lengths = _lengths(sums)
+        counts = arrays["clips"]
+        if not np.all((counts >= 1) & (lengths >= SHORTEST_MEAN * counts) & (lengths <= counts * (1 + 1e-6))):
+            raise ValueError("a voice that is no sum of unit vectors, as many as there were clips")
+        gallery._model, gallery._threshold = model, None if math.isnan(threshold) else threshold
+        gallery._names, gallery._clips = names, clips
+        gallery._rows = {name: row for row, name in enumerate(names)}
+        gallery._sums, gallery._units = sums, (sums / lengths[:, None]).astype(np.float32)
+        return gallery
+
+    @property
+    def _dims(self) -> int | None:
+        return self._sums.shape[1] or None
+
+    def _row(self, name: str) -> int:
+        row = self._rows.get(_composed(name))
+        if row is None:
+            raise UnknownVoiceError(
+                f"nobody of the name {name[:MAX_NAME]!r} is enrolled: enrol, or pass one of the {len(self)} names"
+            )
+        return row
+
+    def _make_room(self, row: int, dims: int) -> None:
+        if row == len(self._sums):  # twice as many, so that enrolling one by one does not copy each time
+            sums, units = np.empty((max(8, 2 * row), dims)), np.empty((max(8, 2 * row), dims), np.float32)
+            if row:
+                sums[:row], units[:row] = self._sums, self._units
+            self._sums, self._units = sums, units
+
+    def _learned(self, utterance: Utterance) -> float | None:
+        return self._threshold if utterance.threshold is None else utterance.threshold
+
+    def _identify(
+        self, block: Sequence[Utterance | EcapaError], top: int, threshold: float | None
+    ) -> list[Identification | EcapaError]:
+        asked: list[tuple[Utterance, NDArray[np.float64]] | EcapaError] = []
+        for item in block:
+            try:
+                utterance = _good(item)
+                asked.append((utterance, _direction(utterance, self._model, self._dims)))
+            except EcapaError as exc:
+                asked.append(exc)
+        nearness = iter(self._nearness([one[1] for one in asked if not isinstance(one, EcapaError)]))
+        outcomes: list[Identification | EcapaError] = []
+        for one in asked:
+            try:
+                outcomes.append(
+                    one if isinstance(one, EcapaError) else self._told(*one, next(nearness), top, threshold)
+                )
+            except EcapaError as exc:
+                outcomes.append(exc)
+        return outcomes
+
+    def _told(
+        self,
+        utterance: Utterance,
+        direction: NDArray[np.float64],
+        nearness: NDArray[np.float32],
+        top: int,
+        threshold: float | None,
+    ) -> Identification:
+        candidates = self._best(nearness, direction, top) if self._names else ()
+        score = candidates[0].score if candidates else -1.0
+        verdict = decide(score, threshold, self._learned(utterance))
+        return Identification(candidates[0].name if verdict.same else None, score, verdict.threshold, candidates)
+
+    def _nearness(self, directions: list[NDArray[np.float64]]) -> NDArray[np.float32]:
+        """Cosines `[directions, voices]` by row, to float32's rounding."""
+        if not directions or not self._names:
+            return np.empty((len(directions), len(self._names)), np.float32)
+        found: NDArray[np.float32] = np.array(directions, np.float32) @ self._units[: len(self._names)].T
+        return found
+
+    def _best(self, nearness: NDArray[np.float32], direction: NDArray[np.float64], top: int) -> tuple[Candidate, ...]:
+        """The rows that rounding could have among the best are scored again, exactly."""
+        voices = len(nearness)
+        if top < voices:
+            rounding = 2 * len(direction) * np.finfo(np.float32).eps
+            rows = np.flatnonzero(nearness >= np.partition(nearness, voices - top)[voices - top] - rounding)
+        else:
+            rows = np.arange(voices)
+        found = [
+            Candidate(self._names[row], score) for row, score in zip(rows, self._exact(rows, direction), strict=True)
+        ]
+        return tuple(sorted(found, key=lambda one: (-one.score, one.name))[:top])
+
+    def _exact(self, rows: list[int] | NDArray[np.intp], direction: NDArray[np.float64]) -> list[float]:
+        sums = self._sums[rows]
+        cosines: list[float] = np.clip((sums * direction).sum(axis=1) / _lengths(sums), -1, 1).tolist()
+        return cosines
+
+
+def _composed(name: str) -> str:
+    if not isinstance(name, str):
+        raise GalleryError(f"the name is {name!r}, of {type(name).__name__}: expected a str")
+    return unicodedata.normalize("NFC", name)
+
+
+def _fault(name: str) -> str | None:
+    """What keeps a name from being one."""
+    if not name or name != name.strip():
+        return "is empty or has spaces around it: expected a name"
+    if len(name) > MAX_NAME:
+        return f"has {len(name)} characters: expected up to {MAX_NAME}"
+    if not name.isprintable():
+        return "has characters that cannot be seen: expected printable ones"
+    return None
+
+
+def _good(item: Utterance | EcapaError) -> Utterance:
+    if isinstance(item, EcapaError):
+        raise item
+    if not isinstance(item, Utterance):
+        raise TypeError(f"{describe(item)}: expected an Utterance, as SpeakerClient.utterance returns it")
+    return item
+
+
+def _direction(utterance: Utterance, model: str | None, dims: int | None) -> NDArray[np.float64]:
+    """The embedding at length 1, if it may stand beside those of `model`, of size `dims`; None: any."""
+    if not utterance.model:
+        raise ModelMismatchError("the utterance does not say what model it is of: embed it again")
+    if model is not None and utterance.model != model:
+        raise ModelMismatchError(
+            f"the gallery is of model {model}, the utterance of {utterance.model}: enrol again with the new model"
+        )
+    shape = np.shape(utterance.embedding)
+    if len(shape) != 1 or dims not in (None, shape[0]):
+        raise EmbeddingError(f"an embedding of shape {list(shape)}: expected {[dims or 192]}, as the model gives it")
+    return unit(utterance.embedding)
+
+
+def _check_options(top: int, threshold: float | None) -> None:
+    if top < 1:
+        raise ValueError(f"top is {top}: expected 1 or more")
+    if threshold is not None:
+        decide(0.0, threshold, None)  # refuse a bad one before any work
+
+
+def _lengths(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the rows; the same for a row alone and among others, so that a saved gallery scores as before."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths: NDArray[np.float64] = np.sqrt((sums * sums).sum(axis=1))
+    return lengths
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a gallery's file, each with the dtype and the number of dimensions that it must have."""
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        size = os.fstat(file.fileno()).st_size
+        version = int(_array(archive, "format", size, "<i8", 0))
+        if version != FORMAT:
+            raise GalleryFileError(
+                f"a gallery of format {version}, this version reads {FORMAT}: upgrade ecapa-triton, or enrol again"
+            )
+        if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in MEMBERS):
+            raise ValueError(f"expected the arrays {', '.join(MEMBERS)}")
+        kinds = {
+            "model": ("<U", 0),
+            "threshold": ("<f8", 0),
+            "names": ("<U", 1),
+            "clips": ("<i8", 1),
+            "sums": ("<f8", 2),
+        }
+        return {name: _array(archive, name, size, *kind) for name, kind in kinds.items()}
+
+
+def _array(archive: zipfile.ZipFile, name: str, size: int, dtype: str, dimensions: int) -> NDArray[Any]:
+    """One array, its header checked first: what it claims to hold must be in the file, of `size` bytes."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or not info.file_size == info.compress_size <= size:
+        raise ValueError(f"{name} is compressed")
+    with archive.open(info) as member:
+        if _npy.read_magic(member) != (1, 0):
+            raise ValueError(f"{name} is of another version of npy")
+        shape, fortran, found = _npy.read_array_header_1_0(member)
+        header = member.tell()
+    right = found.str.startswith("<U") and found.itemsize <= 4 * MAX_NAME if dtype == "<U" else found.str == dtype
+    if not right or fortran or len(shape) != dimensions or min(shape, default=0) < 0:
+        raise ValueError(f"{name} is {found.str[:20]} {list(shape)}: expected {dtype} of {dimensions} dimensions")
+    if header + math.prod(shape) * found.itemsize != info.file_size:
+        raise ValueError(f"{name} has {info.file_size} bytes, not those that its shape calls for")
+    with archive.open(info) as member:
+        array: NDArray[Any] = _npy.read_array(member, allow_pickle=False)
+    return array

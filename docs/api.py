@@ -1,0 +1,27 @@
+"""The API reference, made of the docstrings: `python docs/api.py build/api` (`make api`)."""
+
+import sys
+from pathlib import Path
+
+import ecapa_triton
+import pdoc
+from ecapa_triton import _audio
+
+
+def place(name: str) -> tuple[bool, bool, bool]:
+    """Clients first, errors last."""
+    value = getattr(ecapa_triton, name)
+    is_error = isinstance(value, type) and issubclass(value, ecapa_triton.EcapaError)
+    return is_error, name != "SpeakerClient", not name.endswith("Client")
+
+
+ecapa_triton.__all__.sort(key=place)
+for name in ecapa_triton.__all__:  # pdoc does not see what a module's __getattr__ would import
+    setattr(ecapa_triton, name, getattr(ecapa_triton, name))
+page = pdoc.doc.Module(ecapa_triton)
+for name in "SAMPLE_RATE", "Audio":  # values have no docstring that goes along when they are imported
+    page.members[name].docstring = pdoc.doc.Module(_audio).members[name].docstring
+pdoc.render.configure(docformat="google", show_source=False, search=False)
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "index.html").write_text(pdoc.render.html_module(page, {page.fullname: page}))

@@ -1,0 +1,37 @@
+"""A service in asyncio that tells who speaks, to many callers at once, each with a deadline.
+
+    python examples/async_service.py 127.0.0.1:8001 voices.npz 9000   # the voices that login.py enrolled
+    nc -N 127.0.0.1 9000 < samples/anna_2.flac                        # the bytes of a file in, a line out
+
+It listens on this machine alone; for others it would need a limit on what one caller may send.
+"""
+
+import asyncio
+import sys
+
+from ecapa_triton import AsyncSpeakerClient, EcapaError, Gallery, OverloadedError
+
+url, voices, port = sys.argv[1:]
+client, gallery = AsyncSpeakerClient(url), Gallery.load(voices)
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer one caller; a request given up at the deadline does not keep the server busy."""
+    try:
+        utterance = await asyncio.wait_for(client.utterance(await reader.read()), timeout=5)
+        line = gallery.identify(utterance).name or "unknown"
+    except (OverloadedError, asyncio.TimeoutError):
+        line = "busy: try again later"
+    except EcapaError as exc:  # most likely an AudioError: nothing to be embedded
+        line = f"{type(exc).__name__}: {exc}"
+    writer.write(f"{line}\n".encode())
+    writer.close()
+
+
+async def main() -> None:
+    """Serve until Ctrl-C."""
+    async with client, await asyncio.start_server(serve, "127.0.0.1", int(port)) as server:
+        await server.serve_forever()
+
+
+asyncio.run(main())

@@ -1,0 +1,27 @@
+"""Speaker embeddings of all recordings in a folder, as NumPy arrays in one file.
+
+    python examples/embed.py 127.0.0.1:8001 samples embeddings.npz
+
+Many clips are with the server at a time, and few in memory. What cannot be embedded is told and left out.
+`ecapa-triton embed` does the same with a progress bar, and goes on where an earlier run stopped.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from ecapa_triton import EcapaError, SpeakerClient
+
+url, folder, out = sys.argv[1:]
+paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
+files, embeddings = [], []
+with SpeakerClient(url, max_in_flight=16) as client:
+    for path, outcome in zip(paths, client.utterances(paths), strict=True):
+        if isinstance(outcome, EcapaError):
+            print(outcome, file=sys.stderr)
+        else:
+            files.append(str(path))
+            embeddings.append(outcome.embedding)  # float32 [192]
+np.savez(out, files=np.array(files, str), embeddings=np.array(embeddings, np.float32))
+print(f"{out}: {len(files)} of {len(paths)} files")
+sys.exit(len(files) < len(paths))

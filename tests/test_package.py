@@ -1,0 +1,209 @@
+"""What people get who install the client: alone, typed, quick to import, and documented."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ecapa_triton
+import pytest
+from conftest import ROOT
+from test_compose import has_index
+
+# What a program that only imports the client, or sends an array at 16 kHz, has no use for.
+UNUSED = (
+    "soundfile soxr rich pyarrow sklearn scipy matplotlib pandas ray torch onnxruntime sqlite3 argparse urllib.request "
+    "tritonclient.grpc.aio tritonclient.http ecapa_triton._cli ecapa_triton._async_client"
+).split()
+
+USER = """
+from ecapa_triton import AsyncSpeakerClient, EcapaError, SpeakerClient, Utterance, score
+
+def near(url: str, paths: list[str]) -> list[float]:
+    with SpeakerClient(url, timeout=5.0, max_in_flight=16) as client:
+        first = client.embed(paths[0])
+        outcomes: list[Utterance | EcapaError] = list(client.utterances(paths))
+        same: bool = client.verify(paths[0], paths[1]).same
+        return [score(first, one.embedding) for one in outcomes if same and isinstance(one, Utterance)]
+
+async def seconds(url: str, path: bytes) -> float:
+    async with AsyncSpeakerClient(url) as client:
+        return (await client.utterance(path)).seconds
+"""
+WRONG = {
+    'SpeakerClient().embed({"path": "anna.flac"})': "arg-type",
+    'SpeakerClient().embed("anna.flac", long="cut")': "arg-type",
+    "SpeakerClient().embed_many(['anna.flac']).embedding": "attr-defined",
+    "x: str = SpeakerClient().verify('a.flac', 'b.flac').score": "assignment",
+    "y: float = AsyncSpeakerClient().embed('a.flac')": "assignment",
+}
+
+
+def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    hidden = () if command[0] == sys.executable else ("PYTHONPATH", "PYTHONHOME")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+
+
+def loaded(code: str, python: Path | str, cwd: Path) -> set[str]:
+    done = run(python, "-X", "importtime", "-c", code, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_import_loads_what_it_needs_alone(tmp_path: Path) -> None:
+    modules = loaded("import ecapa_triton", sys.executable, tmp_path)
+    assert "ecapa_triton._client" in modules
+    assert not modules & set(UNUSED)
+
+
+def test_what_is_loaded_late_is_there_when_it_is_used(tmp_path: Path) -> None:
+    modules = loaded("from ecapa_triton import AsyncSpeakerClient", sys.executable, tmp_path)
+    assert {"ecapa_triton._async_client", "tritonclient.grpc.aio"} <= modules
+    assert set(dir(ecapa_triton)) >= set(ecapa_triton.__all__)
+
+
+# --- in an empty environment ---
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment with the package and what it asks for, and nothing else."""
+    if not has_index():
+        pytest.skip("no package index can be reached: connect, or set PIP_INDEX_URL")
+    folder = tmp_path_factory.mktemp("empty")
+    for name in "pyproject.toml", "README.md", "LICENSE", "constraints.txt":
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "client", folder / "client", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    python = folder / "env/bin/python"
+    for command in (
+        [sys.executable, "-m", "venv", folder / "env"],
+        [python, "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "."],
+    ):
+        done = run(*command, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    return python
+
+
+@pytest.mark.slow
+def test_little_is_installed(installed: Path) -> None:
+    listed = run(installed, "-m", "pip", "list", "--format=json", cwd=installed.parent)
+    names = {package["name"].lower().replace("_", "-") for package in json.loads(listed.stdout)}
+    names -= {"pip", "setuptools", "wheel"}
+    direct = {"ecapa-triton", "tritonclient", "numpy", "soundfile", "soxr"}
+    grpc = {"grpcio", "protobuf", "python-rapidjson", "urllib3", "typing-extensions", "packaging", "ml-dtypes"}
+    assert direct <= names <= direct | grpc | {"cffi", "pycparser"}
+    site = next((installed.parents[1] / "lib").glob("python3*/site-packages"))
+    sizes = {
+        folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        for folder in site.iterdir()
+    }
+    print({name: f"{size / 1e6:.1f} MB" for name, size in sorted(sizes.items(), key=lambda item: -item[1])[:9]})
+    assert (site / "ecapa_triton/py.typed").is_file()
+    assert sizes["ecapa_triton"] < 1e6
+    assert run(installed, "-m", "pip", "check", cwd=installed.parent).returncode == 0
+
+
+@pytest.mark.slow
+def test_it_works_alone(installed: Path, tmp_path: Path) -> None:
+    assert not loaded("import ecapa_triton", installed, tmp_path) & set(UNUSED)
+    assert "soundfile" in loaded("from ecapa_triton import *; import soundfile, soxr", installed, tmp_path)
+    shown = run(installed.parent / "ecapa-triton", "--help", cwd=tmp_path)
+    assert shown.returncode == 0 and "verify" in shown.stdout and not shown.stderr
+    sample = ROOT / "samples/anna_1.flac"
+    nobody = run(installed.parent / "ecapa-triton", "embed", sample, "--url", "127.0.0.1:9", cwd=tmp_path)
+    assert nobody.returncode == 2 and "no Triton answers" in nobody.stderr
+
+
+@pytest.mark.slow
+def test_types_reach_those_who_use_it(installed: Path, tmp_path: Path) -> None:
+    def complaints(source: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "user.py").write_text(source)
+        return run(sys.executable, "-m", "mypy", "--strict", "--python-executable", installed, "user.py", cwd=tmp_path)
+
+    done = complaints(USER)
+    assert done.returncode == 0, done.stdout
+    done = complaints(USER + "\n".join(WRONG))
+    found = re.findall(r"user\.py:(\d+): error: .*\[([a-z-]+)\]", done.stdout)
+    first = USER.count("\n") + 1
+    assert found == [(str(first + i), code) for i, code in enumerate(WRONG.values())], done.stdout
+
+
+# --- the reference ---
+
+
+def described(owner: type, name: str) -> str:
+    """What the section Attributes of a class, or of one that it derives from, says of a name."""
+    for one in owner.__mro__:
+        section = re.search(r"^Attributes:\n((?: +.*\n?|\n)+)", inspect.getdoc(one) or "", re.MULTILINE)
+        found = section and re.search(rf"^ {{4}}{name}: (.+(?:\n {{5,}}.+)*)", section[1], re.MULTILINE)
+        if found:
+            return str(found[1])
+    return ""
+
+
+def public() -> list[tuple[str, object, str]]:
+    """Name, value or annotation, and text of everything public that is no plain value."""
+    found = []
+    for name in ecapa_triton.__all__:
+        value = getattr(ecapa_triton, name)
+        if not callable(value) or not hasattr(value, "__name__"):
+            continue
+        found.append((name, value, value.__doc__ or ""))
+        if not inspect.isclass(value):
+            continue
+        members = {key: part for key, part in vars(value).items() if not key.startswith("_")}
+        fields = [key for key in getattr(value, "__annotations__", {}) if not key.startswith("_")]
+        if issubclass(value, enum.Enum):
+            members = {key: part for key, part in members.items() if not isinstance(part, value)}
+            fields = list(value.__members__)
+        for key, part in members.items():
+            if callable(part) or isinstance(part, property | classmethod | staticmethod):
+                part = getattr(part, "fget", None) or getattr(part, "__func__", part)
+                found.append((f"{name}.{key}", part, part.__doc__ or ""))
+            elif key not in fields:
+                fields.append(key)
+        found += [(f"{name}.{key}", value.__annotations__.get(key, ""), described(value, key)) for key in fields]
+    return found
+
+
+@pytest.mark.parametrize(("name", "value", "text"), [pytest.param(*one, id=one[0]) for one in public()])
+def test_everything_public_is_described(name: str, value: object, text: str) -> None:
+    assert len(text.split()) >= 2
+    returned = value if isinstance(value, str) else getattr(value, "__annotations__", {}).get("return", "")
+    if "NDArray" in returned or "Embedding" in re.findall(r"\w+", returned):
+        assert re.search(r"float(32|64) +`\[|As for|, as `", text), "arrays have a dtype and a shape"
+    if re.search(r"seconds|timeout|duration", name):
+        assert re.search(r"[Ss]econd|Of audio", text), "times have a unit"
+    if name.endswith("_ms"):
+        assert "illisecond" in text
+
+
+def test_every_parameter_is_described() -> None:
+    missing = []
+    for name, value, text in public():
+        if inspect.isfunction(value) or inspect.isclass(value) and value.__init__ is not object.__init__:
+            text = inspect.cleandoc(text)
+            if "Args:" in text:
+                parameters = set(inspect.signature(value).parameters) - {"self", "cls", "args", "kwargs"}
+                missing += [f"{name}({one})" for one in parameters if not re.search(rf"^ {{4}}{one}: ", text, re.M)]
+    assert not missing
+
+
+def test_reference(tmp_path: Path) -> None:
+    done = run(sys.executable, "-W", "error", "docs/api.py", tmp_path / "api", cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    page = (tmp_path / "api/index.html").read_text()
+    sections = dict(re.findall(r'<section id="(\w+)">(.*?)(?=<section id=|</main>)', page, re.DOTALL))
+    assert set(sections) == set(ecapa_triton.__all__)
+    for name, section in sections.items():
+        told = re.search(r'<div class="docstring"><p>(.*?)</p>', section, re.DOTALL)
+        assert told and len(told[1].split()) >= 3, name
+    assert "Args:" not in page and "```" not in page  # else a section or an example was not understood
