@@ -123,7 +123,9 @@ def run(model: OnnxModel, waveform: np.ndarray, lengths: list[int]) -> np.ndarra
     feed = {"waveform": waveform, "lengths": np.array(lengths, np.int32).reshape(-1, 1)}
     embedding, info = model.session.run(["embedding", "model_info"], feed)
     threshold = float(model.metadata["verification_threshold"])
-    expected = np.array([threshold, LIMIT / SAMPLE_RATE, SHORTEST], np.float32)
+    sha256 = model.metadata["weights_sha256"]
+    identity = [int(sha256[i : i + 6], 16) for i in (0, 6, 12, 18)]
+    expected = np.array([threshold, LIMIT / SAMPLE_RATE, SHORTEST, *identity], np.float32)
     np.testing.assert_array_equal(info, np.tile(expected, (len(lengths), 1)))
     assert embedding.shape == (len(lengths), 192) and embedding.dtype == np.float32
     return np.asarray(embedding)

@@ -1,4 +1,4 @@
-"""The command `ecapa-triton`: embed, verify, status."""
+"""The command `ecapa-triton`."""
 
 from __future__ import annotations
 
@@ -10,42 +10,31 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, TypeAlias, get_args
 from urllib.request import urlopen
 
-import numpy as np
-from numpy.typing import NDArray
-
+from . import _bulk, _evaluate
 from ._audio import describe
 from ._client import SpeakerClient
+from ._commands import BROKEN_PIPE, DONE, FAILED, INTERRUPTED, at_least_one, complain, named
 from ._connection import MAX_TIMEOUT, Tls
-from ._errors import (
-    ClosedError,
-    ConnectError,
-    EcapaError,
-    KeyRefusedError,
-    ModelNotFoundError,
-    ModelNotReadyError,
-    ServerError,
-)
+from ._errors import HOPELESS, EcapaError, TrustError
+from ._files import check_output
 from ._flow import Long
-from ._scoring import Utterance
+from ._gallery import Gallery
 from ._wire import Gpu, read_gpus
 
-SAME, DIFFERENT, FAILED = 0, 1, 2  # exit statuses
+SAME, DIFFERENT = 0, 1  # exit statuses of `verify`
 _LARGEST_PAGE = 10_000_000  # bytes
-INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
-# The next file would fare no better.
-HOPELESS = (ClosedError, ConnectError, KeyRefusedError, ModelNotFoundError, ModelNotReadyError)
+Command: TypeAlias = Callable[[SpeakerClient, argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
                 return status
         except EcapaError as exc:
-            _complain(str(exc))
+            complain(str(exc))
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
@@ -69,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return BROKEN_PIPE
         except OSError as exc:
             _abandon_stdout()
-            _complain(f"{exc.strerror or exc}: the output cannot be written, choose another place")
+            complain(f"{exc.strerror or exc}: the output cannot be written, choose another place")
         except Exception:
             traceback.print_exc()  # a bug; Python's own exit status, 1, would say "different speakers"
         return FAILED
@@ -96,10 +85,73 @@ def _one_interrupt() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ecapa-triton", description="Speaker embeddings from a Triton server.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Command, help: str, *parents: argparse.ArgumentParser, timeout: float, retries: int = 4,
+            **more: str) -> argparse.ArgumentParser:  # fmt: skip
+        common = [*parents, _common(timeout, retries)]
+        command = commands.add_parser(name, parents=common, help=help, **more)  # type: ignore[arg-type]
+        command.set_defaults(run=run)
+        return command
+
+    clips = argparse.ArgumentParser(add_help=False)
+    clips.add_argument(
+        "--long",
+        choices=get_args(Long),
+        default="error",
+        help="clips above the model's limit: refuse, embed the beginning, or average windows (%(default)s)",
+    )
+    deciding = argparse.ArgumentParser(add_help=False)
+    deciding.add_argument("--threshold", type=float, help="cosine to decide by (default: the model's own)")
+
+    # Many clips wait for each other at the server, and a whole run is worth some patience.
+    many: dict[str, Any] = {"timeout": 60.0, "retries": 10}
+    embed = add("embed", _bulk.run, "embed audio files, folders, lists", clips, **many)
+    _bulk.add_arguments(embed)
+
+    verify = add(
+        "verify",
+        _verify,
+        "tell whether two files are of one speaker",
+        clips,
+        deciding,
+        timeout=10,
+        description="Exit status: 0 same speaker, 1 different speakers, 2 error.",
+    )
+    verify.add_argument("a", metavar="A")
+    verify.add_argument("b", metavar="B")
+
+    enrol = add("enrol", _enrol, "add a voice, or more clips of one, to a gallery", clips, **many)
+    enrol.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file; made where there is none")
+    enrol.add_argument("name", metavar="NAME")
+    enrol.add_argument("files", nargs="+", metavar="FILE", help="clips of this voice")
+
+    identify = add("identify", _identify, "tell who of a gallery speaks", clips, deciding, **many)
+    identify.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file that `enrol` wrote")
+    identify.add_argument("files", nargs="+", metavar="FILE")
+    identify.add_argument(
+        "--top", type=at_least_one, default=3, metavar="N", help="how many candidates to show (%(default)s)"
+    )
+
+    evaluate = add("evaluate", _evaluate.run, "EER and minDCF of a trial list", clips, **many)
+    _evaluate.add_arguments(evaluate)
+
+    status = add("status", _status, "show the server, the model and its statistics", timeout=10)
+    status.add_argument(
+        "--metrics", metavar="URL", help="Triton's metrics, for the GPUs (default: port 8002 of the same host)"
+    )
+    return parser
+
+
+def _common(timeout: float, retries: int) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--url", default="127.0.0.1:8001", help="HOST:PORT of Triton's gRPC endpoint (%(default)s)")
     common.add_argument("--model", default="ecapa", help="name of the model (%(default)s)")
-    common.add_argument("--timeout", type=_seconds, default=10.0, help="seconds for one request (%(default)s)")
+    common.add_argument("--timeout", type=_seconds, default=timeout, help="seconds for one request (%(default)s)")
+    common.add_argument(
+        "--retries", type=int, default=retries, metavar="N", help="times to ask again what may pass (%(default)s)"
+    )
     common.add_argument("--tls", action="store_true", help="encrypt; with the two below or a url grpcs://... as well")
     common.add_argument("--tls-ca", metavar="FILE", help="authorities to trust the server's certificate by, PEM")
     common.add_argument("--tls-cert", metavar="FILE", help="this client's certificate, PEM; with --tls-key")
@@ -109,39 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--key-file", type=Path, metavar="FILE", help="the API key, where the server asks for one")
     common.add_argument("--json", action="store_true", help="print JSON, one object a line")
-    clips = argparse.ArgumentParser(add_help=False)
-    clips.add_argument(
-        "--long",
-        choices=get_args(Long),
-        default="error",
-        help="clips above the model's limit: refuse, embed the beginning, or average windows (%(default)s)",
-    )
-
-    parser = argparse.ArgumentParser(prog="ecapa-triton", description="Speaker embeddings from a Triton server.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    embed = commands.add_parser("embed", parents=[common, clips], help="embed audio files")
-    embed.add_argument("files", nargs="+", metavar="FILE", help="WAV, FLAC, OGG, MP3, ...; any rate and channels")
-    embed.add_argument("-o", "--output", type=Path, help="write an npz: files [n], seconds [n], embeddings [n, 192]")
-    embed.set_defaults(run=_embed)
-
-    verify = commands.add_parser(
-        "verify",
-        parents=[common, clips],
-        help="tell whether two files are of one speaker",
-        description="Exit status: 0 same speaker, 1 different speakers, 2 error.",
-    )
-    verify.add_argument("a", metavar="A")
-    verify.add_argument("b", metavar="B")
-    verify.add_argument("--threshold", type=float, help="cosine to decide by (default: the model's own)")
-    verify.set_defaults(run=_verify)
-
-    status = commands.add_parser("status", parents=[common], help="show the server, the model and its statistics")
-    status.add_argument(
-        "--metrics", metavar="URL", help="Triton's metrics, for the GPUs (default: port 8002 of the same host)"
-    )
-    status.set_defaults(run=_status)
-    return parser
+    return common
 
 
 def _client(arguments: argparse.Namespace) -> SpeakerClient:
@@ -151,54 +171,18 @@ def _client(arguments: argparse.Namespace) -> SpeakerClient:
         try:
             key = arguments.key_file.read_text("utf-8-sig").strip()
         except (OSError, ValueError) as exc:
-            raise ConnectError(
+            raise TrustError(
                 f"{arguments.key_file}: {getattr(exc, 'strerror', exc)}: pass a file with the key"
             ) from exc
     return SpeakerClient(
         arguments.url,
         arguments.model,
         arguments.timeout,
+        retries=arguments.retries,
+        max_in_flight=getattr(arguments, "in_flight", 8),
         tls=tls if arguments.tls or tls != Tls() else None,
         api_key=key,
     )
-
-
-def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> int:
-    if arguments.output is not None:
-        _check_output(arguments.output)
-    files: list[str] = []
-    done: list[Utterance] = []
-    failed = 0
-    outcomes = client.utterances(arguments.files, long=arguments.long)
-    for file, outcome in zip(arguments.files, outcomes, strict=True):
-        if isinstance(outcome, Utterance):
-            files.append(file)
-            done.append(outcome)
-            if arguments.output is None:
-                print(_line(file, outcome, arguments.json), flush=True)
-            continue
-        failed += 1
-        if isinstance(outcome, HOPELESS):
-            _complain(str(outcome))
-            break
-        _complain(str(outcome) if not isinstance(outcome, ServerError) else f"{describe(file)}: {outcome}")
-    if done and arguments.output is not None:
-        _write_npz(
-            arguments.output,
-            files=np.array(files),
-            seconds=np.array([one.seconds for one in done], np.float32),
-            embeddings=np.stack([one.embedding for one in done]),
-        )
-        print(f"{arguments.output}: {len(done)} of {len(arguments.files)} files embedded")
-    return FAILED if failed else SAME
-
-
-def _line(file: str, one: Utterance, as_json: bool) -> str:
-    if as_json:
-        return json.dumps({"file": file, "seconds": one.seconds, "embedding": [float(str(x)) for x in one.embedding]})
-    first = " ".join(f"{x:.3f}" for x in one.embedding[:4])
-    norm = float(np.linalg.norm(one.embedding))
-    return f"{describe(file)}  {one.seconds:.2f} s  {len(one.embedding)} dims  norm {norm:.2f}  [{first} ...]"
 
 
 def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
@@ -209,6 +193,40 @@ def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
         verdict = "same speaker" if verification.same else "different speakers"
         print(f"{verdict}  score {verification.score:.4f}  threshold {verification.threshold:.4f}")
     return SAME if verification.same else DIFFERENT
+
+
+def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
+    check_output(arguments.gallery)
+    gallery = Gallery.load(arguments.gallery) if arguments.gallery.exists() else Gallery()
+    gallery.enrol(arguments.name, client.utterances(arguments.files, long=arguments.long))
+    gallery.save(arguments.gallery)
+    facts = {"name": arguments.name, "clips": gallery.clips(arguments.name), "voices": len(gallery)}
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        print(f"{describe(arguments.name)}: {facts['clips']} clips; {arguments.gallery}: {facts['voices']} voices")
+    return DONE
+
+
+def _identify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
+    gallery = Gallery.load(arguments.gallery)
+    failed = 0
+    outcomes = client.utterances(arguments.files, long=arguments.long)
+    for file, outcome in zip(arguments.files, outcomes, strict=True):
+        if isinstance(outcome, HOPELESS):
+            raise outcome
+        if isinstance(outcome, EcapaError):
+            failed += 1
+            complain(str(named(file, outcome)))
+            continue
+        found = gallery.identify(outcome, arguments.top, arguments.threshold)
+        if arguments.json:
+            candidates = [candidate._asdict() for candidate in found.candidates]
+            print(json.dumps({"file": file, **asdict(found), "candidates": candidates}), flush=True)
+            continue
+        nearest = ", ".join(f"{describe(name)} {score:.4f}" for name, score in found.candidates)
+        print(f"{describe(file)}  {describe(found.name or 'unknown')}  ({nearest})", flush=True)
+    return FAILED if failed else DONE
 
 
 def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
@@ -237,7 +255,7 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     for gpu in gpus:
         used, total = gpu.memory_used / 1e9, gpu.memory_total / 1e9
         print(f"gpu         {gpu.uuid}: {used:.1f} of {total:.1f} GB in use, {gpu.utilization:.0%} busy")
-    return SAME
+    return DONE
 
 
 def _gpus(metrics: str | None, url: str, timeout: float) -> list[Gpu]:
@@ -262,51 +280,11 @@ def _without_nan(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _check_output(path: Path) -> None:
-    """Refuse an impossible output before the work, not after it."""
-    if path.exists() and not path.is_file():  # renaming over /dev/null would be a pity
-        reason = "is there and not a regular file"
-    elif not path.parent.is_dir():
-        reason = f"there is no directory {describe(path.parent)}"
-    elif not os.access(path.parent, os.W_OK):
-        reason = f"no permission to write in {describe(path.parent)}"
-    else:
-        return
-    raise EcapaError(f"{describe(path)}: {reason}: expected the path of an npz file to write")
-
-
-def _write_npz(path: Path, **arrays: NDArray[np.generic]) -> None:
-    """Write under another name and rename, so that a reader sees all of it or the file before."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
-    except OSError as exc:
-        raise EcapaError(f"{describe(path)}: cannot be written ({exc.strerror or exc}): choose another place") from exc
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _seconds(text: str) -> float:
     with suppress(ValueError):
         if 0 < (seconds := float(text)) <= MAX_TIMEOUT:
             return seconds
     raise argparse.ArgumentTypeError(f"{text!r}: expected seconds above 0 and up to {MAX_TIMEOUT:.0f}")
-
-
-def _complain(message: str) -> None:
-    print(f"ecapa-triton: {message}", file=sys.stderr, flush=True)
 
 
 def _open_closed_streams() -> None:

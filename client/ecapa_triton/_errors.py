@@ -29,6 +29,8 @@ better a moment later; the clients have asked several times before such an error
         GalleryError            a name that cannot be one, or nothing to enrol
             UnknownVoiceError       nobody of this name is enrolled
             GalleryFileError        the file holds no gallery, or only a damaged one
+        ManifestError           a list of files is wrong
+        EvaluationError         a list of trials is wrong, or what evaluating it takes is not there
         OutputError             a file cannot be written at this path
 """
 
@@ -163,8 +165,20 @@ class GalleryFileError(GalleryError):
     """The file holds no gallery, or only a damaged one."""
 
 
+class ManifestError(EcapaError):
+    """A list of files cannot be read, or a line of it names none."""
+
+
+class EvaluationError(EcapaError):
+    """A trial list cannot be evaluated: it is wrong, or something that it takes is not there."""
+
+
 class OutputError(EcapaError):
     """A file cannot be written at this path."""
+
+
+# The next clip would fare no better.
+HOPELESS = ClosedError, ConnectError, KeyRefusedError, ModelNotFoundError, ModelNotReadyError
 
 
 def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float | None) -> EcapaError:
