@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "--utilization", type=_utilization, default=0.65, metavar="U", help="at the peak (default: %(default)g)"
     )
 
+    _add_client(commands.add_parser("client", help="the bulk command beside a load generator, and ways to Triton"))
+
     bench = commands.add_parser("model", help="speed of the model in process, on the CPU")
     bench.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: %(default)s)")
     bench.add_argument("--threads", type=int, default=0, help="of every contender (default: all cores)")
@@ -158,6 +160,31 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("loadtest/results"), metavar="FOLDER", help="default: %(default)s"
     )
     run.add_argument("--name", type=_name, help="of the files (default: date and targets)")
+
+
+def _add_client(client: argparse.ArgumentParser) -> None:
+    where = client.add_mutually_exclusive_group()
+    where.add_argument("--local", nargs=1, choices=["cpu"], default=["cpu"], help="start a server here (default)")
+    where.add_argument("--target", metavar="URL", help="a server, grpc://HOST:8001, for the bulk command alone")
+    client.add_argument("--model", help="of ours (default: ecapa)")
+    client.add_argument("--source", default="mini", help="of --local, as for python -m export (default: %(default)s)")
+    client.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
+    client.add_argument(
+        "--repository", type=Path, metavar="DIR", help="--local serves what is exported there, not --source"
+    )
+    client.add_argument("--audio", type=Path, metavar="FOLDER", help="of audio files (default: samples/)")
+    client.add_argument("--clips", type=_count, help="of the bulk command, the files over and over (default: 500; 150)")
+    client.add_argument(
+        "--in-flight", type=_count, default=16, metavar="N", help="requests under way (default: %(default)s)"
+    )
+    client.add_argument("--rounds", type=_count, default=5, help="in which all take turns (default: %(default)s)")
+    client.add_argument(
+        "--seconds", type=_positive, default=2.5, help="of each way to the model in a round (default: %(default)g)"
+    )
+    client.add_argument(
+        "--out", type=Path, default=Path("loadtest/results"), metavar="FOLDER", help="default: %(default)s"
+    )
+    client.set_defaults(baselines=False, precision="fp32")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -614,6 +614,17 @@ def test_leaving_the_iteration_cancels(fake: FakeTriton, make: Make) -> None:
     assert gave_up(fake, 3) and len(fake.lengths) <= 5
 
 
+def test_a_window_that_fails_takes_no_other_clip_along(fake: FakeTriton, make: Make) -> None:
+    fake.info = (0.45, 2.0, 640.0)
+    client = make(fake.url, max_in_flight=4)
+    client.embed(noise(1))
+    rejected = refuse(grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape")
+    fake.otherwise = lambda fake, waveform: (rejected if len(waveform) == 2 * SECOND else slow(0.5))(fake, waveform)
+    long, *others = client.utterances([noise(3), *(noise(1, i) for i in range(3))], long="windows")
+    assert isinstance(long, RejectedError)
+    assert all(isinstance(other, Utterance) for other in others)
+
+
 def test_a_cancelled_task_cancels_its_request(fake: FakeTriton) -> None:
     async def give_up() -> None:
         async with AsyncSpeakerClient(fake.url) as client:

@@ -310,15 +310,18 @@ class SpeakerClient:
             case Wait(seconds):
                 work.wait(seconds)
             case Together(parts):
-                with ThreadPoolExecutor(min(len(parts), self._connection.max_in_flight)) as pool:
-                    try:
-                        return list(pool.map(lambda part: self._perform(part, work), parts))
-                    except BaseException:
-                        work.cancel()  # those that are not waited for
-                        raise
+                return self._together(parts, work)
             case Alone(inner):
                 with self._alone:
                     return self._perform(inner, work)
+
+    def _together(self, parts: Sequence[Steps[Reply]], work: _Work) -> list[Reply]:
+        with (
+            ThreadPoolExecutor(min(len(parts), self._connection.max_in_flight)) as pool,
+            work.begun(_Work(self._closed)) as own,  # the first error cancels the rest of these, and nothing else
+            own,
+        ):
+            return list(pool.map(lambda part: self._perform(part, own), parts))
 
     def _send(self, waveform: Waveform, timeout: float | None, work: _Work) -> Reply:
         future: Future[tuple[InferResult, InferenceServerException | None]] = Future()
@@ -337,14 +340,8 @@ class SpeakerClient:
                 callback=done,
                 **arguments,
             )
-        work.began(call)
-        try:
+        with work.begun(call):
             result, error = _result(future)
-        except BaseException:  # a Ctrl-C
-            call.cancel()
-            raise
-        finally:
-            work.ended(call)
         with self._errors():
             if error is not None:
                 raise error
@@ -374,6 +371,9 @@ class _Call(Protocol):
     def cancel(self) -> None: ...
 
 
+_C = TypeVar("_C", bound=_Call)
+
+
 class _Work:
     """The requests of one call of the client that are under way; they are cancelled when it ends."""
 
@@ -395,15 +395,21 @@ class _Work:
             for call in self._calls:
                 call.cancel()
 
-    def began(self, call: _Call) -> None:
+    @contextmanager
+    def begun(self, call: _C) -> Iterator[_C]:
+        """Cancel the call too, if it comes to that; in any case if the body raises, as by a Ctrl-C."""
         with self._lock:
             self._calls.add(call)
             if self._cancelled.is_set():
                 call.cancel()
-
-    def ended(self, call: _Call) -> None:
-        with self._lock:
-            self._calls.discard(call)
+        try:
+            yield call
+        except BaseException:
+            call.cancel()
+            raise
+        finally:
+            with self._lock:
+                self._calls.discard(call)
 
     def wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
