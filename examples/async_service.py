@@ -18,7 +18,8 @@ client, gallery = AsyncSpeakerClient(url), Gallery.load(voices)
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer one caller; a request given up at the deadline does not keep the server busy."""
     try:
-        utterance = await asyncio.wait_for(client.utterance(await reader.read()), timeout=5)
+        recording = await asyncio.wait_for(reader.read(), timeout=5)
+        utterance = await asyncio.wait_for(client.utterance(recording), timeout=5)
         line = gallery.identify(utterance).name or "unknown"
     except (OverloadedError, asyncio.TimeoutError):
         line = "busy: try again later"

@@ -14,7 +14,7 @@ from ecapa_triton import EcapaError, SpeakerClient
 
 url, folder, out = sys.argv[1:]
 paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
-files, embeddings = [], []
+files, embeddings, models = [], [], set()
 with SpeakerClient(url, max_in_flight=16) as client:
     for path, outcome in zip(paths, client.utterances(paths), strict=True):
         if isinstance(outcome, EcapaError):
@@ -22,6 +22,7 @@ with SpeakerClient(url, max_in_flight=16) as client:
         else:
             files.append(str(path))
             embeddings.append(outcome.embedding)  # float32 [192]
-np.savez(out, files=np.array(files, str), embeddings=np.array(embeddings, np.float32))
+            models.add(outcome.model)  # embeddings of two do not compare
+np.savez(out, files=np.array(files, str), embeddings=np.array(embeddings, np.float32), models=np.array([*models], str))
 print(f"{out}: {len(files)} of {len(paths)} files")
 sys.exit(len(files) < len(paths))

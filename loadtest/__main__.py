@@ -34,6 +34,7 @@ def _errors() -> tuple[type[Exception], ...]:
     """What the measurements raise, as far as it can be imported: a GPU host may have little more than torch."""
     names = {
         "export.__main__": "ERRORS",
+        "server.gateway": "GatewayError",
         "server.triton": "ServerError",
         "loadtest.clips": "ClipsError",
         "loadtest.gpu_models": "GpuError",
@@ -173,7 +174,9 @@ def _add_client(client: argparse.ArgumentParser) -> None:
         "--repository", type=Path, metavar="DIR", help="--local serves what is exported there, not --source"
     )
     client.add_argument("--audio", type=Path, metavar="FOLDER", help="of audio files (default: samples/)")
-    client.add_argument("--clips", type=_count, help="of the bulk command, the files over and over (default: 500; 150)")
+    client.add_argument(
+        "--clips", type=_count, help="of the bulk command, files over and over (default: 500; 120 of a large model)"
+    )
     client.add_argument(
         "--in-flight", type=_count, default=16, metavar="N", help="requests under way (default: %(default)s)"
     )

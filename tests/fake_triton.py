@@ -75,6 +75,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     lengths: list[int] = field(default_factory=list)  # samples of the requests seen
     busy: int = 0
     most_busy: int = 0
+    ready: bool = True
     cancelled: int = 0  # requests whose client gave up before the answer
     metadata: list[dict[str, str]] = field(default_factory=list)  # of every call
     url: str = ""
@@ -118,11 +119,15 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ServerReadyResponse(ready=True)
 
     def ModelReady(self, request, context):
-        return service_pb2.ModelReadyResponse(ready=True)
+        return service_pb2.ModelReadyResponse(ready=self.ready)
 
     def ModelMetadata(self, request, context):
         if request.name != "ecapa":
             context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
+        if not self.ready:
+            context.abort(
+                grpc.StatusCode.UNAVAILABLE, f"Request for unknown model: '{request.name}' has no available versions"
+            )
         return service_pb2.ModelMetadataResponse(name="ecapa", versions=["1", "2"])
 
     def ModelConfig(self, request, context):

@@ -116,7 +116,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
         return [row | {"embedding": np.array(row["embedding"], np.float32)} for row in found]
     with np.load(output, allow_pickle=False) as arrays:
         names = {"path": "files", "seconds": "seconds", "embedding": "embeddings"}
-        names |= {"size": "sizes", "modified_ns": "modified_ns"}
+        names |= {"size": "sizes", "stamp": "stamps"}
         columns = [arrays[name] for name in names.values()]
         return [
             dict(zip(names, row, strict=True)) | {"model": str(arrays["model"])} for row in zip(*columns, strict=True)
@@ -144,8 +144,7 @@ def test_rows_are_those_of_the_inputs_in_order(run: Run, folder: Path, tmp_path:
     for row in rows(output):
         samples, _ = soundfile.read(row["path"], dtype="float32")
         np.testing.assert_array_equal(row["embedding"], fingerprint(samples))
-        status_of_file = os.stat(row["path"])
-        assert (row["size"], row["modified_ns"]) == (status_of_file.st_size, status_of_file.st_mtime_ns)
+        assert _workfile.stat_of(row["path"]) == _workfile.Stat(row["size"], row["stamp"])
         assert row["seconds"] == pytest.approx(len(samples) / 16_000) and row["model"] == MODEL
     assert left(tmp_path) == [output.name, "z.wav"]
 
@@ -166,9 +165,10 @@ def test_npz_arrays(run: Run, folder: Path, tmp_path: Path) -> None:
         "seconds": ("<f4", (3,)),
         "embeddings": ("<f4", (3, SIZE)),
         "sizes": ("<i8", (3,)),
-        "modified_ns": ("<i8", (3,)),
+        "stamps": ("<i8", (3,)),
         "model": ("<U24", ()),
         "long": ("<U7", ()),
+        "folder": ("<U1", ()),  # empty: the paths are absolute
     }
 
 
@@ -184,10 +184,10 @@ def test_parquet_schema(run: Run, folder: Path, tmp_path: Path) -> None:
             "embedding": pa.list_(pa.float32(), SIZE),
             "model": pa.string(),
             "size": pa.int64(),
-            "modified_ns": pa.int64(),
+            "stamp": pa.int64(),
         }
     )
-    assert schema.metadata == {b"model": MODEL.encode(), b"long": b"error"}
+    assert schema.metadata == {b"model": MODEL.encode(), b"long": b"error", b"folder": b""}
 
 
 def test_parquet_without_pyarrow(
@@ -253,6 +253,71 @@ def test_the_same_size_and_another_time_is_a_change(run: Run, fake: FakeTriton, 
     os.utime(folder / "a.wav", ns=(0, os.stat(folder / "a.wav").st_mtime_ns + 1))
     run(folder, "-o", tmp_path / "out.npz")
     assert asked(fake) == [1]
+
+
+@pytest.mark.parametrize("moved", ["files", "folders"])
+def test_files_that_change_places_are_a_change(run: Run, fake: FakeTriton, tmp_path: Path, moved: str) -> None:
+    """Of one size, and with the same times: as an archive leaves clips of one length."""
+    one, two = write(tmp_path / "one/a.wav", 1, 2000), write(tmp_path / "two/a.wav", 2, 2000)
+    for path in one, two:
+        os.utime(path, ns=(0, 10**18))
+    output = tmp_path / "out.npz"
+    run(one, two, "-o", output)
+    a, b = (one, two) if moved == "files" else (one.parent, two.parent)
+    a.rename(tmp_path / "aside")
+    b.rename(a)
+    (tmp_path / "aside").rename(b)
+    assert "2 of 2 files embedded, 2 new" in run(one, two, "-o", output)[1]
+    for row in rows(output):
+        np.testing.assert_array_equal(row["embedding"], fingerprint(soundfile.read(row["path"], dtype="float32")[0]))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_relative_paths_mean_nothing_elsewhere(
+    run: Run, fake: FakeTriton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    output = tmp_path / f"out.{suffix}"
+    for number, name in enumerate(("one", "two"), 1):
+        write(tmp_path / name / "a.wav", number)
+        monkeypatch.chdir(tmp_path / name)
+        status, _, err = run("a.wav", "-o", output)
+        assert status == (0 if name == "one" else 2)
+    assert f"the paths in it start from {tmp_path / 'one'}, now they would from {tmp_path / 'two'}: run this" in err
+    assert asked(fake) == [1] and paths(output) == ["a.wav"]
+    assert run(tmp_path / "two/a.wav", "-o", output)[0] == 0  # an absolute one goes with them
+    assert paths(output) == [str(tmp_path / "two/a.wav"), "a.wav"]
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((3, 10), np.float32), np.full((3, SIZE), np.nan, np.float32)])
+def test_an_output_with_embeddings_that_are_none_is_refused(
+    run: Run, folder: Path, tmp_path: Path, wrong: np.ndarray
+) -> None:
+    output = tmp_path / "out.npz"
+    run(folder, "-o", output)
+    with np.load(output) as arrays:
+        damaged = dict(arrays) | {"embeddings": wrong}
+    np.savez(output, **damaged)
+    before = output.read_bytes()
+    status, _, err = run(write(tmp_path / "z.wav", 4), "-o", output)
+    assert status == 2 and "embed" in err and output.read_bytes() == before
+
+
+def test_a_folder_in_the_way_is_named(run: Run, folder: Path, tmp_path: Path) -> None:
+    for suffix, words in (".failed.tsv", "cannot be replaced"), (".partial", "cannot be used"):
+        (tmp_path / f"out.npz{suffix}").mkdir()
+        status, _, err = run(folder, "-o", tmp_path / "out.npz")
+        assert status == 2 and f"out.npz{suffix}: {words}" in err and err.count("\n") == 1
+        (tmp_path / f"out.npz{suffix}").rmdir()
+    assert left(tmp_path) == []
+
+
+def test_a_server_that_hangs_ends_the_run(run: Run, fake: FakeTriton, tmp_path: Path, monkeypatch: Any) -> None:
+    fake.otherwise = refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "late")
+    monkeypatch.setattr(_bulk, "MOST_UNANSWERED", 5)
+    for number in range(30):
+        write(tmp_path / f"clips/{number}.wav", number)
+    status, _, err = run(tmp_path / "clips", "-o", tmp_path / "out.npz", "--in-flight", 2)
+    assert status == 2 and err.count("no reply from") == 5 and len(fake.lengths) < 15
 
 
 def test_rows_that_were_not_asked_for_are_kept_at_the_end(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import NoReturn
+from urllib.request import OpenerDirector
 
 import grpc
 import numpy as np
 import pytest
 import soundfile
-from ecapa_triton import _cli
+from ecapa_triton import Gallery, _cli
 from fake_triton import MODEL, SIZE, FakeTriton, fake_triton, fingerprint, nan, refuse, slow
 
 COMMAND = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())"]
@@ -287,12 +288,36 @@ sys.exit(main())
 def test_the_usual_page_of_metrics(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[str] = []
 
-    def refuse(page: str, timeout: float) -> NoReturn:
+    def refuse(opener: OpenerDirector, page: str, timeout: float) -> NoReturn:
         pages.append(page)
         raise OSError
 
-    monkeypatch.setattr(_cli, "urlopen", refuse)
+    monkeypatch.setattr(OpenerDirector, "open", refuse)
     assert _cli._gpus(None, url, 1) == [] and pages == ["http://host.example:8002/metrics"]
+
+
+def test_two_that_enrol_at_once_take_turns(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    gallery, names = tmp_path / "voices.npz", [f"voice {i}" for i in range(6)]
+    command = [*COMMAND, "enrol", "--url", fake.url, str(gallery)]
+    started = [subprocess.Popen([*command, name, str(clip)], stdout=subprocess.DEVNULL) for name in names]
+    assert [process.wait(60) for process in started] == [0] * 6
+    assert sorted(Gallery.load(gallery)) == names
+
+
+def test_enrol_and_identify(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:
+    gallery, other = tmp_path / "voices.npz", write(tmp_path / "other.wav", 1)
+    status, out, err = run("enrol", gallery, "anna", clip, clip, "--url", fake.url)
+    assert (status, out, err) == (0, f"anna: 2 clips; {gallery}: 1 voices\n", "")
+    assert json.loads(run("enrol", gallery, "berta", other, "--url", fake.url, "--json")[1])["voices"] == 2
+    status, out, err = run("identify", gallery, clip, tmp_path / "none.wav", other, "--url", fake.url)
+    assert status == 2 and [line.split("  ")[1] for line in out.splitlines()] == ["anna", "berta"]
+    one_line(err, "none.wav", "No such file")
+    found = json.loads(run("identify", gallery, clip, "--url", fake.url, "--json", "--top", 1)[1])
+    assert (found["name"], len(found["candidates"])) == ("anna", 1)
+    assert "unknown" in run("identify", gallery, clip, "--url", fake.url, "--threshold", 1)[1]
+    asked = len(fake.lengths)
+    one_line(run("identify", gallery, clip, "--url", fake.url, "--threshold", "nan")[2], "expected a cosine")
+    assert len(fake.lengths) == asked
 
 
 def test_names_that_no_terminal_can_show(fake: FakeTriton, clip: Path, tmp_path: Path) -> None:

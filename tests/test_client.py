@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+import tracemalloc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,9 @@ from ecapa_triton import (
     DeadlineError,
     EcapaError,
     EmbeddingError,
+    KeyRefusedError,
     ModelInfo,
+    ModelMismatchError,
     ModelNotFoundError,
     ModelNotReadyError,
     NotAudioError,
@@ -49,6 +52,7 @@ from ecapa_triton import (
     TrustError,
     Utterance,
     Verification,
+    _audio,
     _flow,
     score,
 )
@@ -131,11 +135,12 @@ class Awaited(SpeakerClient):
     def status(self) -> Status:
         return self._wait(self._twin.status())
 
-    def utterances(self, *args: Any, **kwargs: Any) -> Iterator[Utterance | EcapaError]:
+    def utterances(self, *args: Any, **kwargs: Any) -> Generator[Utterance | EcapaError, None, None]:
         return self._each(self._twin.utterances(*args, **kwargs))
 
-    def _each(self, outcomes: AsyncIterator[Utterance | EcapaError]) -> Iterator[Utterance | EcapaError]:
-        assert isinstance(outcomes, AsyncGenerator)
+    def _each(
+        self, outcomes: AsyncGenerator[Utterance | EcapaError, None]
+    ) -> Generator[Utterance | EcapaError, None, None]:
         try:
             while True:
                 yield self._wait(outcomes.__anext__())
@@ -324,6 +329,17 @@ def test_nan_in_one_window_is_asked_again(fake: FakeTriton, client: SpeakerClien
         (refuse(grpc.StatusCode.UNAVAILABLE, "Server is stopping, scheduler for"), ConnectError, "once it is back"),
         (refuse(grpc.StatusCode.UNAVAILABLE, "Request timeout expired"), OverloadedError, "too many requests"),
         (refuse(grpc.StatusCode.UNAVAILABLE, "Socket closed"), ConnectError, "no Triton answers at"),
+        (refuse(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"), ConnectError, "broke off"),
+        (refuse(grpc.StatusCode.ABORTED, "by a proxy"), ConnectError, "broke off"),
+        (refuse(grpc.StatusCode.UNIMPLEMENTED, "Received http2 header with status: 404"), AddressError, "right port"),
+        (refuse(grpc.StatusCode.UNAUTHENTICATED, "Received http2 header with status: 401"), KeyRefusedError, "api_key"),
+        (refuse(grpc.StatusCode.PERMISSION_DENIED, "no"), KeyRefusedError, "api_key"),
+        (refuse(grpc.StatusCode.UNAUTHENTICATED, "A certificate is asked for"), TrustError, "no trust"),
+        (
+            refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (2 vs. 1)"),
+            ProtocolError,
+            "reply .* is too large",
+        ),
         (refuse(grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape"), RejectedError, "refuses .*unexpected shape"),
         (refuse(grpc.StatusCode.INTERNAL, "onnx runtime\nerror"), ServerError, "INTERNAL: onnx runtime error"),
         (outputs(embedding=None), ProtocolError, "output 'embedding' of the reply is missing"),
@@ -453,6 +469,12 @@ def test_waits_grow_to_two_seconds_and_differ(fake: FakeTriton, make: Make, wait
     assert len(set(waits[5:])) == 25
 
 
+def test_a_server_that_was_never_reached_is_not_waited_for_long(make: Make, waits: list[float]) -> None:
+    with pytest.raises(ConnectError):
+        make("127.0.0.1:9", timeout=None, retries=1000).embed(noise(1))
+    assert len(waits) == 4
+
+
 def test_no_retries(fake: FakeTriton, make: Make, waits: list[float]) -> None:
     fake.answers = [OVERLOAD]
     with pytest.raises(OverloadedError):
@@ -471,6 +493,13 @@ def test_the_timeout_holds_for_all_attempts(fake: FakeTriton, make: Make) -> Non
         make(fake.url, timeout=0.5, retries=100).embed(noise(1))
     assert time.monotonic() - start < 0.9
     assert len(fake.lengths) == 2
+
+
+def test_a_deadline_tells_what_was_before(fake: FakeTriton, make: Make) -> None:
+    fake.answers = [OVERLOAD]
+    fake.otherwise = slow(1)
+    with pytest.raises(DeadlineError, match=r"no reply .*; before that: the server at .* has too many requests"):
+        make(fake.url, timeout=0.5).embed(noise(1))
 
 
 def test_no_wait_that_ends_after_the_timeout(fake: FakeTriton, make: Make, waits: list[float]) -> None:
@@ -516,7 +545,7 @@ def test_a_client_that_was_never_used_is_closed(make: Make) -> None:
 
 
 def test_key_and_metadata_go_with_every_call(fake: FakeTriton, make: Make) -> None:
-    client = make(fake.url, api_key="secret", metadata={"x-tenant": "calls"})
+    client = make(fake.url, api_key="secret", metadata={"x-tenant": "calls", "a.b_c": "1"})
     client.embed(noise(1))
     client.status()
     assert len(fake.metadata) > 5
@@ -530,6 +559,9 @@ def test_key_and_metadata_go_with_every_call(fake: FakeTriton, make: Make) -> No
         ({"api_key": "ke\ny"}, TrustError, "api_key is not of visible ASCII"),
         ({"metadata": {"Upper": "1"}}, ValueError, "metadata has the name 'Upper': expected small letters"),
         ({"metadata": {"": "1"}}, ValueError, "metadata has the name ''"),
+        ({"metadata": {"\u00e9": "1"}}, ValueError, "metadata has the name"),
+        ({"metadata": {"x-bin": "1"}}, ValueError, "metadata has the name 'x-bin'"),
+        ({"metadata": {"grpc-timeout": "1"}}, ValueError, "metadata has the name 'grpc-timeout'"),
         ({"metadata": {"name": "\u00e9"}}, TrustError, "metadata 'name' is not of visible ASCII"),
         ({"retries": -1}, ValueError, "retries is -1: expected 0 or more"),
         ({"url": "http://host:8000"}, AddressError, "8000 is its HTTP port"),
@@ -544,10 +576,70 @@ def test_dns_names(fake: FakeTriton, make: Make) -> None:
     assert make(f"dns:///localhost:{fake.url.rpartition(':')[2]}").embed(noise(1)).shape == (SIZE,)
 
 
+@pytest.mark.parametrize("url", ["host", "127.0.0.1", "host:0", "host:99999", "a b:1", "host:1\n", "dns:///a b"])
+def test_urls_without_a_port(make: Make, url: str) -> None:
+    with pytest.raises(AddressError, match="expected HOST:PORT"):
+        make(url)
+
+
+def test_a_client_that_was_forked_says_so(fake: FakeTriton, client: SpeakerClient) -> None:
+    """gRPC hangs there."""
+    client.embed(noise(1))
+    for one in client, getattr(client, "_twin", client):
+        one._process = -1  # as it is in the other process
+    with pytest.raises(RuntimeError, match="make one in each process"):
+        client.embed(noise(1))
+
+
+def test_any_number_of_retries(fake: FakeTriton, make: Make, waits: list[float]) -> None:
+    fake.otherwise = OVERLOAD
+    with pytest.raises(OverloadedError):
+        make(fake.url, timeout=None, retries=1100).embed(noise(1))
+    assert len(waits) == 1100
+
+
+def test_a_closed_client_draws_no_more_clips(fake: FakeTriton, make: Make) -> None:
+    client = make(fake.url)
+
+    def clips() -> Iterator[np.ndarray]:
+        for i in range(1000):
+            if i == 30:
+                threading.Thread(target=client.close).start()
+            assert i < 500
+            time.sleep(0.005)
+            yield noise(0.1)
+
+    with pytest.raises(ClosedError):
+        client.embed_many(clips(), return_exceptions=True)
+
+
+def test_outcomes_come_before_a_slow_next_clip(fake: FakeTriton) -> None:
+    seen: list[object] = []
+
+    def clips() -> Iterator[np.ndarray]:
+        for i in range(4):
+            assert len(seen) >= i - 1
+            yield noise(0.1, i)
+            time.sleep(0.3)
+
+    with SpeakerClient(fake.url, max_in_flight=8) as client:
+        for outcome in client.utterances(clips()):
+            seen.append(outcome)
+    assert len(seen) == 4
+
+
 def test_an_event_loop_after_another(fake: FakeTriton) -> None:
     client = AsyncSpeakerClient(fake.url)
     for _ in range(2):
         assert asyncio.run(client.embed(noise(1))).shape == (SIZE,)
+
+
+def test_event_loops_one_after_another_with_long_clips(fake: FakeTriton) -> None:
+    fake.info = (0.45, 1.0, 640.0)
+    client = AsyncSpeakerClient(fake.url)
+    for _ in range(2):
+        embeddings = asyncio.run(client.embed_many([noise(2, i) for i in range(4)], long="windows"))
+        assert len(embeddings) == 4
 
 
 def test_two_event_loops_at_once(fake: FakeTriton) -> None:
@@ -610,7 +702,7 @@ def test_leaving_the_iteration_cancels(fake: FakeTriton, make: Make) -> None:
     assert isinstance(next(outcomes), Utterance)
     while fake.busy < 3:
         time.sleep(0.01)
-    outcomes.close()  # type: ignore[attr-defined]
+    outcomes.close()
     assert gave_up(fake, 3) and len(fake.lengths) <= 5
 
 
@@ -652,6 +744,29 @@ def test_an_interrupt_cancels_the_request(fake: FakeTriton, monkeypatch: pytest.
         assert gave_up(fake, 1)
 
 
+def test_nothing_is_read_for_whom_nobody_waits(fake: FakeTriton, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.info = (0.45, 1.0, 640.0)
+    client = make(fake.url, max_in_flight=4)
+    client.embed(noise(1))
+    reads: list[int] = []
+    read = _audio.read
+
+    def slowly(audio: np.ndarray, sample_rate: float | None = None, *, max_samples: int) -> _audio.Clip:
+        reads.append(max_samples)
+        if max_samples > SECOND:
+            time.sleep(0.3)
+        return read(audio, sample_rate, max_samples=max_samples)
+
+    monkeypatch.setattr(_audio, "read", slowly)
+    outcomes = client.utterances([noise(0.1), *(noise(3, i) for i in range(7))], long="windows")
+    next(outcomes)
+    while not [samples for samples in reads if samples > SECOND]:
+        time.sleep(0.01)
+    outcomes.close()
+    time.sleep(0.8)
+    assert len([samples for samples in reads if samples > SECOND]) <= 2
+
+
 def test_closing_ends_a_wait(fake: FakeTriton, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_flow, "Wait", lambda seconds: Wait(60))
     fake.otherwise = OVERLOAD
@@ -672,6 +787,28 @@ def test_utterances_tell_what_they_are(fake: FakeTriton, client: SpeakerClient) 
     assert (one.seconds, one.model, one.threshold) == (1, MODEL, 0.45)
     assert long.seconds == 30 and long.embedding[0] == 30 * SECOND
     np.testing.assert_array_equal(client.utterance(noise(1)).embedding, one.embedding)
+
+
+@pytest.mark.parametrize("return_exceptions", [False, True])
+def test_embeddings_of_two_models_are_not_handed_out_together(
+    fake: FakeTriton, client: SpeakerClient, return_exceptions: bool
+) -> None:
+    models = iter([MODEL] * 3)
+    fake.model = lambda fake: next(models, "f" * 24)
+    with pytest.raises(ModelMismatchError, match=f"replaced between these clips .{MODEL}, {'f' * 24}"):
+        client.embed_many([noise(0.1, i) for i in range(6)], return_exceptions=return_exceptions)
+
+
+def test_errors_hold_no_clips(fake: FakeTriton, client: SpeakerClient) -> None:
+    client.embed(noise(1))
+    tracemalloc.start()
+    try:
+        errors = list(client.utterances(noise(31, i) for i in range(20)))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert all(isinstance(error, TooLongError) for error in errors)
+    assert held < 31 * SECOND * 4 * 3  # bytes: no more than a few of the clips
 
 
 def test_an_asynchronous_generator_of_clips(fake: FakeTriton) -> None:
@@ -723,8 +860,9 @@ def test_one_bad_clip_does_not_lose_the_others(fake: FakeTriton, client: Speaker
 
 def test_embed_many_of_nothing_and_of_a_string(client: SpeakerClient) -> None:
     assert client.embed_many([]) == []
-    with pytest.raises(TypeError, match="audios is a single str: expected a list of clips"):
-        client.embed_many("clip.wav")
+    for single in "clip.wav", b"RIFF", bytearray(b"RIFF"), Path("clip.wav"), noise(1):
+        with pytest.raises(TypeError, match=f"audios is a single {type(single).__name__}: expected a list of clips"):
+            client.embed_many(single)
 
 
 def test_threads_get_their_own_replies(make: Make, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -801,6 +939,13 @@ def test_status(fake: FakeTriton, client: SpeakerClient) -> None:
     statistics = status.statistics
     assert (statistics.requests, statistics.failures, statistics.executions) == (20, 2, 8)
     assert (statistics.mean_batch, statistics.queue_ms, statistics.compute_ms) == (3.0, 3.0, 11.0)
+
+
+def test_status_of_a_model_that_is_not_ready(fake: FakeTriton, client: SpeakerClient) -> None:
+    fake.ready = False
+    status = client.status()
+    assert (status.live, status.ready, status.model_versions) == (True, False, ())
+    assert (status.deployment, status.info, status.statistics) == (None, None, None)
 
 
 def test_status_of_an_overloaded_server(fake: FakeTriton, client: SpeakerClient) -> None:

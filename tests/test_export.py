@@ -256,6 +256,7 @@ def test_verify_refuses_other_weights(repository: Path, folder: Path, capsys: py
     assert "made from weights ff14eec9332f (mini)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_is_exported_verified_and_up_to_date(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a source, with a space")
     target = copy_configs(tmp_path)

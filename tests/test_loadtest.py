@@ -50,6 +50,7 @@ def test_products_of_the_published_size_are_counted() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_model_benchmark_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +76,7 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["model", "--channels", "32", "--rounds", "1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exported", [True, False])
 def test_the_soak_runs(
     exported: bool,

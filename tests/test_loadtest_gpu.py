@@ -77,6 +77,7 @@ def report_in(folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads(figures.read_text()), figures.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_everything(files: Path, speech: Path, tmp_path: Path) -> None:
     given = ["--repository", str(files), "--speech", str(speech)]
     assert main(["gpu", "--rehearse", *given, "--out", str(tmp_path)]) == 0

@@ -191,6 +191,7 @@ def first_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenarios, "levels", lambda scenario: every(scenario)[:1])
 
 
+@pytest.mark.slow
 def test_every_scenario_against_a_running_server(
     server: TritonServer, first_levels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +237,7 @@ def test_a_wrong_reply_fails_the_run_and_is_in_the_report(
     assert "WRONG" in (tmp_path / "x.html").read_text() and "WrongReply" in (tmp_path / "x.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_local_server_and_its_baselines(
     repository: Path, first_levels: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,7 @@ from ._errors import (
     TrustError,
     UnknownVoiceError,
 )
-from ._flow import Status
+from ._flow import Embedding, Long, Status
 from ._gallery import Candidate, Gallery, Identification
 from ._scoring import Utterance, Verification, score
 from ._wire import Deployment, ModelInfo, Statistics
@@ -67,6 +67,7 @@ __all__ = [
     "DeadlineError",
     "Deployment",
     "EcapaError",
+    "Embedding",
     "EmbeddingError",
     "EvaluationError",
     "Gallery",
@@ -74,6 +75,7 @@ __all__ = [
     "GalleryFileError",
     "Identification",
     "KeyRefusedError",
+    "Long",
     "ManifestError",
     "ModelInfo",
     "ModelMismatchError",
@@ -102,12 +104,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "AsyncSpeakerClient":  # asyncio and its gRPC take time to import
-        from ._async_client import AsyncSpeakerClient
+if not TYPE_CHECKING:  # to type checkers it would stand for every name
 
-        return AsyncSpeakerClient
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name == "AsyncSpeakerClient":  # asyncio's gRPC takes time to import
+            from ._async_client import AsyncSpeakerClient
+
+            return AsyncSpeakerClient
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
@@ -14,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from . import _audio, _scoring, _wire
 from ._audio import Audio
-from ._connection import CLOSED, Connection, State, Tls
+from ._connection import CLOSED, FORKED, Connection, State, Tls
 from ._errors import ClosedError, EcapaError
 from ._flow import (
     Alone,
@@ -31,7 +33,8 @@ from ._flow import (
     Wait,
     check_long,
     check_many,
-    raise_first,
+    embeddings,
+    without_frames,
 )
 from ._scoring import Utterance, Verification
 from ._wire import Reply
@@ -92,6 +95,7 @@ class AsyncSpeakerClient:
         self._arguments = self._connection.arguments()
         self._flow = Flow(self._connection)
         self._triton: InferenceServerClient | None = None
+        self._process = 0  # that the connection is of
         self._loop: asyncio.AbstractEventLoop | None = None  # that the connection belongs to
         self._alone, self._ended = asyncio.Lock(), asyncio.Event()
         self._closed = False
@@ -112,7 +116,10 @@ class AsyncSpeakerClient:
         return State.NEW if self._triton is None else State.OPEN
 
     async def close(self) -> None:
-        """Close the connection; requests under way end in `ClosedError`. Closing twice does no harm."""
+        """Close the connection; requests under way end in `ClosedError`. Closing twice does no harm.
+
+        To be awaited in the event loop that the client was used in.
+        """
         triton, closed = self._triton, self._closed
         self._closed = True
         self._ended.set()
@@ -183,11 +190,10 @@ class AsyncSpeakerClient:
 
         Raises:
             EcapaError: The first error in the list, once all clips are done (not with `return_exceptions`).
+            ModelMismatchError: The model was replaced meanwhile.
         """
         outcomes = [outcome async for outcome in self.utterances(audios, sample_rate, long=long)]
-        if not return_exceptions:
-            raise_first(outcomes)
-        return [outcome if isinstance(outcome, EcapaError) else outcome.embedding for outcome in outcomes]
+        return embeddings(outcomes, return_exceptions)
 
     def utterances(
         self,
@@ -195,8 +201,8 @@ class AsyncSpeakerClient:
         sample_rate: float | None = None,
         *,
         long: Long = "error",
-    ) -> AsyncIterator[Utterance | EcapaError]:
-        """Embed clips as `embed_many`, and yield each one's outcome as soon as it and those before it are there.
+    ) -> AsyncGenerator[Utterance | EcapaError, None]:
+        """Embed clips as `embed_many`, and yield the outcomes in order: each once the next clip is drawn.
 
         Memory does not grow with their number. Closing the iterator cancels what is under way.
 
@@ -243,7 +249,7 @@ class AsyncSpeakerClient:
 
     async def _utterances(
         self, audios: Iterable[Audio] | AsyncIterable[Audio], sample_rate: float | None, long: Long
-    ) -> AsyncIterator[Utterance | EcapaError]:
+    ) -> AsyncGenerator[Utterance | EcapaError, None]:
         in_flight = self._connection.max_in_flight
         gate = asyncio.Semaphore(in_flight)
         pending: deque[asyncio.Task[Utterance | EcapaError]] = deque()
@@ -257,17 +263,20 @@ class AsyncSpeakerClient:
 
         try:
             async for audio in _each(audios):
-                if len(pending) == 2 * in_flight:
-                    yield await pending.popleft()
+                if self._closed:
+                    raise ClosedError(CLOSED)
+                while pending and (len(pending) == 2 * in_flight or pending[0].done()):
+                    yield without_frames(await pending.popleft())
                 pending.append(asyncio.ensure_future(outcome(audio)))
             while pending:
-                yield await pending.popleft()
+                yield without_frames(await pending.popleft())
         finally:
             await _cancel(pending)
 
     # --- performing steps ---
 
     async def _perform(self, steps: Steps[T]) -> T:
+        self._bind()
         try:
             step = next(steps)
             while True:
@@ -282,6 +291,8 @@ class AsyncSpeakerClient:
             return result
 
     async def _do(self, step: Step) -> Any:
+        if self._closed:
+            raise ClosedError(CLOSED)
         match step:
             case Read(audio, sample_rate, max_samples):
                 return await asyncio.to_thread(_audio.read, audio, sample_rate, max_samples=max_samples)
@@ -299,6 +310,7 @@ class AsyncSpeakerClient:
             case Wait(seconds):
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._ended.wait(), seconds)
+                    raise ClosedError(CLOSED)
             case Together(parts):
                 return await self._together(parts)
             case Alone(inner):
@@ -319,11 +331,16 @@ class AsyncSpeakerClient:
             await _cancel(tasks)
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        triton = self._connected()
+        if self._triton is None:
+            self._triton, self._process = InferenceServerClient(**self._arguments), os.getpid()
+        if self._process != os.getpid():
+            raise RuntimeError(FORKED)
         try:
-            return await getattr(triton, method)(*args, headers=self._connection.headers, **kwargs)
+            return await getattr(self._triton, method)(*args, headers=self._connection.headers, **kwargs)
         except asyncio.CancelledError:
-            if self._closed:  # closing a connection cancels what is under way on it
+            task = asyncio.current_task()
+            cancelled = task is not None and sys.version_info >= (3, 11) and task.cancelling()
+            if self._closed and not cancelled:  # closing a connection cancels what is under way on it
                 raise ClosedError(CLOSED) from None
             raise
         except InferenceServerException as exc:
@@ -331,16 +348,15 @@ class AsyncSpeakerClient:
                 raise ClosedError(CLOSED) from exc
             raise self._flow.error(exc) from exc
 
-    def _connected(self) -> InferenceServerClient:
-        if self._closed:
-            raise ClosedError(CLOSED)
+    def _bind(self) -> None:
+        """Belong to the running event loop: connection, lock and event are of one."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self._loop is not None and not self._loop.is_closed():
-                raise RuntimeError("this client belongs to another event loop that is still open: make one for each")
-            self._loop, self._alone, self._ended = loop, asyncio.Lock(), asyncio.Event()
-            self._triton = InferenceServerClient(**self._arguments)
-        return self._triton
+        if self._loop is loop:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError("this client belongs to another event loop that is still open: make one for each")
+        self._loop, self._triton = loop, None
+        self._alone, self._ended = asyncio.Lock(), asyncio.Event()
 
 
 async def _each(audios: Iterable[Audio] | AsyncIterable[Audio]) -> AsyncIterator[Audio]:

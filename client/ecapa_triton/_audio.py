@@ -174,8 +174,14 @@ def _check_array(name: str, array: NDArray[Any]) -> None:
             f"{name}: expected shape [samples] or [samples, channels] with 1 to {MAX_CHANNELS} channels: "
             "transpose a [channels, samples] array, pass the clips of a batch one by one"
         )
-    if not (array.dtype == np.int16 or np.issubdtype(array.dtype, np.floating)):
+    if not (_is_int16(array) or np.issubdtype(array.dtype, np.floating)):
         raise AudioFormatError(f"{name}: expected float samples in [-1, 1] or int16: convert them")
+    if isinstance(array, np.ma.MaskedArray):
+        raise AudioFormatError(f"{name}: has a mask, which would be ignored: pass its filled() samples")
+
+
+def _is_int16(array: NDArray[Any]) -> bool:
+    return array.dtype.kind == "i" and array.dtype.itemsize == 2
 
 
 def _array_blocks(array: NDArray[Any]) -> Iterator[Waveform]:
@@ -184,7 +190,7 @@ def _array_blocks(array: NDArray[Any]) -> Iterator[Waveform]:
     for start in range(0, len(array), step):
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused as such
             block = array[start : start + step].astype(np.float32)
-        if array.dtype == np.int16:
+        if _is_int16(array):
             block *= INT16_SCALE
         yield _mono(block)
 

@@ -28,8 +28,8 @@ import numpy as np
 
 from ._audio import describe
 from ._client import SpeakerClient
-from ._commands import DONE, FAILED, INTERRUPTED, TERMINATED, at_least_one, complain, named
-from ._errors import HOPELESS, AudioFileError, EcapaError, ModelMismatchError, OutputError
+from ._commands import DONE, FAILED, INTERRUPTED, TERMINATED, at_least, complain, named
+from ._errors import HOPELESS, AudioFileError, DeadlineError, EcapaError, ModelMismatchError, OutputError
 from ._files import check_output, replacing
 from ._flow import Long, check_many
 from ._manifest import by_bytes, expand
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import rich.progress
 
 IN_FLIGHT = 16
+MOST_UNANSWERED = 32  # requests in a row that end at their timeout, before the server counts as hung
 REFRESH_EVERY, REPORT_EVERY = 0.1, 60.0  # s, between two signs of progress on a terminal, and elsewhere
 
 
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replace", action="store_true", help="start anew: forget what OUT holds")
     parser.add_argument(
         "--in-flight",
-        type=at_least_one,
+        type=at_least(1),
         default=IN_FLIGHT,
         metavar="N",
         help="requests under way at a time (%(default)s)",
@@ -158,14 +159,14 @@ def embed_files(
 ) -> Summary:
     """Embed files into one npz or Parquet file, and go on with what an earlier run has done.
 
-    A file of this name counts as done if its size and time of change are those it was embedded with. The rows are in
+    A file of this name counts as done if it was not written, replaced or moved since it was embedded. The rows are in
     the order of the inputs, one each time a file is named, then come those of earlier runs that were not asked for.
     Files that fail are told on standard error and listed in `OUT.failed.tsv`; the next run tries them again.
 
     The arrays of an npz, and the columns of a Parquet file (singular: `path`, `embedding`, `size`):
         `files` str `[n]`; `seconds` float32 `[n]`, of audio; `embeddings` float32 `[n, 192]`, not of unit length;
-        `sizes` int64 `[n]`, bytes; `modified_ns` int64 `[n]`, ns since 1970; `model` str, as `Utterance.model`;
-        `long` str, as below (Parquet: in the schema's metadata).
+        `sizes` int64 `[n]`, bytes; `stamps` int64 `[n]`, by which a change is seen; `model` str, as `Utterance.model`;
+        `long` str, as below, and `folder` str, that relative paths start from (Parquet: in the schema's metadata).
 
     Args:
         client: Has `max_in_flight` files under way.
@@ -189,7 +190,11 @@ def embed_files(
     if parquet:
         check_pyarrow(describe(output))
     work = WorkFile(place, os.fspath(output))
-    failures = _Failures(place.with_name(place.name + ".failed.tsv"))
+    try:
+        failures = _Failures(place.with_name(place.name + ".failed.tsv"))
+    except OSError as exc:
+        work.leave()
+        raise OutputError(f"{describe(output)}.failed.tsv: cannot be replaced ({exc.strerror}): put it away") from exc
     agreed = False
     try:
         if replace:
@@ -217,7 +222,7 @@ def embed_files(
         if isinstance(exc, KeyboardInterrupt):
             raise _Interrupted(left) from exc
         if isinstance(exc, sqlite3.Error):
-            raise unusable(work.path, exc) from exc
+            raise unusable(work.path, exc, left) from exc
         if isinstance(exc, EcapaError) and left:
             raise type(exc)(f"{exc}; {left}") from exc
         raise
@@ -236,12 +241,13 @@ def _embed_missing(client: SpeakerClient, work: WorkFile, failures: _Failures, l
             fed.append((number, path, stat_of(path)))
             yield path
 
-    new, audio = 0, 0.0
+    new, audio, unanswered = 0, 0.0, 0
     with _Progress(work.name, *work.progress()) as progress, work.committing():
         failures.tell = progress.tell
         for outcome in client.utterances(feed(), long=long):
             number, path, before = fed.popleft()
-            if isinstance(outcome, HOPELESS):
+            unanswered = unanswered + 1 if isinstance(outcome, DeadlineError) else 0
+            if isinstance(outcome, EcapaError) and (isinstance(outcome, HOPELESS) or unanswered == MOST_UNANSWERED):
                 raise outcome
             # What is recorded is how the file was before it was read: it can be older than what was embedded, which
             # the next run sees, never newer.

@@ -19,17 +19,18 @@ from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeAlias, get_args
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 from . import _bulk, _evaluate
 from ._audio import describe
 from ._client import SpeakerClient
-from ._commands import BROKEN_PIPE, DONE, FAILED, INTERRUPTED, at_least_one, complain, named
+from ._commands import BROKEN_PIPE, DONE, FAILED, INTERRUPTED, at_least, complain, named
 from ._connection import MAX_TIMEOUT, Tls
 from ._errors import HOPELESS, EcapaError, TrustError
-from ._files import check_output
+from ._files import check_output, locked_folder
 from ._flow import Long
 from ._gallery import Gallery
+from ._scoring import decide
 from ._wire import Gpu, read_gpus
 
 SAME, DIFFERENT = 0, 1  # exit statuses of `verify`
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     deciding.add_argument("--threshold", type=float, help="cosine to decide by (default: the model's own)")
 
     # Many clips wait for each other at the server, and a whole run is worth some patience.
-    many: dict[str, Any] = {"timeout": 60.0, "retries": 10}
+    many: dict[str, Any] = {"timeout": 60.0, "retries": 40}
     embed = add("embed", _bulk.run, "embed audio files, folders, lists", clips, **many)
     _bulk.add_arguments(embed)
 
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     identify.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file that `enrol` wrote")
     identify.add_argument("files", nargs="+", metavar="FILE")
     identify.add_argument(
-        "--top", type=at_least_one, default=3, metavar="N", help="how many candidates to show (%(default)s)"
+        "--top", type=at_least(1), default=3, metavar="N", help="how many candidates to show (%(default)s)"
     )
 
     evaluate = add("evaluate", _evaluate.run, "EER and minDCF of a trial list", clips, **many)
@@ -150,7 +151,11 @@ def _common(timeout: float, retries: int) -> argparse.ArgumentParser:
     common.add_argument("--model", default="ecapa", help="name of the model (%(default)s)")
     common.add_argument("--timeout", type=_seconds, default=timeout, help="seconds for one request (%(default)s)")
     common.add_argument(
-        "--retries", type=int, default=retries, metavar="N", help="times to ask again what may pass (%(default)s)"
+        "--retries",
+        type=at_least(0),
+        default=retries,
+        metavar="N",
+        help="times to ask again what may pass (%(default)s)",
     )
     common.add_argument("--tls", action="store_true", help="encrypt; with the two below or a url grpcs://... as well")
     common.add_argument("--tls-ca", metavar="FILE", help="authorities to trust the server's certificate by, PEM")
@@ -197,9 +202,11 @@ def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 
 def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     check_output(arguments.gallery)
-    gallery = Gallery.load(arguments.gallery) if arguments.gallery.exists() else Gallery()
-    gallery.enrol(arguments.name, client.utterances(arguments.files, long=arguments.long))
-    gallery.save(arguments.gallery)
+    outcomes = list(client.utterances(arguments.files, long=arguments.long))
+    with locked_folder(arguments.gallery):  # who enrols at the same time comes before or after
+        gallery = Gallery.load(arguments.gallery) if arguments.gallery.exists() else Gallery()
+        gallery.enrol(arguments.name, outcomes)
+        gallery.save(arguments.gallery)
     facts = {"name": arguments.name, "clips": gallery.clips(arguments.name), "voices": len(gallery)}
     if arguments.json:
         print(json.dumps(facts))
@@ -210,6 +217,8 @@ def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 
 def _identify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     gallery = Gallery.load(arguments.gallery)
+    if arguments.threshold is not None:
+        decide(0.0, arguments.threshold, None)  # refuse a bad one before any work
     failed = 0
     outcomes = client.utterances(arguments.files, long=arguments.long)
     for file, outcome in zip(arguments.files, outcomes, strict=True):
@@ -234,24 +243,26 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     gpus = _gpus(arguments.metrics, arguments.url, arguments.timeout)
     if arguments.json:
         print(json.dumps(_without_nan(asdict(status) | {"gpus": [asdict(gpu) for gpu in gpus]})))
-        return SAME
+        return DONE
     info, statistics, served = status.info, status.statistics, status.deployment
     state = "ready" if status.ready else "live, not ready" if status.live else "not live"
     print(f"server      Triton {status.server_version} at {status.url}, {state}")
     print(f"model       {status.model}, version {', '.join(status.model_versions) or 'none'}")
-    file, precision = served.file or "its usual file", f", {served.precision}" if served.precision else ""
-    print(f"served      {file} by {served.backend}{precision}; instances: {', '.join(served.instances) or 'none'}")
-    print(f"batch       up to {served.max_batch} clips")
+    if served is not None:
+        file, precision = served.file or "its usual file", f", {served.precision}" if served.precision else ""
+        print(f"served      {file} by {served.backend}{precision}; instances: {', '.join(served.instances) or 'none'}")
+        print(f"batch       up to {served.max_batch} clips")
     if info is not None:
         shortest = info.min_samples / 16  # ms at 16 kHz
         print(f"weights     {info.id}")
         print(f"clips       {shortest:g} ms to {info.max_seconds:g} s")
         print(f"threshold   {'none: give one' if info.threshold is None else info.threshold}")
-    print(
-        f"requests    {statistics.requests} in {statistics.executions} executions, "
-        f"{statistics.failures} failed, mean batch {statistics.mean_batch:.2f}"
-    )
-    print(f"mean time   queue {statistics.queue_ms:.1f} ms, compute {statistics.compute_ms:.1f} ms")
+    if statistics is not None:
+        print(
+            f"requests    {statistics.requests} in {statistics.executions} executions, "
+            f"{statistics.failures} failed, mean batch {statistics.mean_batch:.2f}"
+        )
+        print(f"mean time   queue {statistics.queue_ms:.1f} ms, compute {statistics.compute_ms:.1f} ms")
     for gpu in gpus:
         used, total = gpu.memory_used / 1e9, gpu.memory_total / 1e9
         print(f"gpu         {gpu.uuid}: {used:.1f} of {total:.1f} GB in use, {gpu.utilization:.0%} busy")
@@ -262,7 +273,8 @@ def _gpus(metrics: str | None, url: str, timeout: float) -> list[Gpu]:
     """Those on the page of metrics. A page that was asked for must be there, the usual one need not."""
     page = metrics or f"http://{re.sub('^.*[:/]/+', '', url).rpartition(':')[0]}:8002/metrics"
     try:
-        with urlopen(page, timeout=timeout if metrics else min(timeout, 1)) as reply:
+        direct = build_opener(ProxyHandler({}))  # as the gRPC connection
+        with direct.open(page, timeout=timeout if metrics else min(timeout, 1)) as reply:
             text = reply.read(_LARGEST_PAGE).decode(errors="replace")
     except (OSError, ValueError, HTTPException) as exc:
         if metrics is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from . import _audio, _scoring, _wire
 from ._audio import Audio, Waveform
-from ._connection import CLOSED, Connection, State, Tls
+from ._connection import CLOSED, FORKED, Connection, State, Tls
 from ._errors import ClosedError, EcapaError
 from ._flow import (
     Alone,
@@ -33,7 +34,8 @@ from ._flow import (
     Wait,
     check_long,
     check_many,
-    raise_first,
+    embeddings,
+    without_frames,
 )
 from ._scoring import Utterance, Verification
 from ._wire import Reply
@@ -44,7 +46,8 @@ T = TypeVar("T")
 class SpeakerClient:
     """Speaker embeddings from an ecapa model on a Triton server.
 
-    Many threads may use one client at once. It connects when first used, and again after a lost connection.
+    Many threads may use one client at once. It connects when first used, and again after a lost connection. Processes
+    that are forked off need a client of their own, made there; start them by "spawn" where you can.
 
     ```python
     with SpeakerClient() as client:
@@ -60,7 +63,8 @@ class SpeakerClient:
         model_version: Version of the model; empty: the server chooses.
         retries: How often a request is sent again that failed for a reason that may pass: no connection, an
             overloaded server, a model that is not ready, NaN by another client's clip in the batch. The waits
-            between are 0.1, 0.2, 0.4 ... s, at most 2, each shortened at random by up to half.
+            between are 0.1, 0.2, 0.4 ... s, at most 2, each shortened at random by up to half. A server that was
+            never reached is tried again 4 times at most.
         max_in_flight: Requests that one call of `embed_many`, `utterances`, or of `embed` in windows, keeps under way.
             A CPU answers 8 long clips within the default timeout; a GPU has use for 32 and more.
         max_duration: Seconds of audio that `long="windows"` reads at most, up to 86400; longer is an error.
@@ -99,6 +103,7 @@ class SpeakerClient:
         self._arguments = self._connection.arguments()
         self._flow = Flow(self._connection)
         self._triton: InferenceServerClient | None = None
+        self._process = 0  # that the connection is of
         self._opening = threading.Lock()
         self._sending = threading.Lock()
         self._alone = threading.Lock()
@@ -200,16 +205,15 @@ class SpeakerClient:
 
         Raises:
             EcapaError: The first error in the list, once all clips are done (not with `return_exceptions`).
+            ModelMismatchError: The model was replaced meanwhile.
         """
         outcomes = list(self.utterances(audios, sample_rate, long=long))
-        if not return_exceptions:
-            raise_first(outcomes)
-        return [outcome if isinstance(outcome, EcapaError) else outcome.embedding for outcome in outcomes]
+        return embeddings(outcomes, return_exceptions)
 
     def utterances(
         self, audios: Iterable[Audio], sample_rate: float | None = None, *, long: Long = "error"
-    ) -> Iterator[Utterance | EcapaError]:
-        """Embed clips as `embed_many`, and yield each one's outcome as soon as it and those before it are there.
+    ) -> Generator[Utterance | EcapaError, None, None]:
+        """Embed clips as `embed_many`, and yield the outcomes in order: each once the next clip is drawn.
 
         Memory does not grow with their number. Leaving the iteration early cancels what is under way.
 
@@ -259,7 +263,7 @@ class SpeakerClient:
 
     def _utterances(
         self, audios: Iterable[Audio], sample_rate: float | None, long: Long
-    ) -> Iterator[Utterance | EcapaError]:
+    ) -> Generator[Utterance | EcapaError, None, None]:
         def outcome(audio: Audio) -> Utterance | EcapaError:
             try:
                 return self._perform(self._flow.utterance(audio, sample_rate, long), work)
@@ -272,11 +276,13 @@ class SpeakerClient:
         with _Work(self._closed) as work:
             try:
                 for audio in audios:
-                    if len(pending) == 2 * in_flight:
-                        yield _result(pending.popleft())
+                    if self._closed.is_set():
+                        raise ClosedError(CLOSED)
+                    while pending and (len(pending) == 2 * in_flight or pending[0].done()):
+                        yield without_frames(_result(pending.popleft()))
                     pending.append(pool.submit(outcome, audio))
                 while pending:
-                    yield _result(pending.popleft())
+                    yield without_frames(_result(pending.popleft()))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -297,6 +303,7 @@ class SpeakerClient:
             return result
 
     def _do(self, step: Step, work: _Work) -> Any:
+        work.check()
         match step:
             case Read(audio, sample_rate, max_samples):
                 return _audio.read(audio, sample_rate, max_samples=max_samples)
@@ -352,7 +359,9 @@ class SpeakerClient:
             if self._closed.is_set():
                 raise ClosedError(CLOSED)
             if self._triton is None:
-                self._triton = InferenceServerClient(**self._arguments)
+                self._triton, self._process = InferenceServerClient(**self._arguments), os.getpid()
+            if self._process != os.getpid():
+                raise RuntimeError(FORKED)
             return self._triton
 
     @contextmanager
@@ -380,7 +389,7 @@ class _Work:
     def __init__(self, closed: threading.Event) -> None:
         self._closed = closed
         self._cancelled = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end an iteration in the middle of another
         self._calls: set[_Call] = set()
 
     def __enter__(self) -> _Work:
@@ -414,8 +423,13 @@ class _Work:
     def wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            if self._cancelled.wait(min(left, 0.1)) or self._closed.is_set():
-                raise ClosedError(CLOSED)
+            self._cancelled.wait(min(left, 0.1))
+            self.check()
+
+    def check(self) -> None:
+        """Nothing more is done for whom nobody waits."""
+        if self._cancelled.is_set() or self._closed.is_set():
+            raise ClosedError(CLOSED)
 
 
 def _result(future: Future[T]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from ._audio import describe
@@ -23,9 +24,13 @@ def named(path: str, error: EcapaError) -> EcapaError:
     return type(error)(f"{describe(path)}: {error}") if isinstance(error, ServerError) else error
 
 
-def at_least_one(text: str) -> int:
-    """The number that an option's value stands for."""
-    with suppress(ValueError):
-        if (number := int(text)) >= 1:
-            return number
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+def at_least(least: int) -> Callable[[str], int]:
+    """What makes an option's value a whole number."""
+
+    def number(text: str) -> int:
+        with suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
+
+    return number

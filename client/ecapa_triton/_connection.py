@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,12 +16,14 @@ KEY_HEADER = "triton-grpc-protocol-api-key"  # for Triton's APIs that are restri
 MAX_TIMEOUT = 1e6  # s; gRPC takes deadlines in the far future for ones in the past
 MAX_DURATION = 86_400  # s
 CLOSED = "the client is closed: make a new one"
+FORKED = "this client was used before this process was forked off, and gRPC would hang in it: make one in each process"
 
 CHANNEL_ARGS = [
     # No clip is longer than the model's limit: the client cuts or refuses it before.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", 16 << 20),  # bytes; the largest reply is that of the model's config
     # A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt to connect takes; a mute address takes no more
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # A server whose machine is gone says nothing, and gRPC would send to it for a quarter of an hour. With keepalive, a
@@ -107,8 +110,10 @@ class Connection:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected {least} or more")
         for name, value in self.headers.items():
             # What gRPC would refuse with words of its own, at the first request.
-            if not (name and name == name.lower() and name.replace("-", "").replace("_", "").isalnum()):
-                raise ValueError(f"metadata has the name {name!r}: expected small letters, digits, - and _")
+            if not re.fullmatch(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", name):
+                raise ValueError(
+                    f"metadata has the name {name!r}: expected small letters, digits, and _ . - (not grpc-..., ...-bin)"
+                )
             if not (value.isascii() and value.isprintable()):
                 what = "api_key" if name == KEY_HEADER else f"metadata {name!r}"
                 raise TrustError(f"{what} is not of visible ASCII characters alone: pass it as the server has it")
@@ -121,7 +126,9 @@ class Connection:
     def arguments(self) -> dict[str, Any]:
         """Arguments of Triton's clients."""
         target = self.url.removeprefix(SCHEME).removeprefix(TLS_SCHEME).rstrip("/")
-        if not target or target.startswith(("http://", "https://")):
+        # A name that gRPC would give another port, or that goes by a resolver of its own.
+        plain = re.fullmatch(r"[\w.\-\[\]:]+:(\d+)", target, re.ASCII)
+        if not (plain and 0 < int(plain[1]) < 65536 or re.fullmatch(r"(dns|ipv4|ipv6|unix|xds):[!-~]+", target)):
             raise AddressError(
                 f"url is {self.url!r}: expected HOST:PORT of Triton's gRPC endpoint, such as 127.0.0.1:8001 "
                 "(8000 is its HTTP port)"

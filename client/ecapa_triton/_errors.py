@@ -195,7 +195,11 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
     words = detail.lower()
     if status == "DEADLINE_EXCEEDED":
         return DeadlineError(f"no reply from {url} in {timeout} s: raise the timeout, or send less at once")
-    if "protocol is restricted" in words:
+    if "rst_stream" in words or "stream removed" in words or status == "ABORTED":
+        return ConnectError(f"the connection to {url} broke off ({detail}): try again")
+    if "status: 404" in words:
+        return AddressError(f"what answers at {url} is no gRPC endpoint of Triton's ({detail}): is it the right port?")
+    if "protocol is restricted" in words or status == "PERMISSION_DENIED" or "status: 401" in words:
         return KeyRefusedError(
             f"the server at {url} asks for a key and got none or another ({detail}): "
             "pass its api_key (command line: --key-file)"
@@ -225,6 +229,8 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
             f"no Triton answers at {url} ({detail}): is it running, is this its gRPC port, usually 8001, and does it "
             "want TLS (grpcs://)?"
         )
+    if "received message larger" in words and words.startswith("client"):
+        return ProtocolError(f"the reply from {url} is too large ({detail}): is this an ecapa model?")
     if status == "RESOURCE_EXHAUSTED":
         return RejectedError(f"too large for the server at {url} ({detail}): send less audio in one request")
     if status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):

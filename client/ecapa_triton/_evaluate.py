@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from . import _audio, _scoring
 from ._audio import SAMPLE_RATE, describe
 from ._client import SpeakerClient
-from ._commands import at_least_one
-from ._errors import HOPELESS, EcapaError, EvaluationError, ServerError
+from ._commands import at_least, complain
+from ._errors import HOPELESS, EcapaError, EvaluationError, OutputError, ServerError
 from ._files import check_output, replacing
 from ._flow import Long
 
@@ -37,6 +37,7 @@ T = TypeVar("T")
 DONE, DIFFERS = 0, 1  # exit statuses; an error is raised
 P_TARGETS = 0.01, 0.05  # how likely a trial is a target one, where NIST SRE and VoxSRC state the detection cost
 MAX_DIFFERENCE = 1e-3  # of a score to SpeechBrain's
+MIN_COSINE = 0.9999  # of an embedding to SpeechBrain's, which float16 keeps
 LABELS = {"1": True, "target": True, "0": False, "nontarget": False}
 CHUNK = 8192  # trials scored at a time: 6 MB an operand
 TICKS = 0.001, 0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80, 90, 95, 98, 99, 99.5, 99.9  # % on a DET curve's axes
@@ -477,7 +478,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, metavar="DIR", help="where its paths start from (default: its folder)")
     parser.add_argument(
         "--in-flight",
-        type=at_least_one,
+        type=at_least(1),
         default=8,
         metavar="N",
         help="requests under way at a time (%(default)s)",
@@ -491,7 +492,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speechbrain",
         metavar="SOURCE",
         help="compare with SpeechBrain itself: the folder or hub id of the checkpoint, one that you trust; "
-        f"exit status 1 if a score differs by more than {MAX_DIFFERENCE:g}",
+        f"exit status 1 if a score differs by more than {MAX_DIFFERENCE:g}, or an embedding's cosine is below "
+        f"{MIN_COSINE:g}, as it will where --long windows averages",
     )
 
 
@@ -512,6 +514,7 @@ def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
             raise _extra(package)
     root = arguments.root or arguments.trials.parent
     trials = read_trials(arguments.trials, root)
+    _check_outputs(arguments, {os.path.realpath(os.path.join(root, name)) for name in trials.names})
     classifier = load_speechbrain(arguments.speechbrain) if arguments.speechbrain else None
     paths = [os.path.join(root, name) for name in trials.names]
 
@@ -552,15 +555,26 @@ def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
         print(json.dumps(counted | shown | ({} if difference is None else {"difference": asdict(difference)})))
     else:
         print("\n".join(_report(counted, results, difference)))
-    if difference is not None and not difference.score <= MAX_DIFFERENCE:
-        print(
-            f"ecapa-triton: a score differs from SpeechBrain's by {difference.score:.1e}, expected {MAX_DIFFERENCE:g} "
-            f"at most: is {describe(arguments.speechbrain)} the checkpoint that was exported?",
-            file=sys.stderr,
-            flush=True,
+    if difference is not None and not (difference.score <= MAX_DIFFERENCE and difference.cosine >= MIN_COSINE):
+        complain(
+            f"a score differs from SpeechBrain's by {difference.score:.1e}, expected {MAX_DIFFERENCE:g} at most, or an "
+            f"embedding has cosine {difference.cosine:.6f} to SpeechBrain's, expected {MIN_COSINE:g} at least: "
+            f"is {describe(arguments.speechbrain)} the checkpoint that was exported?"
         )
         return DIFFERS
     return DONE
+
+
+def _check_outputs(arguments: argparse.Namespace, utterances: set[str]) -> None:
+    """Refuse to write over what is read."""
+    outputs = [os.path.realpath(path) for path in (arguments.scores, arguments.det) if path is not None]
+    for path in outputs:
+        if path in utterances or path == os.path.realpath(arguments.trials) or outputs.count(path) > 1:
+            raise OutputError(
+                f"{describe(path)}: is the trial list, one of its utterances or asked for twice: choose another"
+            )
+    if arguments.det is not None and arguments.det.suffix.lower() != ".png":
+        raise OutputError(f"{describe(arguments.det)}: expected a name that ends in .png")
 
 
 def _difference(served: Embedded, units: NDArray[np.float32], scores: Floats, others: Floats) -> Difference:

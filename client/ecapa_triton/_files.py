@@ -39,6 +39,19 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
+def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Read a file and replace it while nobody else does, who does so in here too."""
+    import fcntl  # not on Windows
+
+    folder = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file under another name beside it and rename, so that a reader sees all of it or the file before.
 

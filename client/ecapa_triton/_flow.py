@@ -7,6 +7,7 @@ of each; so that both clients do the same, and differ in nothing but how they wa
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -21,8 +22,11 @@ from . import _audio, _scoring, _wire
 from ._audio import SAMPLE_RATE, Audio, Clip, Waveform
 from ._connection import Connection
 from ._errors import (
+    ConnectError,
+    DeadlineError,
     EcapaError,
     EmbeddingError,
+    ModelMismatchError,
     ModelNotReadyError,
     OverloadedError,
     TooLongError,
@@ -37,6 +41,7 @@ Long: TypeAlias = Literal["error", "truncate", "windows"]
 T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 2.0  # s, between two attempts
+FIRST_RETRIES = 4  # of a server that was never reached: the address may be wrong
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,9 @@ class Status:
         ready: The server and the model take requests.
         model: Name of the model.
         model_versions: Versions of the model that are loaded.
-        deployment: How the model is served.
+        deployment: How the model is served; None where it is not ready.
         info: Constants of the model; None where they could not be asked for.
-        statistics: What the server counted for the model.
+        statistics: What the server counted for the model; None where it is not ready.
     """
 
     url: str
@@ -111,9 +116,9 @@ class Status:
     ready: bool
     model: str
     model_versions: tuple[str, ...]
-    deployment: Deployment
+    deployment: Deployment | None
     info: ModelInfo | None
-    statistics: Statistics
+    statistics: Statistics | None
 
 
 class Flow:
@@ -155,6 +160,7 @@ class Flow:
         """Ask for one embedding, again where that may help, until the time is up."""
         timeout, retries = self.connection.timeout, self.connection.retries
         end = math.inf if timeout is None else time.monotonic() + timeout
+        before: EcapaError | None = None
         for attempt in range(retries + 1):
             try:
                 reply: Reply = yield Send(waveform, None if timeout is None else end - time.monotonic())
@@ -165,8 +171,12 @@ class Flow:
                     raise _too_short(name, len(waveform), reply.info)
                 raise _no_embedding(name, len(waveform), attempt + 1)
             except EcapaError as exc:
-                pause = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
-                if not exc.transient or attempt == retries or time.monotonic() + pause >= end:
+                if isinstance(exc, DeadlineError) and before is not None:
+                    raise DeadlineError(f"{exc}; before that: {before}") from exc
+                before = exc
+                pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(attempt, 10)) * random.uniform(0.5, 1)
+                nobody = self._info is None and isinstance(exc, ConnectError) and attempt >= FIRST_RETRIES
+                if not exc.transient or attempt == retries or nobody or time.monotonic() + pause >= end:
                     raise
             yield Wait(pause)
         raise AssertionError("the last attempt returns or raises")
@@ -186,27 +196,28 @@ class Flow:
     def status(self) -> Steps[Status]:
         """Ask for all that `Status` tells. A clip of silence is embedded, once the statistics are read."""
         model = (self.connection.model, self.connection.model_version)
-        server = yield Ask("get_server_metadata")
-        metadata = yield Ask("get_model_metadata", model)
-        config = yield Ask("get_model_config", model)
-        ready = (yield Ask("is_server_ready")) and (yield Ask("is_model_ready", model))
-        statistics = yield Ask("get_inference_statistics", model)
-        info = self._info
-        try:
-            info = yield from self._ask_info()
-        except OverloadedError:
-            pass  # the rest is worth telling, now more than ever
         live = yield Ask("is_server_live")
+        server = yield Ask("get_server_metadata")
+        ready = (yield Ask("is_server_ready")) and (yield Ask("is_model_ready", model))
+        versions: tuple[str, ...] = ()
+        deployment, statistics, info = None, None, self._info
+        try:
+            versions = tuple((yield Ask("get_model_metadata", model)).versions)
+            deployment = _wire.read_config((yield Ask("get_model_config", model)).config)
+            statistics = _wire.read_statistics((yield Ask("get_inference_statistics", model)))
+            info = yield from self._ask_info()
+        except (ModelNotReadyError, OverloadedError):
+            pass  # the rest is worth telling, now more than ever
         return Status(
             url=self.connection.url,
             server_version=server.version,
             live=bool(live),
             ready=bool(ready),
             model=self.connection.model,
-            model_versions=tuple(metadata.versions),
-            deployment=_wire.read_config(config.config),
+            model_versions=versions,
+            deployment=deployment,
             info=info,
-            statistics=_wire.read_statistics(statistics),
+            statistics=statistics,
         )
 
     def error(self, exc: InferenceServerException) -> EcapaError:
@@ -242,7 +253,8 @@ class Flow:
 
 def check_many(audios: object, long: Long) -> None:
     """Refuse a single clip where a list is meant, and an unknown `long`."""
-    if isinstance(audios, str | bytes) or hasattr(audios, "__fspath__"):
+    single = isinstance(audios, str | bytes | bytearray | memoryview | os.PathLike)
+    if single or (isinstance(audios, np.ndarray) and audios.ndim < 2):
         raise TypeError(f"audios is a single {type(audios).__name__}: expected a list of clips")
     check_long(long)
 
@@ -260,6 +272,28 @@ def raise_first(outcomes: Iterable[Utterance | EcapaError]) -> list[Utterance]:
         if isinstance(outcome, EcapaError):
             raise outcome
     return [outcome for outcome in finished if isinstance(outcome, Utterance)]
+
+
+def embeddings(outcomes: list[Utterance | EcapaError], return_exceptions: bool) -> list[Embedding | EcapaError]:
+    """The bare embeddings, of one model."""
+    if not return_exceptions:
+        raise_first(outcomes)
+    models = {outcome.model for outcome in outcomes if isinstance(outcome, Utterance)}
+    if len(models) > 1:
+        raise ModelMismatchError(
+            f"the model was replaced between these clips ({', '.join(sorted(models))}), and their embeddings do not "
+            "compare: try again"
+        )
+    return [outcome if isinstance(outcome, EcapaError) else outcome.embedding for outcome in outcomes]
+
+
+def without_frames(outcome: Utterance | EcapaError) -> Utterance | EcapaError:
+    """An outcome to hand out: the frames of an error's traceback would keep the whole clip in memory."""
+    link: BaseException | None = outcome if isinstance(outcome, EcapaError) else None
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__
+    return outcome
 
 
 def _check_length(clip: Clip, info: ModelInfo, long: Long) -> None:

@@ -270,6 +270,8 @@ class Gallery:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery to an npz file, whole or not at all; a file that is there is replaced.
 
+        Programs that enrol into one file have to take turns from loading to saving, as `ecapa-triton enrol` does.
+
         Voices tell who people are: mind who can read the file. It gets the permissions of the one that it replaces,
         else the usual ones.
 

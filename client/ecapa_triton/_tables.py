@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 BATCH = 2048  # rows that are handled at a time: 2 MB; a row group of Parquet
 
-# Kind of dtype and number of dimensions; `model` and `long` are single strings.
+FACTS = "model", "long", "folder"  # on the whole, single strings
+# Kind of dtype and number of dimensions.
 _ARRAYS = {
     "files": ("U", 1),
     "seconds": ("f4", 1),
     "embeddings": ("f4", 2),
     "sizes": ("i8", 1),
-    "modified_ns": ("i8", 1),
+    "stamps": ("i8", 1),
 }
-_COLUMNS = "path", "size", "modified_ns", "seconds", "embedding"
+_COLUMNS = "path", "size", "stamp", "seconds", "embedding"
 
-Row: TypeAlias = tuple[bytes, int, int, float, bytes]  # path, size, modified_ns, seconds, embedding
+Row: TypeAlias = tuple[bytes, int, int, float, bytes]  # path, size, stamp, seconds, embedding
 
 
 @dataclass(frozen=True)
@@ -41,25 +42,25 @@ class Earlier:
 
     model: str
     long: str
+    folder: str  # that relative paths start from
     rows: Iterator[Row]
 
 
 def write_npz(file: BinaryIO, work: WorkFile) -> None:
     """As `np.savez` does, a batch of rows at a time."""
-    model, long = work.facts
     count, longest, dims = work.sizes()
     columns: dict[str, tuple[str, str, tuple[int, ...]]] = {
         "files": ("path", f"<U{longest}", (count,)),
         "seconds": ("seconds", "<f4", (count,)),
         "embeddings": ("embedding", "<f4", (count, dims)),
         "sizes": ("size", "<i8", (count,)),
-        "modified_ns": ("modified_ns", "<i8", (count,)),
+        "stamps": ("stamp", "<i8", (count,)),
     }
     with zipfile.ZipFile(file, "w") as archive:
         for name, (column, dtype, shape) in columns.items():
             _write_array(archive, name, dtype, shape, (_block(column, dtype, rows) for rows in work.select(column)))
-        for name, text in ("model", model), ("long", long):
-            _write_array(archive, name, f"<U{len(text)}", (), [np.array(text).tobytes()])
+        for name, text in work.facts.items():
+            _write_array(archive, name, f"<U{max(len(text), 1)}", (), [np.array(text or "\0").tobytes()])
 
 
 def _write_array(
@@ -87,12 +88,12 @@ def read_npz(place: Path) -> Earlier:
                 raise ValueError("its arrays are of different lengths")
             for start in range(0, arrays[0].shape[0], BATCH):
                 count = min(BATCH, arrays[0].shape[0] - start)
-                for path, seconds, embedding, size, modified_ns in zip(*(a.read(count) for a in arrays), strict=True):
-                    yield os.fsencode(path), int(size), int(modified_ns), float(seconds), embedding.tobytes()
+                for path, seconds, embedding, size, stamp in zip(*(a.read(count) for a in arrays), strict=True):
+                    yield os.fsencode(path), int(size), int(stamp), float(seconds), embedding.tobytes()
 
     with _refusing_foreign(place), zipfile.ZipFile(place) as archive:
-        model, long = (str(_Array(archive, name, "U", 0).read(1)[0]) for name in ("model", "long"))
-        return Earlier(model, long, rows())
+        model, long, folder = (str(_Array(archive, name, "U", 0).read(1)[0]) for name in FACTS)
+        return Earlier(model, long, folder, rows())
 
 
 class _Array:
@@ -119,21 +120,20 @@ def write_parquet(file: BinaryIO, work: WorkFile) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    model, long = work.facts
     _, _, dims = work.sizes()
     fields = [("path", pa.string()), ("seconds", pa.float32()), ("embedding", pa.list_(pa.float32(), dims))]
-    fields += [("model", pa.string()), ("size", pa.int64()), ("modified_ns", pa.int64())]
-    schema = pa.schema(fields, metadata={"model": model, "long": long})
+    fields += [("model", pa.string()), ("size", pa.int64()), ("stamp", pa.int64())]
+    schema = pa.schema(fields, metadata=work.facts)
     with pq.ParquetWriter(file, schema, use_dictionary=["model"]) as writer:
         for rows in work.select(", ".join(_COLUMNS)):
-            paths, sizes, modified, seconds, embeddings = zip(*rows, strict=True)
+            paths, sizes, stamps, seconds, embeddings = zip(*rows, strict=True)
             columns = [
                 [path.decode(errors="backslashreplace") for path in paths],
                 seconds,
                 pa.FixedSizeListArray.from_arrays(np.frombuffer(b"".join(embeddings), "<f4"), dims),
-                [model] * len(rows),
+                [work.facts["model"]] * len(rows),
                 sizes,
-                modified,
+                stamps,
             ]
             arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
@@ -145,11 +145,9 @@ def read_parquet(place: Path) -> Earlier:
     def rows() -> Iterator[Row]:
         with _refusing_foreign(place), pq.ParquetFile(place) as file:
             for batch in file.iter_batches(BATCH, columns=_COLUMNS):
-                paths, sizes, modified, seconds, embeddings = (batch.column(name) for name in _COLUMNS)
+                paths, sizes, stamps, seconds, embeddings = (batch.column(name) for name in _COLUMNS)
                 vectors = embeddings.flatten().to_numpy().reshape(len(paths), -1)
-                facts = zip(
-                    paths.to_pylist(), sizes.to_pylist(), modified.to_pylist(), seconds.to_pylist(), strict=True
-                )
+                facts = zip(paths.to_pylist(), sizes.to_pylist(), stamps.to_pylist(), seconds.to_pylist(), strict=True)
                 for (path, *rest), vector in zip(facts, vectors, strict=True):
                     yield _unescaped(path), *rest, vector.astype("<f4").tobytes()
 
@@ -157,7 +155,8 @@ def read_parquet(place: Path) -> Earlier:
         if missing := {*_COLUMNS} - {*file.schema_arrow.names}:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         metadata = file.schema_arrow.metadata or {}
-        return Earlier(metadata[b"model"].decode(), metadata[b"long"].decode(), rows())
+        model, long, folder = (metadata[name.encode()].decode() for name in FACTS)
+        return Earlier(model, long, folder, rows())
 
 
 def _unescaped(path: str) -> bytes:
@@ -171,7 +170,7 @@ def _unescaped(path: str) -> bytes:
 def _refusing_foreign(place: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, LookupError, AttributeError, zipfile.BadZipFile, zlib.error) as exc:
+    except (OSError, ValueError, LookupError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
         raise OutputError(
             f"{describe(place)}: is there, and not what this command writes ({' '.join(str(exc).split())}): choose "
             "another output, or put it away with --replace"

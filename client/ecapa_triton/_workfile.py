@@ -8,14 +8,17 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ._audio import describe
 from ._errors import AudioFileError, ModelMismatchError, OutputError
 from ._scoring import Utterance
-from ._tables import BATCH, Earlier
+from ._tables import BATCH, FACTS, Earlier
 
 T = TypeVar("T")
 
@@ -26,7 +29,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS paths (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, asked INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS clips (
-    id INTEGER PRIMARY KEY REFERENCES paths, size INTEGER NOT NULL, modified_ns INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY REFERENCES paths, size INTEGER NOT NULL, stamp INTEGER NOT NULL,
     seconds REAL NOT NULL, embedding BLOB NOT NULL, new INTEGER NOT NULL);
 DROP TABLE IF EXISTS wanted;
 CREATE TABLE wanted (position INTEGER PRIMARY KEY, id INTEGER NOT NULL REFERENCES paths);
@@ -42,7 +45,7 @@ class Stat:
     """By which a file is taken for unchanged."""
 
     size: int  # bytes
-    modified_ns: int
+    stamp: int  # another one when the file was written, replaced, or moved, whatever its times are set to then
 
 
 class WorkFile:
@@ -60,10 +63,14 @@ class WorkFile:
         self._added: list[tuple[object, ...]] = []
         self._db = self._open()
         self._model = self._fact("model")
+        self._dims = 0
 
     def _open(self) -> sqlite3.Connection:
         for _ in range(2):  # a run that ends takes the file away
-            db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+            try:
+                db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+            except sqlite3.Error as exc:
+                raise unusable(self.path, exc) from exc
             try:
                 # The lock keeps other runs out. With it the log needs no shared memory, which network disks lack.
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -109,7 +116,11 @@ class WorkFile:
             self._record("long", output.long)
         elif output.long not in ("error", long):
             raise self._other_long(output.long, str(long))
+        if output.folder:
+            self._agree_on_folder(output.folder)
         for rows in _batches(output.rows):
+            for row in rows:
+                self._check_embedding(row[-1])
             with self._writing() as db:
                 db.executemany("INSERT OR IGNORE INTO paths (path, asked) VALUES (?, 0)", ((row[0],) for row in rows))
                 db.executemany(
@@ -124,6 +135,24 @@ class WorkFile:
         if earlier not in (None, "error", long):
             raise self._other_long(earlier, long)
         self._record("long", long)
+
+    def _agree_on_folder(self, folder: str) -> None:
+        """Relative paths mean other files elsewhere."""
+        earlier = self._fact("folder")
+        if earlier not in (None, folder):
+            raise OutputError(
+                f"{self.name}: the paths in it start from {describe(str(earlier))}, now they would from "
+                f"{describe(folder)}: run this there, give absolute paths, or choose another output"
+            )
+        self._record("folder", folder)
+
+    def _check_embedding(self, vector: bytes) -> None:
+        self._dims = self._dims or len(vector)
+        if not (0 < len(vector) == self._dims and np.isfinite(np.frombuffer(vector, "<f4")).all()):
+            raise OutputError(
+                f"{self.name}: is there, and has embeddings that are none, or of other sizes: choose another output, "
+                "or start anew with --replace"
+            )
 
     def _other_long(self, earlier: str, long: str) -> OutputError:
         return OutputError(
@@ -157,6 +186,8 @@ class WorkFile:
     def want(self, paths: Iterable[str]) -> None:
         """Put down what this run is given."""
         for some in _batches(paths):
+            if not all(map(os.path.isabs, some)):
+                self._agree_on_folder(os.getcwd())
             keys = [(os.fsencode(path),) for path in some]
             with self._writing() as db:
                 db.executemany(
@@ -167,13 +198,13 @@ class WorkFile:
     def drop_changed(self) -> Iterator[tuple[str, AudioFileError]]:
         """Drop clips of wanted files that have changed. Files that are gone are told, and their clips kept."""
         pages = self._pages(
-            "SELECT c.id, path, size, modified_ns FROM clips c JOIN paths p ON p.id = c.id WHERE asked AND c.id > ? "
+            "SELECT c.id, path, size, stamp FROM clips c JOIN paths p ON p.id = c.id WHERE asked AND c.id > ? "
             "ORDER BY c.id",
             0,
         )
-        for path, size, modified_ns in pages:
+        for path, size, stamp in pages:
             now = stat_of(os.fsdecode(path))
-            if now == Stat(size, modified_ns):
+            if now == Stat(size, stamp):
                 continue
             with self._lock:
                 if now is None:
@@ -207,7 +238,9 @@ class WorkFile:
     def add(self, number: int, stat: Stat, one: Utterance) -> None:
         """Add a clip; it is in the file within `COMMIT_EVERY`."""
         self._agree_on_model(one.model, "the server now has")
-        row = (number, stat.size, stat.modified_ns, one.seconds, one.embedding.astype("<f4").tobytes())
+        vector = one.embedding.astype("<f4").tobytes()
+        self._check_embedding(vector)
+        row = (number, stat.size, stat.stamp, one.seconds, vector)
         self._added.append(row)
         if len(self._added) >= BATCH:  # the disk does not keep up
             self._commit()
@@ -272,9 +305,9 @@ class WorkFile:
         return count, longest, size // 4
 
     @property
-    def facts(self) -> tuple[str, str]:
-        """Model, and what was done with long clips."""
-        return str(self._model), str(self._fact("long"))
+    def facts(self) -> dict[str, str]:
+        """On the whole: `FACTS`."""
+        return {name: self._fact(name) or "" for name in FACTS}
 
     # --- the end ---
 
@@ -335,14 +368,14 @@ class WorkFile:
 def stat_of(path: str) -> Stat | None:
     with suppress(OSError, ValueError):
         status = os.stat(path)
-        return Stat(status.st_size, status.st_mtime_ns)
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}".encode()
+        return Stat(status.st_size, int.from_bytes(blake2b(times, digest_size=8).digest(), "little", signed=True))
     return None
 
 
-def unusable(path: Path, exc: sqlite3.Error) -> OutputError:
-    return OutputError(
-        f"{describe(path)}: cannot be used ({exc}): make room on the disk, or remove it if it is damaged"
-    )
+def unusable(path: Path, exc: sqlite3.Error, left: str = "") -> OutputError:
+    remedy = "make room on the disk" if "full" in str(exc) else "make room on the disk, or remove it if it is damaged"
+    return OutputError(f"{describe(path)}: cannot be used ({exc}): {remedy}{left and '; '}{left}")
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:
