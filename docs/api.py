@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ecapa_triton
 import pdoc
-from ecapa_triton import _audio
+from ecapa_triton import _audio, _flow
 
 
 def place(name: str) -> tuple[bool, bool, bool]:
@@ -19,8 +19,9 @@ ecapa_triton.__all__.sort(key=place)
 for name in ecapa_triton.__all__:  # pdoc does not see what a module's __getattr__ would import
     setattr(ecapa_triton, name, getattr(ecapa_triton, name))
 page = pdoc.doc.Module(ecapa_triton)
-for name in "SAMPLE_RATE", "Audio":  # values have no docstring that goes along when they are imported
-    page.members[name].docstring = pdoc.doc.Module(_audio).members[name].docstring
+# Values have no docstring that goes along when they are imported.
+for name, module in ("SAMPLE_RATE", _audio), ("Audio", _audio), ("Embedding", _flow), ("Long", _flow):
+    page.members[name].docstring = pdoc.doc.Module(module).members[name].docstring
 pdoc.render.configure(docformat="google", show_source=False, search=False)
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)

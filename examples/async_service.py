@@ -19,8 +19,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     """Answer one caller; a request given up at the deadline does not keep the server busy."""
     try:
         recording = await asyncio.wait_for(reader.read(), timeout=5)
-        utterance = await asyncio.wait_for(client.utterance(recording), timeout=5)
-        line = gallery.identify(utterance).name or "unknown"
+        line = gallery.identify(await asyncio.wait_for(client.utterance(recording), timeout=5)).name or "unknown"
     except (OverloadedError, asyncio.TimeoutError):
         line = "busy: try again later"
     except EcapaError as exc:  # most likely an AudioError: nothing to be embedded

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import ecapa_triton
@@ -154,7 +155,7 @@ def public() -> list[tuple[str, object, str]]:
     found = []
     for name in ecapa_triton.__all__:
         value = getattr(ecapa_triton, name)
-        if not callable(value) or not hasattr(value, "__name__"):
+        if not callable(value) or not hasattr(value, "__name__") or typing.get_origin(value) is not None:
             continue
         found.append((name, value, value.__doc__ or ""))
         if not inspect.isclass(value):

@@ -37,7 +37,11 @@ from ._scoring import Utterance, Verification
 from ._wire import Deployment, ModelInfo, Reply, Statistics
 
 Embedding: TypeAlias = NDArray[np.float32]
+"""An embedding, float32 `[192]`, not of unit length."""
+
 Long: TypeAlias = Literal["error", "truncate", "windows"]
+"""What to do with a clip above the model's limit; `SpeakerClient.embed` tells."""
+
 T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 2.0  # s, between two attempts
@@ -160,7 +164,7 @@ class Flow:
         """Ask for one embedding, again where that may help, until the time is up."""
         timeout, retries = self.connection.timeout, self.connection.retries
         end = math.inf if timeout is None else time.monotonic() + timeout
-        before: EcapaError | None = None
+        before = ""
         for attempt in range(retries + 1):
             try:
                 reply: Reply = yield Send(waveform, None if timeout is None else end - time.monotonic())
@@ -171,9 +175,9 @@ class Flow:
                     raise _too_short(name, len(waveform), reply.info)
                 raise _no_embedding(name, len(waveform), attempt + 1)
             except EcapaError as exc:
-                if isinstance(exc, DeadlineError) and before is not None:
+                if isinstance(exc, DeadlineError) and before:
                     raise DeadlineError(f"{exc}; before that: {before}") from exc
-                before = exc
+                before = str(exc)  # not the error: its frames hold the clip
                 pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(attempt, 10)) * random.uniform(0.5, 1)
                 nobody = self._info is None and isinstance(exc, ConnectError) and attempt >= FIRST_RETRIES
                 if not exc.transient or attempt == retries or nobody or time.monotonic() + pause >= end:
