@@ -236,8 +236,8 @@ def http_request(waveform: Array, **changes: Any) -> tuple[bytes, bytes]:
 class ClientSender:
     """This project's client; it hands out no NaN, so each of its embeddings must be right."""
 
-    def __init__(self, url: str) -> None:
-        self.client = SpeakerClient(url, timeout=PATIENCE, retries=0)
+    def __init__(self, url: str, retries: int = 0) -> None:
+        self.client = SpeakerClient(url, timeout=PATIENCE, retries=retries)
 
     def __enter__(self) -> ClientSender:
         return self
