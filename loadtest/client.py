@@ -29,17 +29,17 @@ from typing import Any, TypeAlias
 import grpc
 import numpy as np
 import tritonclient.utils.shared_memory as shm
-from ecapa_triton import EcapaError, SpeakerClient, _audio, _wire
+from ecapa_triton import EcapaError, _audio, _wire
 from ecapa_triton._connection import CHANNEL_ARGS
 from ecapa_triton._manifest import SUFFIXES
-from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 from . import load, machine
-from .clips import MAX_ERROR, SAMPLE_RATE, SAMPLES, Array, Clips, Deck, speech
+from .clips import MAX_ERROR, SAMPLE_RATE, SAMPLES, Array, Clips, Deck, distances, speech
 from .gpu_page import reason
 from .load import LoadError, Round, Sent, Timing
+from .run import first_replies
 from .scenarios import Level
 from .target import OURS, Target, TargetError, link, reach
 
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
                     (target,) = local.targets
                 model = next(model for model, name in target.contenders.items() if name == OURS)
                 bound = MAX_ERROR["fp16" if target.models()[model].precision == "fp16" else "fp32"]
-                answer = local.reference if local else partial(_first_replies, target, model)
+                answer = local.reference if local else partial(first_replies, target, model)
                 about = target.describe(local.sha256 if local else {})
                 bulk = Bulk(options, folder, target, model, bound, answer).measure()
             ways = measure_ways(options, folder, target, model, bound, answer) if local else None
@@ -136,23 +136,11 @@ def run(options: argparse.Namespace) -> None:
         raise LoadError(f"{wrong} replies were WRONG: see {path}")
 
 
-def _first_replies(target: Target, model: str, waveforms: list[Array]) -> Array:
-    with SpeakerClient(target.address, model, TIMEOUT) as client:
-        return np.stack([client.embed(waveform) for waveform in waveforms])
-
-
 def _clips(waveforms: list[Array], answer: Answer, bound: float) -> Clips:
     clips = Clips(waveforms, answer(waveforms))
     if not clips.apart() > 2 * bound:
         raise TargetError("two clips have so much the same embedding that an exchange would not be seen")
     return clips
-
-
-def _errors(rows: Array, right: Array) -> NDArray[np.float64]:
-    """Relative L2 distance of each embedding `[n, E]` from the right one."""
-    a, b = rows.astype(np.float64), right.astype(np.float64)
-    distances: NDArray[np.float64] = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
-    return distances
 
 
 def _figures(one: Round, users: int) -> Row:
@@ -227,7 +215,7 @@ class Bulk:
             "started_audio_per_s": self.seconds / inside,
             "cpu_ms_per_clip": used / len(places) * 1e3,
             "mean_batch": counts["inferences"] / max(1, counts["executions"]),
-            "wrong": int((~(_errors(rows, right) <= self.bound)).sum()),  # NaN too
+            "wrong": int((~(distances(rows, right) <= self.bound)).sum()),  # NaN too
             "compared": len(rows),
         }
 
@@ -270,7 +258,7 @@ class Load:
                 start, clock = time.time(), time.perf_counter()
                 reply = way.ask(self.model, self.reply, waveform, slot)
                 took = time.perf_counter() - clock
-                (error,) = _errors(reply, right).tolist()
+                (error,) = distances(reply, right).tolist()
                 result = "right" if error <= self.bound else "WrongReply"  # NaN too
                 sent.append(Sent(start, took, 1, len(waveform) / SAMPLE_RATE, self.users, result, error))
                 if time.time() >= end:

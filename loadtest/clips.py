@@ -73,9 +73,15 @@ class Deck(Generic[T]):
 def compare(got: Array, expected: Array) -> dict[str, float]:
     """The least "cosine" and the largest relative L2 "error" of embeddings `[n, E]`; NaN where one is not finite."""
     a, b = got.astype(np.float64), expected.astype(np.float64)
-    norm = np.linalg.norm(b, axis=1)
-    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * norm)
-    return {"cosine": float(cosine.min()), "error": float((np.linalg.norm(a - b, axis=1) / norm).max())}
+    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return {"cosine": float(cosine.min()), "error": float(distances(got, expected).max())}
+
+
+def distances(got: Array, expected: Array) -> NDArray[np.float64]:
+    """Relative L2 distance `[n]` of each embedding `[n, E]` from the right one."""
+    a, b = got.astype(np.float64), expected.astype(np.float64)
+    found: NDArray[np.float64] = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
+    return found
 
 
 def speech(seconds: Sequence[float], seed: int = 0) -> list[Array]:

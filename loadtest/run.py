@@ -123,7 +123,7 @@ class Session:
         for one in [one for one in self.contenders if one.name == OURS]:
             name = f"{one.target.name}/{one.model}"
             print(f"{name}: each clip alone ...", flush=True)
-            alone = _first_replies(one.target, one.model, every)
+            alone = first_replies(one.target, one.model, every)
             if first is None:
                 first = name, alone
             elif alone.shape != first[1].shape:
@@ -345,7 +345,7 @@ def _assemble(session: Session, stack: contextlib.ExitStack) -> None:
             session.contenders.append(Contender(target, MODEL, IN_PROCESS, MAX_ERROR["fp32"]))
 
 
-def _first_replies(target: Target, model: str, clips: list[Array]) -> Array:
+def first_replies(target: Target, model: str, clips: list[Array]) -> Array:
     """The embedding of each clip, float32 `[n, E]`, sent alone and one after another."""
     from ecapa_triton import _wire
     from ecapa_triton._connection import CHANNEL_ARGS

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_triton import FakeTriton, fake_triton
 from hypothesis import HealthCheck, settings
 
 from export import checkpoint
@@ -53,6 +54,12 @@ def lazy_modules_stay_lazy() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("speechbrain"):
             vars(module).setdefault("__file__", None)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTriton]:
+    with fake_triton() as fake:
+        yield fake
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import soundfile
 from ecapa_triton import EcapaError, SpeakerClient, _audio, _bulk, _tables, _workfile
-from fake_triton import MODEL, SIZE, FakeTriton, fake_triton, fingerprint, good, nan, refuse, slow
+from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, good, nan, refuse, slow
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 FORMATS = "npz", "parquet"
@@ -53,12 +53,6 @@ for _ in range(2):
     _bulk.embed_files(Client(), [sys.argv[1]], sys.argv[2])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeTriton]:
-    with fake_triton() as fake:
-        yield fake
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import NoReturn
@@ -20,16 +19,10 @@ import numpy as np
 import pytest
 import soundfile
 from ecapa_triton import Gallery, _cli
-from fake_triton import MODEL, SIZE, FakeTriton, fake_triton, fingerprint, nan, refuse, slow
+from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, nan, refuse, slow
 
 COMMAND = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())"]
 SAMPLES = Path(__file__).parents[1] / "samples"
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeTriton]:
-    with fake_triton() as fake:
-        yield fake
 
 
 @pytest.fixture

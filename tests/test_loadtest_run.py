@@ -227,8 +227,8 @@ def test_a_wrong_reply_fails_the_run_and_is_in_the_report(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    right = load_run._first_replies
-    monkeypatch.setattr(load_run, "_first_replies", lambda *about: np.roll(right(*about), 1, axis=0))
+    right = load_run.first_replies
+    monkeypatch.setattr(load_run, "first_replies", lambda *about: np.roll(right(*about), 1, axis=0))
     command = ["run", "--target", f"a=grpc://{server.grpc_url}", "--scenario=single", *SHORT]
     assert main([*command, "--out", str(tmp_path), "--name=x"]) == 1
     (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]

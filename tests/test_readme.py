@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from loadtest import report
+from loadtest import client, report
 from server.triton import TritonServer
 
 README = (ROOT / "README.md").read_text()
@@ -77,6 +77,26 @@ def test_figures_are_those_of_the_report() -> None:
     assert f"and {ratio('one client, 10 s', 'in process'):.2f} of the speed in process" in text
     requests, wrong = (sum(row[what] for row in result["rows"]) for what in ("requests", "wrong"))
     assert wrong == 0 and f"none of {requests:,} replies wrong" in README
+
+
+def test_figures_of_the_client_are_those_of_its_report() -> None:
+    (name,) = re.findall(r"\[report\]\((\S+-client)\.md\)", README)
+    page = (ROOT / f"{name}.md").read_text()
+    assert page == client.markdown(json.loads((ROOT / f"{name}.json").read_text()))
+    text = " ".join(README.split())
+
+    def found(pattern: str) -> list[str]:
+        (one,) = re.findall(pattern, page)
+        return [one] if isinstance(one, str) else list(one)
+
+    (compared,) = found(r"([\d,]+) replies compared with SpeechBrain, none wrong")
+    assert f"{compared} replies compared, none wrong" in text
+    cpu, ratio, least, most = found(r"start of Python included .* ([\d.]+) \| ([\d.]+) \[([\d.]+), ([\d.]+)\] \|")
+    assert f"reaches {ratio} of the throughput" in text and f"({least} to {most} in three rounds)" in text
+    assert f"the client's own {float(cpu):.0f} ms a clip" in text
+    assert f"would save {found('transport alone, saves .*, ([0-9.]+) ')[0]} % of a request" in text
+    assert f"int16 on the wire {found('save at most .*, ([0-9.]+) ')[0]} % at most" in text
+    assert found("with the model, saves (-?)") == ["-"] and "shared memory was slower" in text
 
 
 def environment() -> dict[str, str]:

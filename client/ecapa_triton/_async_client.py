@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
@@ -14,15 +13,15 @@ from typing import Any, Literal, TypeVar, overload
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from . import _audio, _scoring, _wire
+from . import _audio, _wire
 from ._audio import Audio
-from ._connection import CLOSED, FORKED, Connection, State, Tls
+from ._connection import CLOSED, State
 from ._errors import ClosedError, EcapaError
 from ._flow import (
     Alone,
     Ask,
+    BaseClient,
     Embedding,
-    Flow,
     Long,
     Read,
     Send,
@@ -36,13 +35,13 @@ from ._flow import (
     embeddings,
     without_frames,
 )
-from ._scoring import Utterance, Verification
+from ._scoring import Utterance, Verification, check_threshold
 from ._wire import Reply
 
 T = TypeVar("T")
 
 
-class AsyncSpeakerClient:
+class AsyncSpeakerClient(BaseClient):
     """`SpeakerClient` for asyncio: the same options, methods, results and errors.
 
     Many tasks of one event loop may use a client at once. A task that is cancelled cancels its requests. Files are read
@@ -66,36 +65,7 @@ class AsyncSpeakerClient:
         metadata: Further gRPC metadata to send with every request.
     """
 
-    def __init__(
-        self,
-        url: str = "127.0.0.1:8001",
-        model: str = "ecapa",
-        timeout: float | None = 10.0,
-        *,
-        model_version: str = "",
-        retries: int = 4,
-        max_in_flight: int = 8,
-        max_duration: float = 3600.0,
-        tls: Tls | None = None,
-        api_key: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self._connection = Connection(
-            url,
-            model,
-            timeout,
-            model_version=model_version,
-            retries=retries,
-            max_in_flight=max_in_flight,
-            max_duration=max_duration,
-            tls=tls,
-            api_key=api_key,
-            metadata=metadata or {},
-        )
-        self._arguments = self._connection.arguments()
-        self._flow = Flow(self._connection)
-        self._triton: InferenceServerClient | None = None
-        self._process = 0  # that the connection is of
+    def _set_up(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None  # that the connection belongs to
         self._alone, self._ended = asyncio.Lock(), asyncio.Event()
         self._closed = False
@@ -111,9 +81,7 @@ class AsyncSpeakerClient:
     @property
     def state(self) -> State:
         """Whether the client is new, has a connection, or was closed."""
-        if self._closed:
-            return State.CLOSED
-        return State.NEW if self._triton is None else State.OPEN
+        return self._state(self._closed)
 
     async def close(self) -> None:
         """Close the connection; requests under way end in `ClosedError`. Closing twice does no harm.
@@ -234,8 +202,7 @@ class AsyncSpeakerClient:
             ThresholdError: No threshold is given and the model has none, or it is no cosine.
             EcapaError: As for `embed`.
         """
-        if threshold is not None:
-            _scoring.decide(0.0, threshold, None)  # refuse a bad one before any work
+        check_threshold(threshold)
         one, two = [outcome async for outcome in self.utterances([a, b], sample_rate, long=long)]
         return self._flow.verification(one, two, threshold)
 
@@ -331,12 +298,9 @@ class AsyncSpeakerClient:
             await _cancel(tasks)
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if self._triton is None:
-            self._triton, self._process = InferenceServerClient(**self._arguments), os.getpid()
-        if self._process != os.getpid():
-            raise RuntimeError(FORKED)
+        triton = self._open(InferenceServerClient)
         try:
-            return await getattr(self._triton, method)(*args, headers=self._connection.headers, **kwargs)
+            return await getattr(triton, method)(*args, headers=self._headers, **kwargs)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             cancelled = task is not None and sys.version_info >= (3, 11) and task.cancelling()

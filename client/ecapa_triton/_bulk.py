@@ -13,22 +13,19 @@ import re
 import signal
 import sqlite3
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from ._audio import describe
 from ._client import SpeakerClient
-from ._commands import DONE, FAILED, INTERRUPTED, TERMINATED, at_least, complain, named
+from ._commands import DONE, FAILED, INTERRUPTED, TERMINATED, at_least, complain, named, raising_once
 from ._errors import HOPELESS, AudioFileError, DeadlineError, EcapaError, ModelMismatchError, OutputError
 from ._files import check_output, replacing
 from ._flow import Long, check_many
@@ -88,7 +85,7 @@ def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         return _print(client, arguments)
     try:
-        with _sigterm_interrupts():
+        with raising_once(signal.SIGTERM, signal.SIG_DFL, _Terminated):
             summary = embed_files(
                 client,
                 arguments.inputs,
@@ -419,20 +416,3 @@ class _Terminated(KeyboardInterrupt):
 
 class _Interrupted(KeyboardInterrupt):
     """A run was interrupted; the message says what is kept."""
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    def first(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Terminated
-
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, first)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

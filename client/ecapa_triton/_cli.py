@@ -10,27 +10,25 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from http.client import HTTPException
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 from urllib.request import ProxyHandler, build_opener
 
 from . import _bulk, _evaluate
 from ._audio import describe
 from ._client import SpeakerClient
-from ._commands import BROKEN_PIPE, DONE, FAILED, INTERRUPTED, at_least, complain, named
+from ._commands import BROKEN_PIPE, DONE, FAILED, INTERRUPTED, at_least, complain, named, raising_once
 from ._connection import MAX_TIMEOUT, Tls
 from ._errors import HOPELESS, EcapaError, TrustError
 from ._files import check_output, locked_folder
 from ._flow import Long
 from ._gallery import Gallery
-from ._scoring import decide
+from ._scoring import check_threshold
 from ._wire import Gpu, read_gpus
 
 SAME, DIFFERENT = 0, 1  # exit statuses of `verify`
@@ -44,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
-    with _quiet_libraries(), _one_interrupt():
+    # A second Ctrl-C, in the middle of closing the connection, would leave gRPC waiting for ever.
+    with _quiet_libraries(), raising_once(signal.SIGINT, signal.default_int_handler, KeyboardInterrupt):
         try:
             with _client(arguments) as client:
                 status: int = arguments.run(client, arguments)
@@ -65,32 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-@contextmanager
-def _one_interrupt() -> Iterator[None]:
-    """A second Ctrl-C, in the middle of closing the connection, would leave gRPC waiting for ever."""
-
-    def first(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, first)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is first:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecapa-triton", description="Speaker embeddings from a Triton server.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Command, help: str, *parents: argparse.ArgumentParser, timeout: float, retries: int = 4,
-            **more: str) -> argparse.ArgumentParser:  # fmt: skip
+    def add(
+        name: str,
+        run: Command,
+        help: str,
+        *parents: argparse.ArgumentParser,
+        timeout: float,
+        retries: int = 4,
+        **more: str,
+    ) -> argparse.ArgumentParser:
         common = [*parents, _common(timeout, retries)]
         command = commands.add_parser(name, parents=common, help=help, **more)  # type: ignore[arg-type]
         command.set_defaults(run=run)
@@ -217,8 +203,7 @@ def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 
 def _identify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     gallery = Gallery.load(arguments.gallery)
-    if arguments.threshold is not None:
-        decide(0.0, arguments.threshold, None)  # refuse a bad one before any work
+    check_threshold(arguments.threshold)
     failed = 0
     outcomes = client.utterances(arguments.files, long=arguments.long)
     for file, outcome in zip(arguments.files, outcomes, strict=True):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import TracebackType
@@ -15,15 +14,15 @@ from typing import Any, Literal, Protocol, TypeVar, overload
 from tritonclient.grpc import InferenceServerClient, InferResult
 from tritonclient.utils import InferenceServerException
 
-from . import _audio, _scoring, _wire
+from . import _audio, _wire
 from ._audio import Audio, Waveform
-from ._connection import CLOSED, FORKED, Connection, State, Tls
+from ._connection import CLOSED, State
 from ._errors import ClosedError, EcapaError
 from ._flow import (
     Alone,
     Ask,
+    BaseClient,
     Embedding,
-    Flow,
     Long,
     Read,
     Send,
@@ -37,13 +36,13 @@ from ._flow import (
     embeddings,
     without_frames,
 )
-from ._scoring import Utterance, Verification
+from ._scoring import Utterance, Verification, check_threshold
 from ._wire import Reply
 
 T = TypeVar("T")
 
 
-class SpeakerClient:
+class SpeakerClient(BaseClient):
     """Speaker embeddings from an ecapa model on a Triton server.
 
     Many threads may use one client at once. It connects when first used, and again after a lost connection. Processes
@@ -74,36 +73,7 @@ class SpeakerClient:
         metadata: Further gRPC metadata to send with every request: names in small letters, values in ASCII.
     """
 
-    def __init__(
-        self,
-        url: str = "127.0.0.1:8001",
-        model: str = "ecapa",
-        timeout: float | None = 10.0,
-        *,
-        model_version: str = "",
-        retries: int = 4,
-        max_in_flight: int = 8,
-        max_duration: float = 3600.0,
-        tls: Tls | None = None,
-        api_key: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self._connection = Connection(
-            url,
-            model,
-            timeout,
-            model_version=model_version,
-            retries=retries,
-            max_in_flight=max_in_flight,
-            max_duration=max_duration,
-            tls=tls,
-            api_key=api_key,
-            metadata=metadata or {},
-        )
-        self._arguments = self._connection.arguments()
-        self._flow = Flow(self._connection)
-        self._triton: InferenceServerClient | None = None
-        self._process = 0  # that the connection is of
+    def _set_up(self) -> None:
         self._opening = threading.Lock()
         self._sending = threading.Lock()
         self._alone = threading.Lock()
@@ -120,9 +90,7 @@ class SpeakerClient:
     @property
     def state(self) -> State:
         """Whether the client is new, has a connection, or was closed."""
-        if self._closed.is_set():
-            return State.CLOSED
-        return State.NEW if self._triton is None else State.OPEN
+        return self._state(self._closed.is_set())
 
     def close(self) -> None:
         """Close the connection; requests under way end in `ClosedError`. Closing twice does no harm."""
@@ -245,8 +213,7 @@ class SpeakerClient:
             ThresholdError: No threshold is given and the model has none, or it is no cosine.
             EcapaError: As for `embed`.
         """
-        if threshold is not None:
-            _scoring.decide(0.0, threshold, None)  # refuse a bad one before any work
+        check_threshold(threshold)
         one, two = self.utterances([a, b], sample_rate, long=long)
         return self._flow.verification(one, two, threshold)
 
@@ -312,7 +279,7 @@ class SpeakerClient:
             case Ask(method, arguments):
                 with self._errors():
                     return getattr(self._connected(), method)(
-                        *arguments, client_timeout=self._connection.timeout, headers=self._connection.headers
+                        *arguments, client_timeout=self._connection.timeout, headers=self._headers
                     )
             case Wait(seconds):
                 work.wait(seconds)
@@ -343,7 +310,7 @@ class SpeakerClient:
                 self._connection.model,
                 model_version=self._connection.model_version,
                 client_timeout=timeout,
-                headers=self._connection.headers,
+                headers=self._headers,
                 callback=done,
                 **arguments,
             )
@@ -354,15 +321,11 @@ class SpeakerClient:
                 raise error
         return _wire.read_reply(result)
 
-    def _connected(self) -> InferenceServerClient:
+    def _connected(self) -> Any:
         with self._opening:
             if self._closed.is_set():
                 raise ClosedError(CLOSED)
-            if self._triton is None:
-                self._triton, self._process = InferenceServerClient(**self._arguments), os.getpid()
-            if self._process != os.getpid():
-                raise RuntimeError(FORKED)
-            return self._triton
+            return self._open(InferenceServerClient)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
 
 from ._audio import describe
 from ._errors import EcapaError, ServerError
 
 DONE, FAILED = 0, 2  # exit statuses; 1 is a command's own: different speakers, another result than SpeechBrain's
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141  # as a shell reports the signals
+
+
+@contextmanager
+def raising_once(number: signal.Signals, usual: object, error: type[BaseException]) -> Iterator[None]:
+    """The first signal of this kind raises, those after it are ignored; only where its handler is the usual one."""
+
+    def first(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)
+        raise error
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(number) is not usual:
+        yield
+        return
+    before = signal.signal(number, first)
+    try:
+        yield
+    finally:
+        if signal.getsignal(number) is first:
+            signal.signal(number, before)
 
 
 def complain(message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,13 @@ class Connection:
     url: str
     model: str
     timeout: float | None
-    model_version: str = ""
-    retries: int = 4
-    max_in_flight: int = 8
-    max_duration: float = 3600.0
-    tls: Tls | None = None
-    api_key: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    model_version: str
+    retries: int
+    max_in_flight: int
+    max_duration: float
+    tls: Tls | None
+    api_key: str | None
+    metadata: Mapping[str, str]
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:

@@ -1,7 +1,7 @@
 """Everything that can go wrong, as one tree.
 
 Each message says what came, what was expected and what to do. Where `transient` is true, the same request may fare
-better a moment later; the clients have asked several times before such an error is raised.
+better a moment later: a clip has been asked about several times then, unless `retries` is 0.
 
     EcapaError
         AudioError              the clip cannot be embedded; nothing of it was sent

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from . import _audio, _scoring
 from ._audio import SAMPLE_RATE, describe
 from ._client import SpeakerClient
-from ._commands import at_least, complain
-from ._errors import HOPELESS, EcapaError, EvaluationError, OutputError, ServerError
+from ._commands import DONE, at_least, complain, named
+from ._errors import HOPELESS, EcapaError, EvaluationError, OutputError
 from ._files import check_output, replacing
 from ._flow import Long
 
@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 T = TypeVar("T")
 
-DONE, DIFFERS = 0, 1  # exit statuses; an error is raised
+DIFFERS = 1  # exit status; an error is raised
 P_TARGETS = 0.01, 0.05  # how likely a trial is a target one, where NIST SRE and VoxSRC state the detection cost
 MAX_DIFFERENCE = 1e-3  # of a score to SpeechBrain's
 MIN_COSINE = 0.9999  # of an embedding to SpeechBrain's, which float16 keeps
@@ -328,8 +328,7 @@ def embed_served(client: SpeakerClient, paths: list[str], long: Long, skip_faile
         if isinstance(outcome, EcapaError):
             if not skip_failed or isinstance(outcome, HOPELESS):
                 raise outcome
-            which = f"{describe(paths[place])}: " if isinstance(outcome, ServerError) else ""
-            print(f"ecapa-triton: {which}{outcome}", file=sys.stderr, flush=True)
+            complain(str(named(paths[place], outcome)))
             continue
         if first is None:
             first = outcome
@@ -393,7 +392,8 @@ def load_speechbrain(source: str) -> Any:
 def _without_torchaudio_extension(cuda: str | None) -> None:
     """A stub for the compiled part of torchaudio, which is built for CUDA and does not load beside a CPU torch.
 
-    SpeechBrain imports torchaudio and uses nothing of it here.
+    SpeechBrain imports torchaudio and uses nothing of it here. The export does the same, and is not there where only
+    the client is installed; nor can it call this, where there is only the export.
     """
     if cuda is not None or "torchaudio._extension" in sys.modules:
         return

@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from . import _audio, _scoring, _wire
 from ._audio import SAMPLE_RATE, Audio, Clip, Waveform
-from ._connection import Connection
+from ._connection import FORKED, Connection, State, Tls
 from ._errors import (
     ConnectError,
     DeadlineError,
@@ -190,11 +190,7 @@ class Flow:
     ) -> Verification:
         """Tell whether two utterances are of one speaker; an error among them is raised."""
         one, two = raise_first([one, two])
-        if one.model != two.model:
-            raise ModelNotReadyError(
-                f"model {self.connection.model!r} was replaced between the two clips ({one.model}, then "
-                f"{two.model}), and their embeddings do not compare: try again"
-            )
+        _check_one_model([one, two])
         return _scoring.decide(_scoring.score(one.embedding, two.embedding), threshold, two.threshold)
 
     def status(self) -> Steps[Status]:
@@ -255,6 +251,49 @@ class Flow:
         return self._info
 
 
+class BaseClient:
+    """The options of both clients, and the process that a connection is of."""
+
+    def __init__(
+        self,
+        url: str = "127.0.0.1:8001",
+        model: str = "ecapa",
+        timeout: float | None = 10.0,
+        *,
+        model_version: str = "",
+        retries: int = 4,
+        max_in_flight: int = 8,
+        max_duration: float = 3600.0,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._connection = Connection(
+            url, model, timeout, model_version, retries, max_in_flight, max_duration, tls, api_key, metadata or {}
+        )
+        self._arguments = self._connection.arguments()
+        self._headers = self._connection.headers
+        self._flow = Flow(self._connection)
+        self._triton: Any = None  # Triton's client, once it is used
+        self._process = 0  # that it is of
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """What a client needs besides."""
+        raise NotImplementedError
+
+    def _open(self, kind: Callable[..., Any]) -> Any:
+        """Triton's client, made when it is first asked for."""
+        if self._triton is None:
+            self._triton, self._process = kind(**self._arguments), os.getpid()
+        if self._process != os.getpid():
+            raise RuntimeError(FORKED)
+        return self._triton
+
+    def _state(self, closed: bool) -> State:
+        return State.CLOSED if closed else State.NEW if self._triton is None else State.OPEN
+
+
 def check_many(audios: object, long: Long) -> None:
     """Refuse a single clip where a list is meant, and an unknown `long`."""
     single = isinstance(audios, str | bytes | bytearray | memoryview | os.PathLike)
@@ -282,13 +321,17 @@ def embeddings(outcomes: list[Utterance | EcapaError], return_exceptions: bool) 
     """The bare embeddings, of one model."""
     if not return_exceptions:
         raise_first(outcomes)
-    models = {outcome.model for outcome in outcomes if isinstance(outcome, Utterance)}
+    _check_one_model(outcomes)
+    return [outcome if isinstance(outcome, EcapaError) else outcome.embedding for outcome in outcomes]
+
+
+def _check_one_model(outcomes: Iterable[Utterance | EcapaError]) -> None:
+    models = dict.fromkeys(outcome.model for outcome in outcomes if isinstance(outcome, Utterance))
     if len(models) > 1:
         raise ModelMismatchError(
-            f"the model was replaced between these clips ({', '.join(sorted(models))}), and their embeddings do not "
+            f"the model was replaced between these clips ({', then '.join(models)}), and their embeddings do not "
             "compare: try again"
         )
-    return [outcome if isinstance(outcome, EcapaError) else outcome.embedding for outcome in outcomes]
 
 
 def without_frames(outcome: Utterance | EcapaError) -> Utterance | EcapaError:

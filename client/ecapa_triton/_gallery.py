@@ -26,7 +26,7 @@ from ._errors import (
     UnknownVoiceError,
 )
 from ._files import replacing
-from ._scoring import Utterance, Verification, decide, unit
+from ._scoring import Utterance, Verification, check_threshold, decide, unit
 
 MAX_NAME = 128  # characters
 FORMAT = 1  # of the files
@@ -472,8 +472,7 @@ def _direction(utterance: Utterance, model: str | None, dims: int | None) -> NDA
 def _check_options(top: int, threshold: float | None) -> None:
     if top < 1:
         raise ValueError(f"top is {top}: expected 1 or more")
-    if threshold is not None:
-        decide(0.0, threshold, None)  # refuse a bad one before any work
+    check_threshold(threshold)
 
 
 def _lengths(sums: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -72,11 +72,16 @@ def mean_direction(embeddings: Sequence[NDArray[np.float32]]) -> NDArray[np.floa
     return mean.astype(np.float32)
 
 
+def check_threshold(threshold: float | None) -> None:
+    """Refuse one that is no cosine before any work; None is the model's own."""
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise ThresholdError(f"threshold is {threshold}: expected a cosine, -1 to 1")
+
+
 def decide(score: float, given: float | None, learned: float | None) -> Verification:
     """Compare with the threshold given, else with the one learned from the model."""
     threshold = learned if given is None else given
     if threshold is None:
         raise ThresholdError("the model on the server has no threshold of its own: pass threshold, a cosine")
-    if not -1 <= threshold <= 1:
-        raise ThresholdError(f"threshold is {threshold}: expected a cosine, -1 to 1")
+    check_threshold(threshold)
     return Verification(score, float(threshold), score > threshold)
