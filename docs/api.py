@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ecapa_triton
 import pdoc
-from ecapa_triton import _audio, _flow
+from ecapa_triton import _flow, audio
 
 
 def place(name: str) -> tuple[bool, bool, bool]:
@@ -20,7 +20,7 @@ for name in ecapa_triton.__all__:  # pdoc does not see what a module's __getattr
     setattr(ecapa_triton, name, getattr(ecapa_triton, name))
 page = pdoc.doc.Module(ecapa_triton)
 # Values have no docstring that goes along when they are imported.
-for name, module in ("SAMPLE_RATE", _audio), ("Audio", _audio), ("Embedding", _flow), ("Long", _flow):
+for name, module in ("SAMPLE_RATE", audio), ("Audio", audio), ("Embedding", _flow), ("Long", _flow):
     page.members[name].docstring = pdoc.doc.Module(module).members[name].docstring
 pdoc.render.configure(docformat="google", show_source=False, search=False)
 folder = Path(sys.argv[1])

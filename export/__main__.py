@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import checkpoint, configs, exported, onnx_file, packed, seal, torchscript_file, verify
+from . import artifacts, checkpoint, configs, packed, seal, verify
 
 ERRORS = (
     checkpoint.CheckpointError,
     packed.UnsupportedModel,
-    exported.ExportError,
+    artifacts.ExportError,
     seal.SealError,
     configs.ConfigError,
     configs.ModelFileError,
@@ -117,7 +117,8 @@ def _export(
                     group=None if name == kind.half_file else packed.GROUP,
                     half=name == kind.half_file,
                 ).eval()
-                (onnx_file if kind.backend == "onnxruntime" else torchscript_file).write(model, loaded, partial)
+                write = artifacts.write_onnx if kind.backend == "onnxruntime" else artifacts.write_torchscript
+                write(model, loaded, partial)
         configs.check_all(folder, {path.name: configs.ModelFile.read(file) for path, file in partials.items()})
         for path, file in partials.items():
             _verify(path, _open(kind, file), loaded)
@@ -135,8 +136,8 @@ def _export(
     return list(partials)
 
 
-def _open(kind: configs.Format, path: Path) -> exported.ExportedModel:
-    return onnx_file.OnnxModel(path) if kind.backend == "onnxruntime" else torchscript_file.TorchScriptModel(path)
+def _open(kind: configs.Format, path: Path) -> artifacts.ExportedModel:
+    return artifacts.OnnxModel(path) if kind.backend == "onnxruntime" else artifacts.TorchScriptModel(path)
 
 
 def run_verify(options: argparse.Namespace) -> None:
@@ -179,7 +180,7 @@ def _exported_files(repository: Path) -> list[tuple[Path, configs.Format]]:
     return found or [(repository / kind.folder / "1" / kind.file, kind)]
 
 
-def _verify(path: Path, model: exported.ExportedModel, loaded: checkpoint.Checkpoint) -> None:
+def _verify(path: Path, model: artifacts.ExportedModel, loaded: checkpoint.Checkpoint) -> None:
     with step(f"verify {path} against SpeechBrain, clip by clip alone"):
         for group in verify.verify(model, loaded.classifier):
             print(f"  {group}", flush=True)

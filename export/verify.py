@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .exported import ExportedModel
+from .artifacts import ExportedModel
 from .packed import SAMPLE_RATE
 
 
@@ -144,7 +144,7 @@ def clip_groups(min_samples: int, max_samples: int, seed: int) -> dict[str, dict
 
 
 def _speech() -> Iterator[tuple[Path, Array]]:
-    from ecapa_triton._audio import read
+    from ecapa_triton.audio import read
 
     for path in sorted(SAMPLES.glob("*")):
         if path.suffix in {".flac", ".wav", ".ogg", ".mp3"}:

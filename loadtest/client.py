@@ -29,9 +29,10 @@ from typing import Any, TypeAlias
 import grpc
 import numpy as np
 import tritonclient.utils.shared_memory as shm
-from ecapa_triton import EcapaError, _audio, _wire
-from ecapa_triton._connection import CHANNEL_ARGS
+from ecapa_triton import EcapaError, protocol
+from ecapa_triton import audio as audio_module
 from ecapa_triton._manifest import SUFFIXES
+from ecapa_triton.protocol import CHANNEL_ARGS
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
@@ -165,7 +166,7 @@ class Bulk:
             raise TargetError(f"{audio} has no audio files: give a folder that has some with --audio")
         if not COMMAND.exists():
             raise TargetError(f"{COMMAND} is missing: pip install -e '.[loadtest]'")
-        waveforms = [_audio.read(path, max_samples=_wire.USUAL.max_samples).waveform for path in files]
+        waveforms = [audio_module.read(path, max_samples=protocol.USUAL.max_samples).waveform for path in files]
         self.clips = _clips(waveforms, answer, bound)
         self.clips.save(folder / "clips.npz")
         deck = Deck(range(len(files)), seed=0)  # as the load generator deals them
@@ -279,7 +280,7 @@ class Way:
     def ask(self, model: str, output: str, waveform: Array, slot: int) -> Array:
         """Send a clip, float32 `[samples]`, from the client whose part of the region is `slot`."""
         if self.region is None:
-            tensor = _wire.request(waveform)["inputs"][0]
+            tensor = protocol.request(waveform)["inputs"][0]
         else:
             tensor = InferInput("waveform", [1, len(waveform)], "FP32")
             shm.set_shared_memory_region(self.region, [waveform], slot * SLOT)
@@ -294,9 +295,10 @@ def measure_ways(
 ) -> Row:
     """Each way to one Triton of this machine: the transport alone, and what it matters to the model."""
     import onnx
+    from ecapa_triton.protocol import GRPC_KEY_HEADER
 
-    from server import gateway
-    from server.triton import GRPC_KEY_HEADER, TritonServer, choose_ports
+    from server import Limits, gateway
+    from server.triton import TritonServer, choose_ports
 
     from .local import model_files
 
@@ -323,7 +325,7 @@ def measure_ways(
             front, http = (f"{host}:{port}" for host, port in ports.values())
             (folder / "nginx").mkdir()
             behind = {"grpc": (front, server.grpc_url), "http": (http, server.http_url)}
-            nginx = gateway.Gateway(folder / "nginx", gateway.Limits(128), None, **behind)
+            nginx = gateway.Gateway(folder / "nginx", Limits(128), None, **behind)
             stack.callback(nginx.stop)
             ways = {NGINX: Way(stack.enter_context(_connect(front)))} | ways
         warm_up = {

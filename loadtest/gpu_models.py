@@ -56,17 +56,17 @@ def find(repository: Path) -> Files:
 def write_models(folder: Path, source: str, channels: int, device: str) -> Files:
     """Write TorchScript files and, where ONNX Runtime can use the device, ONNX files."""
     try:
-        from export import checkpoint, torchscript_file
+        from export import artifacts, checkpoint
         from export.packed import GROUP, PackedEcapa
 
         loaded = checkpoint.load(source, channels=channels)
     except ModuleNotFoundError as error:
         raise GpuError(f"{reason(error)}: export elsewhere and name the folder with --repository") from error
-    writers: dict[str, Callable[..., None]] = {"TorchScript": torchscript_file.write}
+    writers: dict[str, Callable[..., None]] = {"TorchScript": artifacts.write_torchscript}
     if device in onnx_devices() and importlib.util.find_spec("onnxscript"):
-        from export import onnx_file
+        from export import artifacts
 
-        writers["ONNX"] = onnx_file.write
+        writers["ONNX"] = artifacts.write_onnx
     files = {}
     for kind, writer in writers.items():
         for precision, name in FORMATS[kind][1].items():
@@ -94,7 +94,7 @@ def read_speech(folder: Path | None, longest: int) -> dict[str, Array]:
     whole = {}
     for path in paths[:MAX_SPEECH]:
         try:
-            from ecapa_triton._audio import read
+            from ecapa_triton.audio import read
 
             whole[path.name] = read(path, max_samples=longest).waveform
         except ModuleNotFoundError:  # without the client's packages

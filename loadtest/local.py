@@ -14,7 +14,8 @@ import numpy as np
 from export import checkpoint, configs
 from export.__main__ import step
 from export.packed import GROUP, PackedEcapa
-from server.triton import ServerError, choose_device, cuda_gpus
+from server import ServerError
+from server.triton import choose_device, cuda_gpus
 
 from .clips import Array
 from .gpu_models import onnx_devices
@@ -56,7 +57,7 @@ class Local:
         for device, model in models.items():
             self._start(device, model, files[model], stack)
         if any(target.name == "cpu" for target in self.targets) and models["cpu"] == configs.MODEL:
-            from export.onnx_file import OnnxModel
+            from export.artifacts import OnnxModel
 
             self.embed = OnnxModel(next(file for file in files[configs.MODEL] if file.name == "model.onnx")).embed
             config = configs.read(folder / "cpu" / configs.MODEL / "configs" / "cpu.pbtxt")
@@ -97,7 +98,7 @@ class Local:
         return files
 
     def _write(self, name: str, half: bool) -> Path:
-        writer = importlib.import_module("export.torchscript_file" if name.endswith(".pt") else "export.onnx_file")
+        writer = importlib.import_module("export.artifacts" if name.endswith(".pt") else "export.artifacts")
         model = PackedEcapa(self._loaded, group=None if half else GROUP, half=half)
         with step(f"write {name}"):
             writer.write(model.eval(), self._loaded, self._folder / name)

@@ -29,8 +29,8 @@ from torch import nn
 from tritonclient.grpc import model_config_pb2
 
 from export import checkpoint
+from export.artifacts import OPSET, OnnxModel, write_onnx
 from export.configs import MODEL
-from export.onnx_file import OPSET, OnnxModel, write
 from export.packed import SAMPLE_RATE, PackedEcapa
 from export.verify import difference
 
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     packed = PackedEcapa(loaded).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        write(packed, loaded, path)
+        write_onnx(packed, loaded, path)
         ours = OnnxModel(path, threads)
 
     report = machine.describe(

@@ -29,15 +29,15 @@ from typing import Any
 
 import numpy as np
 from ecapa_triton import DeadlineError, EcapaError, EmbeddingError, OverloadedError, SpeakerClient
-from ecapa_triton._errors import from_grpc
+from ecapa_triton.errors import from_grpc
 from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from export import checkpoint
 from export.__main__ import step
+from export.artifacts import OnnxModel, write_onnx
 from export.configs import MODEL
-from export.onnx_file import OnnxModel, write
 from export.packed import SAMPLE_RATE, PackedEcapa
 from export.verify import MAX_ERROR, Reference, VerificationError, clip_groups, difference
 from server.triton import TritonServer
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
             shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("*.onnx", "*.pt"))
             _path(repository).parent.mkdir(exist_ok=True)
             with step("write ONNX"):
-                write(PackedEcapa(loaded), loaded, _path(repository))
+                write_onnx(PackedEcapa(loaded), loaded, _path(repository))
         model = OnnxModel(_path(repository))
         with step(f"SpeechBrain's embeddings of clips of {LENGTHS} lengths"):
             clips = make_clips(loaded.classifier, model.min_samples, model.max_samples, LENGTHS)

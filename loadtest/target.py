@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from .gpu_page import reason
 
 if TYPE_CHECKING:  # a GPU host may have little more than torch
-    from ecapa_triton import _wire
+    from ecapa_triton import protocol
 
 Device: TypeAlias = Literal["cpu", "gpu"]
 Precision: TypeAlias = Literal["fp32", "fp16"]
@@ -66,19 +66,19 @@ class Target:
         """HOST:PORT of the gRPC API."""
         return self.url.removeprefix(SCHEME)
 
-    def models(self) -> dict[str, _wire.Deployment]:
+    def models(self) -> dict[str, protocol.Deployment]:
         """How each model is served, by its own config."""
-        from ecapa_triton import _wire
+        from ecapa_triton import protocol
 
         with self._asked() as triton:
             return {
-                model: _wire.read_config(triton.get_model_config(model, client_timeout=TIMEOUT).config)
+                model: protocol.read_config(triton.get_model_config(model, client_timeout=TIMEOUT).config)
                 for model in self.contenders
             }
 
     def describe(self, sha256: dict[str, str]) -> dict[str, Any]:
         """For the report. `sha256` has the checksums of the weights, as far as they are known."""
-        from ecapa_triton import _wire
+        from ecapa_triton import protocol
 
         with self._asked() as triton:
             version = triton.get_server_metadata(client_timeout=TIMEOUT).version
@@ -103,7 +103,7 @@ class Target:
             "device": self.local.device if self.local else _device(deployments.values()),
             "chosen": self.local.chosen if self.local else "",
             "server_version": version,
-            "gpus": [gpu.uuid for gpu in _wire.read_gpus(_metrics(self.metrics_url))],
+            "gpus": [gpu.uuid for gpu in protocol.read_gpus(_metrics(self.metrics_url))],
             "max_requests": limits.requests if limits else None,
             "models": models,
         }
@@ -123,7 +123,7 @@ class Target:
             raise TargetError(f"target {self.name}: {self.url} does not answer ({reason(error)})") from error
 
 
-def _device(deployments: Iterable[_wire.Deployment]) -> str | None:
+def _device(deployments: Iterable[protocol.Deployment]) -> str | None:
     """What all instances run on, as the configs say; None where they differ or do not say."""
     instances = [instance for served in deployments for instance in served.instances]
     kinds = {"GPU" if "GPU" in instance else "CPU" if "CPU" in instance else None for instance in instances}
@@ -205,10 +205,10 @@ def serve(
 
     Limits are on where nginx is installed, as in `python -m server`; `max_requests` of None is its default.
     """
-    from server import gateway
+    from server import Limits, gateway
     from server.triton import TritonServer
 
-    limits = gateway.Limits(max_requests) if gateway.find() else None
+    limits = Limits(max_requests) if gateway.find() else None
     with TritonServer(repository, device=device, precision=precision, limits=limits) as server:
         contenders = {name: OURS if name == model else BASELINES[name] for name in server.models}
         yield Target(device, SCHEME + server.grpc_url, server.metrics_url, contenders, server)
@@ -241,7 +241,7 @@ def add_baselines(folder: Path, origin: str) -> str:
 
 
 def _client(address: str) -> Any:
-    from ecapa_triton._connection import CHANNEL_ARGS
+    from ecapa_triton.protocol import CHANNEL_ARGS
     from tritonclient.grpc import InferenceServerClient
 
     return InferenceServerClient(address, channel_args=CHANNEL_ARGS)

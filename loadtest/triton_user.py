@@ -14,7 +14,7 @@ import gevent
 import grpc
 import grpc.experimental.gevent
 import numpy as np
-from ecapa_triton._connection import CHANNEL_ARGS, SCHEME
+from ecapa_triton.protocol import CHANNEL_ARGS, SCHEME
 from locust import User, events
 from tritonclient.grpc import service_pb2
 

@@ -14,10 +14,9 @@ from ecapa_triton import EcapaError, SpeakerClient, score
 from export import checkpoint
 from export.__main__ import ERRORS as EXPORT_ERRORS
 from export.__main__ import export, step
+from export.artifacts import OnnxModel, up_to_date
 from export.configs import MODEL
-from export.exported import up_to_date
-from export.onnx_file import OnnxModel
-from server.triton import ServerError, TritonServer
+from server import ServerError, TritonServer
 
 FOLDER = Path(__file__).parent
 MINI_NOTE = (

@@ -1,5 +1,6 @@
 """Real Triton as a child process: `python -m server`, or TritonServer in code."""
 
-from server.triton import ServerError, TritonServer
+from server.options import Limits, ServerError, Tls
+from server.triton import TritonServer
 
-__all__ = ["ServerError", "TritonServer"]
+__all__ = ["Limits", "ServerError", "Tls", "TritonServer"]

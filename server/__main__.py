@@ -10,7 +10,8 @@ from types import FrameType
 from typing import NoReturn
 
 from server import gateway
-from server.triton import ADMIN, GROUPS, ServerError, TritonServer, check_keys
+from server.options import ADMIN, GROUPS, Limits, ServerError, Tls, check_keys
+from server.triton import TritonServer
 
 # Seconds to wait before a server that died is started again: doubled each time that it has not lived for CALM.
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
@@ -33,8 +34,8 @@ def main(arguments: list[str]) -> int:
     options, extra = _parse(arguments)
     limits = None
     if options.gateway == "on" or (options.gateway == "auto" and gateway.find()):
-        limits = gateway.Limits(options.max_requests, options.max_request_mb or gateway.Limits.request_mb)
-    tls = gateway.Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
+        limits = Limits(options.max_requests, options.max_request_mb or Limits.request_mb)
+    tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
     server = TritonServer(
         options.repository,
         device=options.device,
@@ -158,7 +159,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="inference requests in work at once; one more is refused with UNAVAILABLE (128 on a CPU, 1024 on GPUs)",
     )
-    argument("--max-request-mb", type=_positive, metavar="MB", help=f"largest request ({gateway.Limits.request_mb})")
+    argument("--max-request-mb", type=_positive, metavar="MB", help=f"largest request ({Limits.request_mb})")
     argument(
         "--exit-timeout",
         type=float,

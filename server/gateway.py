@@ -10,11 +10,11 @@ import re
 import shutil
 import signal
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from server import child
+from server.options import Limits, Tls
 
 TEMPLATES = [Path(__file__).parent / f"{name}.conf.template" for name in ("tls", "nginx")]
 _STOPPING = 3  # s until it is killed; Triton has ended before it, so there is little that it still has to send
@@ -23,36 +23,6 @@ PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the
 
 class GatewayError(Exception):
     """nginx did not start. The message is one line."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the gateway lets through.
-
-    Attributes:
-        requests: Inference requests in work at once, over both APIs; one more is refused at once, as Triton would.
-            None: 128 on a CPU, 1024 on GPUs.
-        request_mb: Megabytes (2^20 bytes) of the largest request.
-    """
-
-    requests: int | None
-    request_mb: int = 64
-
-
-@dataclass(frozen=True)
-class Tls:
-    """How both APIs are encrypted.
-
-    Attributes:
-        certificate: The server's certificate and those between it and its authority, PEM.
-        key: Its private key, PEM.
-        client_ca: Certificates of the authorities of clients, PEM: a client without a certificate by one of them is
-            not let in. None: clients need none.
-    """
-
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
 
 
 def find() -> str | None:

@@ -28,14 +28,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
+
+from ecapa_triton.protocol import KEY_HEADER
 
 from export import configs
 from server import child
-from server.gateway import Gateway, GatewayError, Limits, Tls
-
-Device = Literal["auto", "cpu", "gpu"]
-Precision = Literal["fp32", "fp16"]
+from server.gateway import Gateway, GatewayError
+from server.options import ADMIN, Device, Limits, Precision, ServerError, Tls, check_keys
 
 _INSTALLED = "/opt/tritonserver/bin/tritonserver"
 _BACKENDS = Path(__file__).parent / "backends"
@@ -48,19 +48,6 @@ _SHM = Path("/dev/shm")
 # Bytes. A batch passes through shared memory on its way to the model, and Triton does not limit what a request holds.
 # Where it does not fit, the clips that share the batch fail, and requests stay behind that hold up the server's stop.
 _ENOUGH_SHM = 1 << 30
-
-# Groups of Triton's APIs, as its options for restricted ones name them. What only those who run the server have a use
-# for (shared memory would show one client's clips to another), and what a client asks.
-ADMIN = "shared-memory", "model-repository", "trace", "logging"
-GROUPS = ("health", "metadata", "inference", "model-config", "statistics", *ADMIN)
-# What carries the key: a header of HTTP, and with Triton's prefix one of gRPC.
-KEY_HEADER = "api-key"
-GRPC_KEY_HEADER = f"triton-grpc-protocol-{KEY_HEADER}"
-_KEY = re.compile(r"[\x21-\x7e]{16,1024}")
-
-
-class ServerError(Exception):
-    """The server did not start or did not stay up. The message is one line."""
 
 
 class TritonServer:
@@ -746,17 +733,6 @@ def failure_reason(log: str) -> str:
             return f"model {model} does not load ({reason}): check its configs or export it again" if model else reason
     lines = log.split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
-
-
-def check_keys(keys: Mapping[str, str]) -> None:
-    """Refuses with ServerError what cannot be a key, and groups that Triton does not have."""
-    for group, key in keys.items():
-        if group not in GROUPS:
-            raise ServerError(f"no group of APIs is called {group!r}: expected one of {', '.join(GROUPS)}")
-        if not _KEY.fullmatch(key):
-            raise ServerError(
-                f"the key of {group} has {len(key)} characters: expected 16 to 1024, visible ASCII, no blanks"
-            )
 
 
 def _restricted(keys: Mapping[str, str]) -> list[str]:

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from ecapa_triton import AudioError
-from ecapa_triton._audio import MAGIC, read
+from ecapa_triton.audio import MAGIC, read
 
 SECOND = 16_000
 LIMITS = (0, 1, SECOND, 30 * SECOND)  # samples; what a caller may ask for

@@ -26,7 +26,7 @@ from ecapa_triton import (
     NotAudioError,
     NotFiniteError,
 )
-from ecapa_triton._audio import BLOCK, read, windows
+from ecapa_triton.audio import BLOCK, read, windows
 from fuzz_audio import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st

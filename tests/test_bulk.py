@@ -21,7 +21,7 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
-from ecapa_triton import EcapaError, SpeakerClient, _audio, _bulk, _tables, _workfile
+from ecapa_triton import EcapaError, SpeakerClient, _bulk, _tables, _workfile, audio
 from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, good, nan, refuse, slow
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -788,6 +788,6 @@ def test_served(
     status, out, err = run(SAMPLES, "-o", output, url=server.grpc_url)
     assert (status, err) == (0, "") and "6 of 6 files embedded, 6 new" in out
     for row in rows(output):
-        expected = reference(_audio.read(row["path"], max_samples=30 * 16_000).waveform)
+        expected = reference(audio.read(row["path"], max_samples=30 * 16_000).waveform)
         assert np.linalg.norm(row["embedding"] - expected) <= 1e-4 * np.linalg.norm(expected)
     assert "6 of 6 files embedded, 0 new" in run(SAMPLES, "-o", output, url=server.grpc_url)[1]

@@ -52,12 +52,12 @@ from ecapa_triton import (
     TrustError,
     Utterance,
     Verification,
-    _audio,
     _flow,
+    audio,
     score,
 )
 from ecapa_triton._flow import Wait
-from ecapa_triton._wire import Deployment
+from ecapa_triton.protocol import Deployment
 from fake_triton import (
     MODEL,
     SIZE,
@@ -742,15 +742,15 @@ def test_nothing_is_read_for_whom_nobody_waits(fake: FakeTriton, make: Make, mon
     client = make(fake.url, max_in_flight=4)
     client.embed(noise(1))
     reads: list[int] = []
-    read = _audio.read
+    read = audio.read
 
-    def slowly(audio: np.ndarray, sample_rate: float | None = None, *, max_samples: int) -> _audio.Clip:
+    def slowly(audio: np.ndarray, sample_rate: float | None = None, *, max_samples: int) -> Any:
         reads.append(max_samples)
         if max_samples > SECOND:
             time.sleep(0.3)
         return read(audio, sample_rate, max_samples=max_samples)
 
-    monkeypatch.setattr(_audio, "read", slowly)
+    monkeypatch.setattr(audio, "read", slowly)
     outcomes = client.utterances([noise(0.1), *(noise(3, i) for i in range(7))], long="windows")
     next(outcomes)
     while not [samples for samples in reads if samples > SECOND]:
@@ -955,7 +955,7 @@ def test_all_is_there_and_sorted() -> None:
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
-    lines = [line for line in (ecapa_triton._errors.__doc__ or "").splitlines() if line.startswith("    ")]
+    lines = [line for line in (ecapa_triton.errors.__doc__ or "").splitlines() if line.startswith("    ")]
     parents: list[str] = []
     for line in lines:
         name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 4 - 1
@@ -985,8 +985,8 @@ def test_served_files_bytes_and_arrays(served: SpeakerClient, reference: Referen
     ints, _ = soundfile.read(path, dtype="int16")
     assert rate == SECOND
     expected = reference(floats)
-    for audio in (path, str(path), path.read_bytes(), floats, ints, floats[:, None], np.stack([floats] * 2, axis=1)):
-        assert close(served.embed(audio), expected)
+    for clip in (path, str(path), path.read_bytes(), floats, ints, floats[:, None], np.stack([floats] * 2, axis=1)):
+        assert close(served.embed(clip), expected)
 
 
 def test_served_mixed_lengths(served: SpeakerClient, reference: Reference) -> None:

@@ -32,10 +32,12 @@ import trustme
 import yaml
 from conftest import ROOT, entry_point
 from ecapa_triton import KeyRefusedError, SpeakerClient, Tls
+from ecapa_triton.protocol import KEY_HEADER
 
 from export import seal
 from server import ServerError, TritonServer, child, gateway
-from server.triton import ADMIN, KEY_HEADER, assemble_wheel, choose_ports, find_installed
+from server.options import ADMIN
+from server.triton import assemble_wheel, choose_ports, find_installed
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
 MANUAL = (ROOT / ".env.example").read_text()

@@ -23,8 +23,8 @@ import soundfile
 import torch
 from ecapa_triton import AudioFileError, ConnectError, EcapaError, OverloadedError, SpeakerClient, TooLongError, score
 from ecapa_triton import _evaluate as evaluate
-from ecapa_triton._errors import EvaluationError
 from ecapa_triton._evaluate import Curve
+from ecapa_triton.errors import EvaluationError
 from fake_triton import MODEL, SIZE, FakeTriton, fake_triton, good, nan, refuse
 from hypothesis import given
 from hypothesis import strategies as st

@@ -20,8 +20,7 @@ import torch
 from conftest import ROOT, copy_configs
 from test_packed import make_folder
 
-from export import checkpoint, configs, seal, verify
-from export import exported as exported_file
+from export import artifacts, checkpoint, configs, seal, verify
 from export.__main__ import main
 
 
@@ -264,12 +263,12 @@ def test_a_folder_is_exported_verified_and_up_to_date(tmp_path: Path) -> None:
     assert main(arguments) == 0
     path = target / "ecapa/1/model.onnx"
     assert sorted(item.name for item in path.parent.iterdir() if item.name != ".gitkeep") == ["model.onnx"]
-    assert exported_file.up_to_date(path) and exported_file.up_to_date(path, str(folder))
-    assert not exported_file.up_to_date(path, "mini")
+    assert artifacts.up_to_date(path) and artifacts.up_to_date(path, str(folder))
+    assert not artifacts.up_to_date(path, "mini")
     assert main(["verify", "--repository", str(target)]) == 0
     later = path.stat().st_mtime + 1
     os.utime(folder / "embedding_model.ckpt", (later, later))
-    assert not exported_file.up_to_date(path)
+    assert not artifacts.up_to_date(path)
 
 
 def test_a_failed_verification_leaves_the_old_model(
@@ -351,7 +350,7 @@ def test_a_file_that_is_not_as_exported_is_not_served(
     with pytest.raises(configs.ModelFileError, match=re.escape(message)) as info:
         configs.ModelFile.read(path)
     assert "python -m export" in str(info.value)
-    assert not exported_file.up_to_date(path) or damage in (without_guards, other_inputs)
+    assert not artifacts.up_to_date(path) or damage in (without_guards, other_inputs)
     assert main(["verify", "--repository", str(exported)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -366,7 +365,7 @@ def test_verify_without_a_model(exported: Path, content: bytes | None, capsys: p
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "python -m export" in message
-    assert not exported_file.up_to_date(path)
+    assert not artifacts.up_to_date(path)
 
 
 @pytest.mark.parametrize("seconds", ["0", "nan", "a", "1e9", "-3"])

@@ -17,13 +17,12 @@ from ecapa_triton import SpeakerClient
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from export import configs, seal, torchscript_file
+from export import artifacts, configs, seal
 from export.__main__ import main
-from export.exported import ExportError, up_to_date
-from export.onnx_file import OnnxModel
-from export.torchscript_file import TorchScriptModel
+from export.artifacts import ExportError, OnnxModel, TorchScriptModel, up_to_date
 from export.verify import BOUNDS, difference
-from server.triton import ServerError, TritonServer, check_repository, find_installed
+from server import ServerError, TritonServer
+from server.triton import check_repository, find_installed
 
 Reference = Callable[[np.ndarray], np.ndarray]
 SPEECH = sorted(ROOT.glob("samples/*_[12].*"))
@@ -32,7 +31,7 @@ needs_stand_in = pytest.mark.skipif(find_installed() is not None, reason="this T
 
 
 def speech() -> list[np.ndarray]:
-    from ecapa_triton._audio import read
+    from ecapa_triton.audio import read
 
     return [read(path, max_samples=5 * 16000).waveform for path in SPEECH]
 
@@ -67,7 +66,7 @@ def test_a_graph_that_is_tied_is_refused() -> None:
         return torch.zeros(3, device=torch.device("cpu")) + waveform
 
     with pytest.raises((ExportError, IndexError)):
-        torchscript_file._untie(tied.graph)
+        artifacts._untie(tied.graph)
 
 
 @needs_gpu

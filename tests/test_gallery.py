@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 from ecapa_triton import SpeakerClient
-from ecapa_triton._errors import AudioError, EcapaError, EmbeddingError, OutputError, ThresholdError
 from ecapa_triton._files import check_output, replacing
 from ecapa_triton._gallery import (
     BLOCK,
@@ -31,6 +30,7 @@ from ecapa_triton._gallery import (
     UnknownVoiceError,
 )
 from ecapa_triton._scoring import Utterance, mean_direction, score
+from ecapa_triton.errors import AudioError, EcapaError, EmbeddingError, OutputError, ThresholdError
 from hypothesis import given
 from hypothesis import strategies as st
 

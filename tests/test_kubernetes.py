@@ -25,11 +25,13 @@ import pytest
 import yaml
 from conftest import ROOT, entry_point
 from ecapa_triton import KeyRefusedError, SpeakerClient
+from ecapa_triton.protocol import KEY_HEADER
 
 from loadtest.__main__ import main as loadtest
 from loadtest.capacity import Demand, replicas
 from server import gateway
-from server.triton import ADMIN, GROUPS, KEY_HEADER, assemble_wheel, check_repository
+from server.options import ADMIN, GROUPS
+from server.triton import assemble_wheel, check_repository
 
 FOLDER = ROOT / "deploy/kubernetes"
 OVERLAYS = "cpu", "gpu"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import checkpoint, onnx_file
+from export import artifacts, checkpoint
 from export.packed import PackedEcapa
 from loadtest import model, soak
 from loadtest.__main__ import main
@@ -24,7 +24,7 @@ def written_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     def write(packed: PackedEcapa, loaded: checkpoint.Checkpoint, path: Path) -> None:
         kept = tmp_path_factory.getbasetemp() / f"{loaded.sha256}.onnx"
         if not kept.exists():
-            onnx_file.write(packed, loaded, kept)
+            artifacts.write_onnx(packed, loaded, kept)
         shutil.copy(kept, path)
 
     monkeypatch.setattr(model, "write", write)

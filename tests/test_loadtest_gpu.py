@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import checkpoint, configs, torchscript_file
+from export import artifacts, checkpoint, configs
 from export.packed import PackedEcapa
 from export.verify import BOUNDS
 from loadtest import gpu, gpu_models, gpu_page, gpu_served, model
@@ -58,7 +58,7 @@ def scripted(mini: checkpoint.Checkpoint, tmp_path_factory: pytest.TempPathFacto
     """A folder with the small model's TorchScript files alone."""
     folder = tmp_path_factory.mktemp("scripted")
     for half, name in (False, "model.pt"), (True, "model_fp16.pt"):
-        torchscript_file.write(PackedEcapa(mini, half=half).eval(), mini, folder / name)
+        artifacts.write_torchscript(PackedEcapa(mini, half=half).eval(), mini, folder / name)
     return folder
 
 
@@ -208,7 +208,7 @@ def test_products_are_counted_as_by_the_benchmark(scripted: Path, mini: checkpoi
 
 def test_another_clips_embedding_is_wrong(server: TritonServer, scripted: Path) -> None:
     clips = [0.1 * np.random.default_rng(n).standard_normal(8000 + 4000 * n).astype(np.float32) for n in range(4)]
-    embed = torchscript_file.TorchScriptModel(scripted / "model.pt").embed
+    embed = artifacts.TorchScriptModel(scripted / "model.pt").embed
     right = np.stack([embed([clip])[0] for clip in clips])
 
     def drive(expected: np.ndarray) -> gpu_served.Outcome:

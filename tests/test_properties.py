@@ -20,15 +20,15 @@ import numpy as np
 import onnx.parser
 import pytest
 import stand_in
-from ecapa_triton._audio import read
+from ecapa_triton.audio import read
 from google.protobuf import json_format, text_format
 from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
 
-from export import onnx_file
+from export import artifacts
+from export.artifacts import OnnxModel
 from export.checkpoint import Checkpoint
-from export.onnx_file import OnnxModel
 from export.packed import MAX_AMPLITUDE, SAMPLE_RATE, PackedEcapa
 from export.verify import MAX_ERROR, SAMPLES, difference
 
@@ -112,7 +112,7 @@ batches_with_empty = st.lists(cuts() | cuts() | st.just(Cut("noise", 0)), min_si
 def model(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
     """The small trained model, exported to hear no more than LIMIT samples."""
     path = tmp_path_factory.mktemp("model") / "model.onnx"
-    onnx_file.write(PackedEcapa(mini, LIMIT / SAMPLE_RATE).eval(), mini, path)
+    artifacts.write_onnx(PackedEcapa(mini, LIMIT / SAMPLE_RATE).eval(), mini, path)
     model = OnnxModel(path)
     assert (model.min_samples, model.max_samples) == (SHORTEST, LIMIT)
     return model

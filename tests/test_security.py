@@ -25,12 +25,14 @@ import stand_in
 import trustme
 from conftest import ROOT
 from ecapa_triton import ConnectError, KeyRefusedError, SpeakerClient, Tls
+from ecapa_triton.protocol import GRPC_KEY_HEADER, KEY_HEADER
 from tritonclient.grpc import InferenceServerClient, InferInput, service_pb2
 from tritonclient.utils import InferenceServerException
 
 from server import ServerError, TritonServer, gateway
 from server.gateway import Limits
-from server.triton import ADMIN, GROUPS, GRPC_KEY_HEADER, KEY_HEADER, choose_ports
+from server.options import ADMIN, GROUPS
+from server.triton import choose_ports
 
 needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
 KEYS = {group: f"the:key=of,{group}/{'x' * 16}" for group in GROUPS}

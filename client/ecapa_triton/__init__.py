@@ -11,10 +11,13 @@ with SpeakerClient("127.0.0.1:8001") as client:
 
 from typing import TYPE_CHECKING, Any
 
-from ._audio import SAMPLE_RATE, Audio
 from ._client import SpeakerClient
 from ._connection import State, Tls
-from ._errors import (
+from ._flow import Embedding, Long, Status
+from ._gallery import Candidate, Gallery, Identification
+from ._scoring import Utterance, Verification, score
+from .audio import SAMPLE_RATE, Audio
+from .errors import (
     AddressError,
     AudioError,
     AudioFileError,
@@ -45,10 +48,7 @@ from ._errors import (
     TrustError,
     UnknownVoiceError,
 )
-from ._flow import Embedding, Long, Status
-from ._gallery import Candidate, Gallery, Identification
-from ._scoring import Utterance, Verification, score
-from ._wire import Deployment, ModelInfo, Statistics
+from .protocol import Deployment, ModelInfo, Statistics
 
 if TYPE_CHECKING:
     from ._async_client import AsyncSpeakerClient

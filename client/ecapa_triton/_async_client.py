@@ -13,10 +13,9 @@ from typing import Any, Literal, TypeVar, overload
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from . import _audio, _wire
-from ._audio import Audio
+from . import audio as audio_module
+from . import protocol
 from ._connection import CLOSED, State
-from ._errors import ClosedError, EcapaError
 from ._flow import (
     Alone,
     Ask,
@@ -36,7 +35,9 @@ from ._flow import (
     without_frames,
 )
 from ._scoring import Utterance, Verification, check_threshold
-from ._wire import Reply
+from .audio import Audio
+from .errors import ClosedError, EcapaError
+from .protocol import Reply
 
 T = TypeVar("T")
 
@@ -262,16 +263,16 @@ class AsyncSpeakerClient(BaseClient):
             raise ClosedError(CLOSED)
         match step:
             case Read(audio, sample_rate, max_samples):
-                return await asyncio.to_thread(_audio.read, audio, sample_rate, max_samples=max_samples)
+                return await asyncio.to_thread(audio_module.read, audio, sample_rate, max_samples=max_samples)
             case Send(waveform, timeout):
                 result = await self._call(
                     "infer",
                     self._connection.model,
                     model_version=self._connection.model_version,
                     client_timeout=timeout,
-                    **_wire.request(waveform),
+                    **protocol.request(waveform),
                 )
-                return _wire.read_reply(result)
+                return protocol.read_reply(result)
             case Ask(method, arguments):
                 return await self._call(method, *arguments, client_timeout=self._connection.timeout)
             case Wait(seconds):

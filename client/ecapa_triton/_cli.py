@@ -20,16 +20,16 @@ from typing import Any, TypeAlias, get_args
 from urllib.request import ProxyHandler, build_opener
 
 from . import _bulk, _evaluate
-from ._audio import describe
 from ._client import SpeakerClient
 from ._commands import BROKEN_PIPE, DONE, FAILED, INTERRUPTED, at_least, complain, named, raising_once
 from ._connection import MAX_TIMEOUT, Tls
-from ._errors import HOPELESS, EcapaError, TrustError
 from ._files import check_output, locked_folder
 from ._flow import Long
 from ._gallery import Gallery
 from ._scoring import check_threshold
-from ._wire import Gpu, read_gpus
+from .audio import describe
+from .errors import HOPELESS, EcapaError, TrustError
+from .protocol import Gpu, read_gpus
 
 SAME, DIFFERENT = 0, 1  # exit statuses of `verify`
 _LARGEST_PAGE = 10_000_000  # bytes

@@ -14,10 +14,9 @@ from typing import Any, Literal, Protocol, TypeVar, overload
 from tritonclient.grpc import InferenceServerClient, InferResult
 from tritonclient.utils import InferenceServerException
 
-from . import _audio, _wire
-from ._audio import Audio, Waveform
+from . import audio as audio_module
+from . import protocol
 from ._connection import CLOSED, State
-from ._errors import ClosedError, EcapaError
 from ._flow import (
     Alone,
     Ask,
@@ -37,7 +36,9 @@ from ._flow import (
     without_frames,
 )
 from ._scoring import Utterance, Verification, check_threshold
-from ._wire import Reply
+from .audio import Audio, Waveform
+from .errors import ClosedError, EcapaError
+from .protocol import Reply
 
 T = TypeVar("T")
 
@@ -273,7 +274,7 @@ class SpeakerClient(BaseClient):
         work.check()
         match step:
             case Read(audio, sample_rate, max_samples):
-                return _audio.read(audio, sample_rate, max_samples=max_samples)
+                return audio_module.read(audio, sample_rate, max_samples=max_samples)
             case Send(waveform, timeout):
                 return self._send(waveform, timeout, work)
             case Ask(method, arguments):
@@ -303,7 +304,7 @@ class SpeakerClient(BaseClient):
         def done(result: InferResult, error: InferenceServerException | None) -> None:
             future.set_result((result, error))
 
-        arguments = _wire.request(waveform)
+        arguments = protocol.request(waveform)
         # async_infer keeps the call in an attribute for a moment: two threads in it would swap replies.
         with self._errors(), self._sending:
             call = self._connected().async_infer(
@@ -319,7 +320,7 @@ class SpeakerClient(BaseClient):
         with self._errors():
             if error is not None:
                 raise error
-        return _wire.read_reply(result)
+        return protocol.read_reply(result)
 
     def _connected(self) -> Any:
         with self._opening:

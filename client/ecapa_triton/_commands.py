@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from ._audio import describe
-from ._errors import EcapaError, ServerError
+from .audio import describe
+from .errors import EcapaError, ServerError
 
 DONE, FAILED = 0, 2  # exit statuses; 1 is a command's own: different speakers, another result than SpeechBrain's
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141  # as a shell reports the signals

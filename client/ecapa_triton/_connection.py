@@ -9,33 +9,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ._errors import AddressError, TrustError
+from .errors import AddressError, TrustError
+from .protocol import CHANNEL_ARGS, GRPC_KEY_HEADER, SCHEME, TLS_SCHEME
 
-SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
-KEY_HEADER = "triton-grpc-protocol-api-key"  # for Triton's APIs that are restricted by the header "api-key"
 MAX_TIMEOUT = 1e6  # s; gRPC takes deadlines in the far future for ones in the past
 MAX_DURATION = 86_400  # s
 CLOSED = "the client is closed: make a new one"
 FORKED = "this client was used before this process was forked off, and gRPC would hang in it: make one in each process"
-
-CHANNEL_ARGS = [
-    # No clip is longer than the model's limit: the client cuts or refuses it before.
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", 16 << 20),  # bytes; the largest reply is that of the model's config
-    # A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
-    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt to connect takes; a mute address takes no more
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    # A server whose machine is gone says nothing, and gRPC would send to it for a quarter of an hour. With keepalive, a
-    # connection ends on which what was sent is not acknowledged in 10 s. Pings themselves come once in 330 s at most: a
-    # server with gRPC's usual settings ends connections that ping more than once in 300 s.
-    ("grpc.keepalive_time_ms", 330_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # A Triton endpoint is addressed directly; gRPC would hand clips, even those for 127.0.0.1, to $http_proxy.
-    ("grpc.enable_http_proxy", 0),
-    # Where a name or a list stands for several servers they take turns, not the first one everything.
-    ("grpc.lb_policy_name", "round_robin"),
-]
 
 
 class State(Enum):
@@ -115,13 +95,13 @@ class Connection:
                     f"metadata has the name {name!r}: expected small letters, digits, and _ . - (not grpc-..., ...-bin)"
                 )
             if not (value.isascii() and value.isprintable()):
-                what = "api_key" if name == KEY_HEADER else f"metadata {name!r}"
+                what = "api_key" if name == GRPC_KEY_HEADER else f"metadata {name!r}"
                 raise TrustError(f"{what} is not of visible ASCII characters alone: pass it as the server has it")
 
     @property
     def headers(self) -> dict[str, str]:
         """What goes with every request."""
-        return dict(self.metadata) | ({} if self.api_key is None else {KEY_HEADER: self.api_key})
+        return dict(self.metadata) | ({} if self.api_key is None else {GRPC_KEY_HEADER: self.api_key})
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of Triton's clients."""

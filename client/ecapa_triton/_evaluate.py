@@ -22,13 +22,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _audio, _scoring
-from ._audio import SAMPLE_RATE, describe
+from . import _scoring, audio
 from ._client import SpeakerClient
 from ._commands import DONE, at_least, complain, named
-from ._errors import HOPELESS, EcapaError, EvaluationError, OutputError
 from ._files import check_output, replacing
 from ._flow import Long
+from .audio import SAMPLE_RATE, describe
+from .errors import HOPELESS, EcapaError, EvaluationError, OutputError
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -426,7 +426,7 @@ def embed_by_speechbrain(classifier: Any, paths: list[str], served: Embedded) ->
     places = np.flatnonzero(served.seconds)
     for place in _progress(places, len(places), "SpeechBrain"):
         samples = round(float(served.seconds[place]) * SAMPLE_RATE)
-        clip = _audio.read(paths[place], max_samples=samples)
+        clip = audio.read(paths[place], max_samples=samples)
         with torch.inference_mode():
             embedding = classifier.encode_batch(torch.from_numpy(clip.waveform)[None]).flatten().numpy()
         if len(embedding) != units.shape[1]:

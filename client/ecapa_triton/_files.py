@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ._audio import describe
-from ._errors import OutputError
+from .audio import describe
+from .errors import OutputError
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:

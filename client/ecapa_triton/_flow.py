@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
-from . import _audio, _scoring, _wire
-from ._audio import SAMPLE_RATE, Audio, Clip, Waveform
+from . import _scoring, protocol
+from . import audio as audio_module
 from ._connection import FORKED, Connection, State, Tls
-from ._errors import (
+from ._scoring import Utterance, Verification
+from .audio import SAMPLE_RATE, Audio, Clip, Waveform
+from .errors import (
     ConnectError,
     DeadlineError,
     EcapaError,
@@ -33,8 +35,7 @@ from ._errors import (
     TooShortError,
     from_grpc,
 )
-from ._scoring import Utterance, Verification
-from ._wire import Deployment, ModelInfo, Reply, Statistics
+from .protocol import Deployment, ModelInfo, Reply, Statistics
 
 Embedding: TypeAlias = NDArray[np.float32]
 """An embedding, float32 `[192]`, not of unit length."""
@@ -50,7 +51,7 @@ FIRST_RETRIES = 4  # of a server that was never reached: the address may be wron
 
 @dataclass(frozen=True)
 class Read:
-    """Read a clip, as `_audio.read`; the answer is a `Clip`."""
+    """Read a clip, as `audio.read`; the answer is a `Clip`."""
 
     audio: Audio
     sample_rate: float | None
@@ -135,7 +136,7 @@ class Flow:
     def utterance(self, audio: Audio, sample_rate: float | None, long: Long) -> Steps[Utterance]:
         """Embed one clip."""
         for _ in range(3):  # with a guess of the limits, the model's own, those of a model that replaced it
-            info = self._info or _wire.USUAL
+            info = self._info or protocol.USUAL
             clip: Clip = yield Read(audio, sample_rate, info.max_samples)
             if not len(clip.waveform):
                 raise TooShortError(f"{clip.name}: holds no samples: pass a clip of a second or more")
@@ -203,8 +204,8 @@ class Flow:
         deployment, statistics, info = None, None, self._info
         try:
             versions = tuple((yield Ask("get_model_metadata", model)).versions)
-            deployment = _wire.read_config((yield Ask("get_model_config", model)).config)
-            statistics = _wire.read_statistics((yield Ask("get_inference_statistics", model)))
+            deployment = protocol.read_config((yield Ask("get_model_config", model)).config)
+            statistics = protocol.read_statistics((yield Ask("get_inference_statistics", model)))
             info = yield from self._ask_info()
         except (ModelNotReadyError, OverloadedError):
             pass  # the rest is worth telling, now more than ever
@@ -236,14 +237,14 @@ class Flow:
                 f"{clip.name}: longer than the {longest:g} s that this client reads "
                 "(max_duration of SpeakerClient): cut the recording"
             )
-        places = _audio.windows(len(clip.waveform), info.max_samples)
+        places = audio_module.windows(len(clip.waveform), info.max_samples)
         replies = yield Together([self.request(clip.name, clip.waveform[place]) for place in places])
         return clip, replies
 
     def _ask_info(self) -> Steps[ModelInfo]:
         """The model's constants, which come with any reply, even one without an embedding."""
         try:
-            silence = np.zeros(_wire.USUAL.min_samples, np.float32)
+            silence = np.zeros(protocol.USUAL.min_samples, np.float32)
             yield from self.request("a clip of silence", silence)
         except (EmbeddingError, TooShortError):
             pass

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.lib import format as numpy_format
 from numpy.typing import NDArray
 
-from ._audio import describe
-from ._errors import (
+from ._files import replacing
+from ._scoring import Utterance, Verification, check_threshold, decide, unit
+from .audio import describe
+from .errors import (
     EcapaError,
     EmbeddingError,
     GalleryError,
@@ -25,8 +27,6 @@ from ._errors import (
     ModelMismatchError,
     UnknownVoiceError,
 )
-from ._files import replacing
-from ._scoring import Utterance, Verification, check_threshold, decide, unit
 
 MAX_NAME = 128  # characters
 FORMAT = 1  # of the files

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
-from ._audio import describe
-from ._errors import AudioFileError, ManifestError
+from .audio import describe
+from .errors import AudioFileError, ManifestError
 
 # Of files in folders; a file that is named itself may have any.
 SUFFIXES = frozenset(".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .sph .w64 .rf64".split())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._errors import EmbeddingError, ThresholdError
+from .errors import EmbeddingError, ThresholdError
 
 
 @dataclass(frozen=True, eq=False)

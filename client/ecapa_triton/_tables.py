@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
-from ._audio import describe
-from ._errors import OutputError
+from .audio import describe
+from .errors import OutputError
 
 if TYPE_CHECKING:
     from ._workfile import WorkFile

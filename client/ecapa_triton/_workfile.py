@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ._audio import describe
-from ._errors import AudioFileError, ModelMismatchError, OutputError
 from ._scoring import Utterance
 from ._tables import BATCH, FACTS, Earlier
+from .audio import describe
+from .errors import AudioFileError, ModelMismatchError, OutputError
 
 T = TypeVar("T")
 

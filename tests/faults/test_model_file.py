@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from ecapa_triton.protocol import GRPC_KEY_HEADER
 from onnx import numpy_helper
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from export import seal
-from server import ServerError
-from server.triton import GRPC_KEY_HEADER, TritonServer
+from server import ServerError, TritonServer
 
 from .harness import PATIENCE, ROOT, Clip, Load, Outcome, Tally, Urls
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ._errors import (
+from .errors import (
     AudioFileError,
     AudioFormatError,
     NotAudioError,

@@ -11,8 +11,32 @@ import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult, service_pb2
 from tritonclient.utils import InferenceServerException
 
-from ._audio import SAMPLE_RATE, Waveform
-from ._errors import ProtocolError
+from .audio import SAMPLE_RATE, Waveform
+from .errors import ProtocolError
+
+SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
+# The header that carries a key: of HTTP, and with Triton's prefix of gRPC.
+KEY_HEADER = "api-key"
+GRPC_KEY_HEADER = f"triton-grpc-protocol-{KEY_HEADER}"
+
+CHANNEL_ARGS = [
+    # No clip is longer than the model's limit: the client cuts or refuses it before.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", 16 << 20),  # bytes; the largest reply is that of the model's config
+    # A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt to connect takes; a mute address takes no more
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A server whose machine is gone says nothing, and gRPC would send to it for a quarter of an hour. With keepalive, a
+    # connection ends on which what was sent is not acknowledged in 10 s. Pings themselves come once in 330 s at most: a
+    # server with gRPC's usual settings ends connections that ping more than once in 300 s.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A Triton endpoint is addressed directly; gRPC would hand clips, even those for 127.0.0.1, to $http_proxy.
+    ("grpc.enable_http_proxy", 0),
+    # Where a name or a list stands for several servers they take turns, not the first one everything.
+    ("grpc.lb_policy_name", "round_robin"),
+]
 
 
 @dataclass(frozen=True)
