@@ -15,11 +15,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from ecapa_triton.audio import SAMPLE_RATE
 from numpy.typing import NDArray
 
 from . import configs, seal
 from .checkpoint import HYPERPARAMS, MINI, WEIGHTS, Checkpoint
-from .packed import SAMPLE_RATE, PackedEcapa
+from .packed import PackedEcapa
 
 OPSET = 18
 MAX_IR_VERSION = 10  # the newest that ONNX Runtime 1.19 of the official container reads

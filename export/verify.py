@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from ecapa_triton.audio import SAMPLE_RATE
 from numpy.typing import NDArray
 
 from .artifacts import ExportedModel
-from .packed import SAMPLE_RATE
 
 
 class Bounds(NamedTuple):

@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from ecapa_triton.audio import SAMPLE_RATE
 from google.protobuf import text_format
 from numpy.typing import NDArray
 from torch import nn
@@ -31,7 +32,7 @@ from tritonclient.grpc import model_config_pb2
 from export import checkpoint
 from export.artifacts import OPSET, OnnxModel, write_onnx
 from export.configs import MODEL
-from export.packed import SAMPLE_RATE, PackedEcapa
+from export.packed import PackedEcapa
 from export.verify import difference
 
 from . import machine

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from ecapa_triton import DeadlineError, EcapaError, EmbeddingError, OverloadedError, SpeakerClient
+from ecapa_triton.audio import SAMPLE_RATE
 from ecapa_triton.errors import from_grpc
 from numpy.typing import NDArray
 from tritonclient.grpc import InferenceServerClient, InferInput
@@ -38,7 +39,7 @@ from export import checkpoint
 from export.__main__ import step
 from export.artifacts import OnnxModel, write_onnx
 from export.configs import MODEL
-from export.packed import SAMPLE_RATE, PackedEcapa
+from export.packed import PackedEcapa
 from export.verify import MAX_ERROR, Reference, VerificationError, clip_groups, difference
 from server.triton import TritonServer
 
