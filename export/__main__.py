@@ -1,41 +1,30 @@
-"""`python -m export`: a checkpoint into the model repository, verified; `python -m export verify`: verified again."""
+"""`python -m export`: export a checkpoint into the model repository; `python -m export verify`: verify its models."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import shlex
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-from . import artifacts, checkpoint, configs, packed, seal, verify
+from . import artifacts, checkpoint, configs, packed, pipeline
+from .pipeline import ERRORS, export, step
 
-ERRORS = (
-    checkpoint.CheckpointError,
-    packed.UnsupportedModel,
-    artifacts.ExportError,
-    seal.SealError,
-    configs.ConfigError,
-    configs.ModelFileError,
-    verify.VerificationError,
-)
-LONGEST_MAX_SECONDS = 3600.0
+__all__ = ["ERRORS", "export", "main", "step"]
+
+LONGEST_MAX_SECONDS = 3600.0  # s; MAX_EXPONENT in packed.py counts on it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    options = _parser().parse_args(arguments)
+    """Run the command line and return its exit status: 0, 1 after an error, 130 after Ctrl-C or SIGTERM."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.source == "":
-        _parser().error("--source is empty: expected mini, random, a folder or a hub id")
+        parser.error("--source is empty: expected mini, random, a folder or a hub id")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    command = run_verify if options.command == "verify" else run_export
     try:
-        command(options)
+        (run_verify if options.command == "verify" else run_export)(options)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,156 +51,42 @@ def run_export(options: argparse.Namespace) -> None:
     )
 
 
-def export(
-    repository: Path,
-    source: str,
-    revision: str | None = None,
-    *,
-    seed: int = 0,
-    channels: int = 1024,
-    max_seconds: float = 30.0,
-    formats: Sequence[str] = ("onnx",),
-    half: bool = True,
-) -> list[Path]:
-    """Load, check, write beside the old files, verify, put in their place; say what is done and how long it took.
-
-    Args:
-        repository: a copy of this project's ``model_repository``, with its configs.
-        source: as for :func:`checkpoint.load`, and so are the next three.
-        revision: of a hub id.
-        seed: of random weights.
-        channels: of random weights.
-        max_seconds: the model hears only this much of a clip.
-        formats: of :data:`configs.FORMATS`.
-        half: write the float16 files for GPUs too.
-
-    Returns:
-        The paths of the model files. When anything is raised, one of :data:`ERRORS`, the old files of the format that
-        was being written are still there.
-    """
-    kinds = [configs.FORMATS[name] for name in formats]
-    for path in (path for kind in kinds for path in configs.config_files(repository / kind.folder)):
-        if not path.is_file():
-            raise configs.ConfigError(
-                f"{path} is missing: --repository must be a copy of this project's model_repository with its configs"
-            )
-    with step(f"load {source}"):
-        loaded = checkpoint.load(source, revision, seed=seed, channels=channels)
-    return [path for kind in kinds for path in _export(repository / kind.folder, kind, loaded, max_seconds, half)]
-
-
-def _export(
-    folder: Path, kind: configs.Format, loaded: checkpoint.Checkpoint, max_seconds: float, half: bool
-) -> list[Path]:
-    (folder / "1").mkdir(exist_ok=True)
-    partials: dict[Path, Path] = {}
-    try:
-        for name in (kind.file, kind.half_file) if half else (kind.file,):
-            target = folder / "1" / name
-            partial = partials[target] = target.with_name(f".{name}.{os.getpid()}.partial")
-            with step(f"write {target}"):
-                # What a GPU alone runs has no use for pieces that fit into a CPU's caches.
-                model = packed.PackedEcapa(
-                    loaded,
-                    max_seconds,
-                    group=None if name == kind.half_file else packed.GROUP,
-                    half=name == kind.half_file,
-                ).eval()
-                write = artifacts.write_onnx if kind.backend == "onnxruntime" else artifacts.write_torchscript
-                write(model, loaded, partial)
-        configs.check_all(folder, {path.name: configs.ModelFile.read(file) for path, file in partials.items()})
-        for path, file in partials.items():
-            _verify(path, _open(kind, file), loaded)
-        for path, file in partials.items():
-            os.replace(file, path)
-    finally:
-        for file in partials.values():
-            file.unlink(missing_ok=True)
-    threshold = "none" if math.isnan(loaded.threshold) else f"{loaded.threshold:g}"
-    for path in partials:
-        print(
-            f"{path}: {path.stat().st_size / 1e6:.1f} MB, {model.embedding_size}-dimensional embeddings, "
-            f"clips of {model.min_samples / packed.SAMPLE_RATE:g} s to {max_seconds:g} s, threshold {threshold}"
-        )
-    return list(partials)
-
-
-def _open(kind: configs.Format, path: Path) -> artifacts.ExportedModel:
-    return artifacts.OnnxModel(path) if kind.backend == "onnxruntime" else artifacts.TorchScriptModel(path)
-
-
 def run_verify(options: argparse.Namespace) -> None:
-    """Verify the models that are in the repository against the source that their metadata names."""
+    """Verify the models of the repository against --source, else against the origin in their metadata."""
     loaded: dict[str, checkpoint.Checkpoint] = {}
     models = []
-    for path, kind in _exported_files(options.repository):
-        models.append((path, _open(kind, path)))
-        configs.check_all(options.repository / kind.folder, {path.name: configs.ModelFile.read(path)})
+    for path in pipeline.exported_files(options.repository):
+        models.append((path, artifacts.read(path)))
+        configs.check_all(path.parents[1], {path.name: configs.ModelFile.read(path)})
     for path, model in models:
-        chosen = options
-        if options.source is None:
-            origin = shlex.split(model.metadata["origin"])
-            chosen = _parser().parse_args(["verify", "--repository", str(options.repository), *origin])
-        if chosen.source not in loaded:
-            with step(f"load {chosen.source}"):
-                loaded[chosen.source] = checkpoint.load(
-                    chosen.source, chosen.revision, seed=chosen.seed, channels=chosen.channels
-                )
-        source = loaded[chosen.source]
-        made_from = model.metadata["weights_sha256"]
-        if made_from != source.sha256:
-            raise verify.VerificationError(
-                f"{path} was made from weights {made_from[:12]} ({model.metadata['source']}), --source {chosen.source} "
-                f"has {source.sha256[:12]}: name the one it was made from, or export again"
-            )
-        _verify(path, model, source)
-
-
-def _exported_files(repository: Path) -> list[tuple[Path, configs.Format]]:
-    """The files of each format of which there is any, the float32 one in any case; where there is none, ONNX's."""
-    found = []
-    for kind in configs.FORMATS.values():
-        file, half_file = (repository / kind.folder / "1" / name for name in (kind.file, kind.half_file))
-        if file.is_file() or half_file.is_file():
-            found.append((file, kind))
-        if half_file.is_file():
-            found.append((half_file, kind))
-    kind = configs.FORMATS["onnx"]
-    return found or [(repository / kind.folder / "1" / kind.file, kind)]
-
-
-def _verify(path: Path, model: artifacts.ExportedModel, loaded: checkpoint.Checkpoint) -> None:
-    with step(f"verify {path} against SpeechBrain, clip by clip alone"):
-        for group in verify.verify(model, loaded.classifier):
-            print(f"  {group}", flush=True)
-
-
-@contextmanager
-def step(what: str) -> Iterator[None]:
-    """Say what is being done, then how long it took."""
-    print(f"{what} ...", flush=True)
-    begun = time.perf_counter()
-    yield
-    print(f"{what}: {time.perf_counter() - begun:.1f} s", flush=True)
+        origin = options.source or model.metadata["origin"]
+        if origin not in loaded:
+            with step(f"load {origin}"):
+                if options.source:
+                    arguments = {"seed": options.seed, "channels": options.channels}
+                    loaded[origin] = checkpoint.load(options.source, options.revision, **arguments)
+                else:
+                    loaded[origin] = checkpoint.load_again(origin)
+        pipeline.verify_file(path, model, loaded[origin])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
-        description="Turn a SpeechBrain ECAPA-TDNN into the packed models of the Triton repository, verified.",
+        description="Export a SpeechBrain ECAPA-TDNN as packed models of the Triton model repository, verified.",
     )
     parser.add_argument(
-        "command", nargs="?", choices=["export", "verify"], default="export", help="verify: only check what is there"
+        "command", nargs="?", choices=["export", "verify"], default="export", help="verify: check existing files only"
     )
     parser.add_argument(
         "--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument(
         "--source",
-        help=f"a hub id (default: {checkpoint.HUB_ID}; verify: what the model was made from), a folder with "
-        "hyperparams.yaml and embedding_model.ckpt, mini (shipped, small), or random",
+        help=f"a hub id (default: {checkpoint.HUB_ID}; verify: the origin in the model's metadata), a folder with "
+        f"{checkpoint.HYPERPARAMS} and {checkpoint.WEIGHTS}, mini (small, shipped), or random (weights)",
     )
-    parser.add_argument("--revision", help="of a hub id (default: the pinned one of the default source)")
+    parser.add_argument("--revision", help="of a hub id (default: main; of the default source a pinned one)")
     parser.add_argument("--seed", type=int, default=0, help="of --source random (default: %(default)s)")
     parser.add_argument(
         "--channels", type=int, default=1024, help="of --source random (default: %(default)s, the published size)"
@@ -220,20 +95,20 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=[*configs.FORMATS, "all"],
         default="onnx",
-        help="onnx is the model ecapa, torchscript the model ecapa_torchscript (default: %(default)s)",
+        help="onnx for the model ecapa, torchscript for ecapa_torchscript, or all (default: %(default)s)",
     )
     parser.add_argument(
         "--fp16",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="write a float16 file for GPUs too, beside the float32 one (default: %(default)s)",
+        help="write the float16 file for GPUs too (default: %(default)s)",
     )
     parser.add_argument(
         "--max-seconds",
         type=_max_seconds,
-        default=30.0,
+        default=packed.MAX_SECONDS,
         metavar="S",
-        help="the model hears only the first S seconds of a clip, which bounds its memory (default: %(default)s)",
+        help="embed only the first S seconds of a clip, which bounds memory and time (default: %(default)s)",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Exported model files, ONNX and TorchScript: write them with metadata, open them, ask them for embeddings."""
+"""Exported model files, ONNX and TorchScript: write a packed model, open a file, embed clips with it."""
 
 from __future__ import annotations
 
@@ -24,58 +24,50 @@ from .packed import PackedEcapa
 
 OPSET = 18
 MAX_IR_VERSION = 10  # the newest that ONNX Runtime 1.19 of the official container reads
-METADATA = {
-    "source",
-    "origin",
-    "weights_sha256",
-    "verification_threshold",
-    "max_seconds",
-    "min_samples",
-    "precision",
-    "guards",
-}
-PACKAGES = ("torch", "speechbrain", "onnx", "onnxscript", "onnxruntime", "numpy")
+PACKAGES = ("torch", "speechbrain", "onnx", "onnxscript", "onnxruntime", "numpy")  # named in the metadata
 
 
 class ExportError(Exception):
-    """A model file cannot be made or is not one of ours; the message says what to do."""
+    """A model file cannot be written; the message says what to do."""
 
 
-class ExportedModel(ABC):
-    """An exported model opened on the CPU.
-
-    Args:
-        path: of the file.
-        metadata: of the file.
+def write(model: PackedEcapa, checkpoint: Checkpoint, path: Path) -> None:
+    """Write a sealed file with metadata: ONNX, or TorchScript if a suffix of ``path`` is ``.pt``.
 
     Raises:
-        ExportError: the file is damaged or was not written by this project.
+        ExportError: the exporter made a graph that could not be served.
+        OSError: the file cannot be written.
     """
+    (write_torchscript if ".pt" in path.suffixes else write_onnx)(model, checkpoint, path)
 
-    def __init__(self, path: Path, metadata: dict[str, str]) -> None:
-        missing = METADATA - set(metadata)
-        if missing:
-            raise ExportError(
-                f"{path} has no metadata {', '.join(sorted(missing))}: it was not written by python -m export"
-            )
-        try:
-            seal.check(path)
-            seal.check_guards(path, metadata)
-        except seal.SealError as error:
-            raise ExportError(str(error)) from error
-        self.metadata = metadata
-        self.max_samples = round(float(metadata["max_seconds"]) * SAMPLE_RATE)
-        self.min_samples = int(metadata["min_samples"])
 
-    def embed(self, clips: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Embed float32 16 kHz clips ``[samples]`` as one packed batch: float32 ``[len(clips), E]``."""
-        waveform = np.concatenate(clips).astype(np.float32, copy=False)
-        lengths = np.array([[len(clip)] for clip in clips], dtype=np.int32)
-        return self.run(waveform, lengths)
+def read(path: Path) -> ExportedModel:
+    """Open an exported file on the CPU.
 
-    @abstractmethod
-    def run(self, waveform: NDArray[np.float32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Embed samples ``[S]`` that are said to be clips of ``lengths`` ``[B, 1]``: float32 ``[B, E]``."""
+    Raises:
+        ModelFileError: it is missing, damaged or was not written by this project.
+    """
+    return TorchScriptModel(path) if ".pt" in path.suffixes else OnnxModel(path)
+
+
+def up_to_date(path: Path, source: str | None = None) -> bool:
+    """Whether an exported file is there and newer than the exporting code and the weights it was made from.
+
+    Args:
+        path: of the exported file.
+        source: expected origin, as for :func:`export.checkpoint.load`; None for any.
+    """
+    try:
+        metadata = configs.ModelFile.read(path).metadata
+    except configs.ModelFileError:
+        return False
+    _, made_from, *_ = [*shlex.split(metadata.get("origin", "")), "", ""]  # --source NAME ...
+    if source is not None and made_from not in (source, str(Path(source).resolve())):
+        return False
+    inputs = list(Path(__file__).parent.glob("*.py"))
+    folder = MINI if made_from == "mini" else Path(made_from)
+    inputs += [file for file in (folder / HYPERPARAMS, folder / WEIGHTS) if file.is_file()]
+    return bool(made_from) and all(file.stat().st_mtime <= path.stat().st_mtime for file in inputs)
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +77,7 @@ def example() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def describe(model: PackedEcapa, checkpoint: Checkpoint) -> dict[str, str]:
-    """The metadata that goes into a model file."""
+    """The metadata of a model file."""
     return {
         "source": checkpoint.source,
         "origin": checkpoint.origin,
@@ -102,31 +94,8 @@ def describe(model: PackedEcapa, checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def up_to_date(path: Path, source: str | None = None) -> bool:
-    """Whether an exported file is there and newer than the exporting code and the weights it was made from.
-
-    Args:
-        path: of the exported file.
-        source: what it should have been made from, as for :func:`export.checkpoint.load`; None: whatever it was.
-    """
-    try:
-        metadata = configs.ModelFile.read(path).metadata
-    except configs.ModelFileError:  # whatever is wrong with the file, it is not up to date
-        return False
-    _, made_from, *_ = [*shlex.split(metadata.get("origin", "")), "", ""]  # --source NAME ...
-    if source is not None and made_from not in (source, str(Path(source).resolve())):
-        return False
-    inputs = list(Path(__file__).parent.glob("*.py"))
-    folder = MINI if made_from == "mini" else Path(made_from)
-    inputs += [file for file in (folder / HYPERPARAMS, folder / WEIGHTS) if file.is_file()]
-    return bool(made_from) and all(file.stat().st_mtime <= path.stat().st_mtime for file in inputs)
-
-
 def write_onnx(model: PackedEcapa, checkpoint: Checkpoint, path: Path) -> None:
-    """Write the packed model to ``path``, with metadata that says where it comes from, and sealed.
-
-    Inputs ``waveform`` float32 ``[S]`` and ``lengths`` int32 ``[B, 1]``, outputs ``embedding`` float32 ``[B, E]`` and
-    ``model_info`` float32 ``[B, 7]``: see :meth:`PackedEcapa.forward`.
+    """Write a sealed ONNX file; inputs and outputs are those of :meth:`PackedEcapa.forward`.
 
     Raises:
         ExportError: the exporter made a graph that the container's ONNX Runtime could not read.
@@ -162,62 +131,28 @@ def write_onnx(model: PackedEcapa, checkpoint: Checkpoint, path: Path) -> None:
     seal.seal(path)
 
 
-class OnnxModel(ExportedModel):
-    """An exported ONNX model opened on the CPU.
-
-    Args:
-        path: of the ONNX file.
-        threads: of ONNX Runtime; 0 for all cores.
-
-    Raises:
-        ExportError: the file is missing, damaged or was not written by this project.
-    """
-
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        if not path.is_file():
-            raise ExportError(f"{path} is missing: write it with python -m export")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.enable_mem_pattern = False  # shapes change with every call
-        options.log_severity_level = 3
-        # Idle threads sleep at once instead of taking cores from whatever runs next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
-            raise ExportError(f"{path} is not a readable ONNX model ({error}): run python -m export again") from error
-        super().__init__(path, dict(self.session.get_modelmeta().custom_metadata_map))
-
-    def run(self, waveform: NDArray[np.float32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
-        """As :meth:`ExportedModel.run`."""
-        (embedding,) = self.session.run(["embedding"], {"waveform": waveform, "lengths": lengths})
-        return np.asarray(embedding)
-
-
 def write_torchscript(model: PackedEcapa, checkpoint: Checkpoint, path: Path) -> None:
-    """Write the packed model to ``path``, frozen, with metadata that says where it comes from, and sealed.
-
-    ``forward(waveform, lengths)`` returns ``embedding`` and ``model_info``: see :meth:`PackedEcapa.forward`. It runs
-    on the device that the file is loaded to (``map_location``).
+    """Write a sealed, frozen TorchScript file of :meth:`PackedEcapa.forward` for any device (``map_location``).
 
     Raises:
-        ExportError: something in the graph is tied to the device of the export.
+        ExportError: an operation of the graph is tied to the device of the export.
         OSError: the file cannot be written.
     """
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # shapes that depend on the input's are traced as such: verification tells
+        # The tracer warns of shapes that depend on the input; verification over many shapes shows that they do.
+        warnings.simplefilter("ignore")
         module = torch.jit.freeze(torch.jit.trace(model, example(), check_trace=False))
     _untie(module.graph)
     extra = {configs.METADATA_FILE: json.dumps(describe(model, checkpoint), indent=1)}
     try:
         torch.jit.save(module, str(path), _extra_files=extra)
-    except RuntimeError as error:  # so it tells of a full disk
+    except RuntimeError as error:  # also of a full disk
         raise OSError(f"cannot write {path}: {error}") from error
     seal.seal(path)
 
 
 def _untie(graph: Any) -> None:
-    """Make the graph create its tensors where its input is; tracing has noted the device that it ran on."""
+    """Make the graph create its tensors on the device of its input; tracing recorded the device it ran on."""
     waveform = list(graph.inputs())[1]
     device = graph.create("prim::device", [waveform])
     device.output().setType(torch._C.DeviceObjType.get())
@@ -230,6 +165,62 @@ def _untie(graph: Any) -> None:
         raise ExportError("the traced graph is tied to a device: install torch as pinned")
 
 
+class ExportedModel(ABC):
+    """An exported model that has been opened.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ModelFileError: the file is missing, damaged or was not written by this project.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.metadata = configs.ModelFile.read(path).metadata
+        self.max_samples = round(float(self.metadata["max_seconds"]) * SAMPLE_RATE)
+        self.min_samples = int(self.metadata["min_samples"])
+
+    def embed(self, clips: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Embed float32 16 kHz clips ``[samples]`` as one packed batch: float32 ``[len(clips), E]``."""
+        waveform = np.concatenate(clips).astype(np.float32, copy=False)
+        lengths = np.array([[len(clip)] for clip in clips], dtype=np.int32)
+        return self.run(waveform, lengths)
+
+    @abstractmethod
+    def run(self, waveform: NDArray[np.float32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Embed samples ``[S]`` with any lengths ``[B, 1]``, fitting or not: float32 ``[B, E]``."""
+
+
+class OnnxModel(ExportedModel):
+    """An exported ONNX model opened on the CPU.
+
+    Args:
+        path: of the file.
+        threads: of ONNX Runtime; 0 for all cores.
+
+    Raises:
+        ModelFileError: the file is missing, damaged or was not written by this project.
+    """
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        super().__init__(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_mem_pattern = False  # shapes change with every call
+        options.log_severity_level = 3
+        # Idle threads sleep at once instead of taking cores from the next process.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+            raise configs.ModelFileError(f"{path} cannot be loaded ({error}): run python -m export again") from error
+
+    def run(self, waveform: NDArray[np.float32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:
+        """As :meth:`ExportedModel.run`."""
+        (embedding,) = self.session.run(["embedding"], {"waveform": waveform, "lengths": lengths})
+        return np.asarray(embedding)
+
+
 class TorchScriptModel(ExportedModel):
     """An exported TorchScript model.
 
@@ -238,17 +229,15 @@ class TorchScriptModel(ExportedModel):
         device: to run on, such as ``"cpu"`` or ``"cuda:0"``.
 
     Raises:
-        ExportError: the file is missing, damaged or was not written by this project.
+        ModelFileError: the file is missing, damaged or was not written by this project.
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
-        if not path.is_file():
-            raise ExportError(f"{path} is missing: write it with python -m export --format torchscript")
+        super().__init__(path)
         try:
-            super().__init__(path, configs.ModelFile.read(path).metadata)
             self.module = torch.jit.load(str(path), map_location=device)
-        except (configs.ModelFileError, RuntimeError) as error:
-            raise ExportError(f"{error}") from error
+        except RuntimeError as error:
+            raise configs.ModelFileError(f"{path} cannot be loaded ({error}): run python -m export again") from error
         self.device = torch.device(device)
 
     def run(self, waveform: NDArray[np.float32], lengths: NDArray[np.int32]) -> NDArray[np.float32]:

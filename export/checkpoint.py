@@ -1,6 +1,6 @@
-"""SpeechBrain checkpoints: from a hub id, a local folder, the shipped small model or a seed, to a loaded classifier.
+"""Load SpeechBrain checkpoints: from a hub id, a local folder, the shipped small model, or random from a seed.
 
-The classifier is both what is exported and what the export is verified against.
+The loaded classifier is exported, and the export is verified against it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 import yaml
+from ecapa_triton.audio import SAMPLE_RATE
 
 HUB_ID = "speechbrain/spkrec-ecapa-voxceleb"
 HUB_REVISION = "0f99f2d0ebe89ac095bcc5903c4dd8f72b367286"
 MINI = Path(__file__).parent / "mini"
-SPEECHBRAIN_THRESHOLD = 0.25  # cosine; the default of SpeechBrain's SpeakerRecognition.verify_batch
+SPEECHBRAIN_THRESHOLD = 0.25  # cosine; default of SpeechBrain's SpeakerRecognition.verify_batch
 WEIGHTS = "embedding_model.ckpt"
 HYPERPARAMS = "hyperparams.yaml"
 
-# What a hyperparams.yaml may construct. HyperPyYAML calls whatever is named, and a name can lead from one module on to
-# anything that it imports, so each is spelled out.
+# Classes that a hyperparams.yaml may construct. HyperPyYAML calls any name, and a module's name leads to all that it
+# imports, so each class is listed in full.
 _CONSTRUCTED = (
     "speechbrain.lobes.features.Fbank",
     "speechbrain.processing.features.InputNormalization",
@@ -45,7 +46,7 @@ _ALLOWED_TAGS = {"!ref", "!copy", "!tuple", *(f"!{kind}:{name}" for kind in ("ne
 
 
 class CheckpointError(Exception):
-    """A source cannot be loaded; the message says what came, what was expected and what to do."""
+    """A source cannot be loaded; the message says what was found, what was expected and what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class Checkpoint:
 
     Attributes:
         classifier: SpeechBrain's ``EncoderClassifier`` in eval mode on the CPU, float32.
-        source: what it is, for people: hub id, folder name, ``mini`` or ``random`` with its seed and size.
-        origin: the arguments that load it again, such as ``--source mini``.
-        revision: the hub revision, or an empty string.
-        sha256: of the weights file (of the weights themselves for ``random``).
-        threshold: cosine above which two raw embeddings are of one speaker.
+        source: its name: hub id, folder name, ``mini``, or ``random`` with its seed and size.
+        origin: arguments that load it again, such as ``--source mini``.
+        revision: of the hub, or an empty string.
+        sha256: of the weights file; for ``random``, of the weights.
+        threshold: cosine above which two embeddings are of one speaker; NaN for ``random``.
     """
 
     classifier: Any
@@ -74,9 +75,9 @@ def load(source: str = HUB_ID, revision: str | None = None, *, seed: int = 0, ch
 
     Args:
         source: ``mini``, ``random``, a local SpeechBrain folder, or a Hugging Face hub id.
-        revision: hub revision; the pinned one for the default source.
+        revision: of the hub; the pinned one for the default source.
         seed: of the weights, for ``random``.
-        channels: of the convolution layers, for ``random`` (1024 is the published model's).
+        channels: of the convolution layers, for ``random``; the published model has 1024.
 
     Raises:
         CheckpointError: the source is missing, unreachable or does not fit the architecture it names.
@@ -91,7 +92,7 @@ def load(source: str = HUB_ID, revision: str | None = None, *, seed: int = 0, ch
     if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise CheckpointError(
             f"source {source!r} is not a folder: expected mini, random, a folder with {HYPERPARAMS} and {WEIGHTS}, "
-            "or a hub id such as " + HUB_ID
+            f"or a hub id such as {HUB_ID}"
         )
     revision = revision or (HUB_REVISION if source == HUB_ID else "main")
     origin = shlex.join(["--source", source, "--revision", revision])
@@ -99,7 +100,7 @@ def load(source: str = HUB_ID, revision: str | None = None, *, seed: int = 0, ch
 
 
 def load_again(origin: str) -> Checkpoint:
-    """Load what a checkpoint's ``origin`` names."""
+    """Load a checkpoint from its ``origin``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--source")
     parser.add_argument("--revision")
@@ -110,40 +111,37 @@ def load_again(origin: str) -> Checkpoint:
 
 def _download(hub_id: str, revision: str) -> Path:
     """The folder of a hub snapshot: from the local cache where it is complete, else downloaded."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fetch(local_files_only: bool) -> Path:
+        for name in (HYPERPARAMS, WEIGHTS):
+            path = hf_hub_download(hub_id, name, revision=revision, local_files_only=local_files_only)
+        return Path(path).parent
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         try:
-            return _fetch(hub_id, revision, local_files_only=True)
+            return fetch(local_files_only=True)
         except LocalEntryNotFoundError:
-            # Asked first because it fails at once where there is no network; downloads try again for half a minute.
+            # This request fails at once without a network; a download would retry for half a minute.
             get_hf_file_metadata(hf_hub_url(hub_id, HYPERPARAMS, revision=revision), timeout=10)
-            return _fetch(hub_id, revision, local_files_only=False)
+            return fetch(local_files_only=False)
     except Exception as error:  # the hub client raises a dozen unrelated types
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"cannot get {hub_id} at revision {revision[:12]} from the Hugging Face hub: {reason}. Ways out: "
-            "--source FOLDER with a copy of it, or --source mini for the small model that is shipped "
-            "(for trying out, not for deciding who gets in)"
+            f"cannot get {hub_id} at revision {revision[:12]} from the Hugging Face hub: {reason}. Use --source FOLDER "
+            "with a copy of it, or --source mini, the small model that is shipped (for trying out, not for access "
+            "control)"
         ) from error
 
 
-def _fetch(hub_id: str, revision: str, local_files_only: bool) -> Path:
-    from huggingface_hub import hf_hub_download
+def _speechbrain() -> Any:
+    """SpeechBrain with the modules of an ECAPA-TDNN, importable beside a CPU build of torch.
 
-    for name in (HYPERPARAMS, WEIGHTS):
-        path = hf_hub_download(hub_id, name, revision=revision, local_files_only=local_files_only)
-    return Path(path).parent
-
-
-def _speechbrain() -> types.SimpleNamespace:
-    """SpeechBrain's classes, importable beside a CPU build of torch.
-
-    torchaudio from PyPI is built for CUDA torch and its extension does not load beside a CPU build. SpeechBrain
-    imports torchaudio but uses nothing of the extension here, so a stub stands in for it.
+    torchaudio from PyPI is built for CUDA, and its extension does not load beside a CPU build. SpeechBrain imports
+    torchaudio but does not use the extension here, so a stub replaces it.
     """
     if torch.version.cuda is None and "torchaudio._extension" not in sys.modules:
         stub = types.ModuleType("torchaudio._extension")
@@ -159,21 +157,15 @@ def _speechbrain() -> types.SimpleNamespace:
     logging.getLogger("speechbrain").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from speechbrain.inference.classifiers import EncoderClassifier
-        from speechbrain.lobes.features import Fbank
-        from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN, Classifier
-        from speechbrain.processing.features import InputNormalization
-    return types.SimpleNamespace(
-        EncoderClassifier=EncoderClassifier,
-        Fbank=Fbank,
-        ECAPA_TDNN=ECAPA_TDNN,
-        Classifier=Classifier,
-        InputNormalization=InputNormalization,
-    )
+        import speechbrain.inference.classifiers
+        import speechbrain.lobes.features
+        import speechbrain.lobes.models.ECAPA_TDNN
+        import speechbrain.processing.features
+    return speechbrain
 
 
 def _from_folder(folder: Path, source: str, origin: str, revision: str) -> Checkpoint:
-    """Load a SpeechBrain folder without touching the network, whatever its yaml names."""
+    """Load a SpeechBrain folder without network access, even if its yaml names the hub."""
     yaml_file, weights_file = folder / HYPERPARAMS, folder / WEIGHTS
     for path in (yaml_file, weights_file):
         if not path.is_file():
@@ -181,37 +173,28 @@ def _from_folder(folder: Path, source: str, origin: str, revision: str) -> Check
     sb = _speechbrain()
     hparams = _read_hyperparams(yaml_file)
     modules = hparams.get("modules")
-    needed = sb.EncoderClassifier.MODULES_NEEDED
-    missing = [
-        name for name in needed if not isinstance(modules, dict) or not isinstance(modules.get(name), torch.nn.Module)
-    ]
-    if missing:
+    modules = modules if isinstance(modules, dict) else {}
+    needed = sb.inference.classifiers.EncoderClassifier.MODULES_NEEDED
+    if missing := [name for name in needed if not isinstance(modules.get(name), torch.nn.Module)]:
         raise CheckpointError(
             f"{yaml_file} has no modules: {', '.join(missing)}; expected an ECAPA-TDNN recipe's {HYPERPARAMS}"
         )
-    model = hparams["modules"]["embedding_model"]
-    if not isinstance(model, sb.ECAPA_TDNN):
+    model = modules["embedding_model"]
+    if not isinstance(model, sb.lobes.models.ECAPA_TDNN.ECAPA_TDNN):
         raise CheckpointError(f"{yaml_file} builds a {type(model).__name__} as embedding_model, expected an ECAPA_TDNN")
     _load_weights(model, weights_file)
     classifier = _classifier(sb, hparams)
     try:
-        classifier.encode_batch(torch.zeros(1, 16000))
-    except Exception as error:  # a yaml can combine modules that do not fit, in any way
+        classifier.encode_batch(torch.zeros(1, SAMPLE_RATE))
+    except Exception as error:  # modules that do not fit each other may raise anything
         raise CheckpointError(f"{folder}: SpeechBrain itself cannot embed with it: {error}") from error
-    return Checkpoint(
-        classifier,
-        source,
-        origin,
-        revision,
-        hashlib.sha256(weights_file.read_bytes()).hexdigest(),
-        _threshold(hparams, yaml_file),
-    )
+    digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
+    return Checkpoint(classifier, source, origin, revision, digest, _threshold(hparams, yaml_file))
 
 
 def _read_hyperparams(path: Path) -> dict[str, Any]:
     from hyperpyyaml import load_hyperpyyaml
 
-    _speechbrain()  # importable from here on
     try:
         text = path.read_text(encoding="utf-8")
         _check_tags(path, text)
@@ -226,7 +209,7 @@ def _read_hyperparams(path: Path) -> dict[str, Any]:
 
 
 def _check_tags(path: Path, text: str) -> None:
-    """Refuse a yaml whose loading would do anything but build the model."""
+    """Reject a yaml whose loading would do more than build the model."""
     tag = ""
     for token in yaml.scan(text):
         line = token.start_mark.line + 1
@@ -236,14 +219,12 @@ def _check_tags(path: Path, text: str) -> None:
             tag = "".join(part or "" for part in token.value)
             if tag not in _ALLOWED_TAGS:
                 raise CheckpointError(
-                    f"{path} line {line} asks for {tag}, and a tag runs code: only !ref, !copy, !tuple, and !new and "
-                    "!name of what an ECAPA-TDNN is made of are allowed; remove the line if embedding does not need it"
+                    f"{path} line {line} has the tag {tag}, which may run code: expected !ref, !copy, !tuple, or !new "
+                    "and !name of an ECAPA-TDNN's classes; remove the line if embedding does not need it"
                 )
             continue
         if tag == "!ref" and isinstance(token, yaml.ScalarToken) and "**" in token.value:
-            raise CheckpointError(
-                f"{path} line {line} computes {token.value!r}, which could take for ever: write it out"
-            )
+            raise CheckpointError(f"{path} line {line} computes {token.value!r}, which may never end: write the number")
         tag = ""
 
 
@@ -255,13 +236,13 @@ def _threshold(hparams: dict[str, Any], path: Path) -> float:
 
 
 def _load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Load strictly, with an error that names keys and shapes."""
+    """Load strictly; an error names keys and shapes."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch errors alike
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not a readable weights file: {reason}") from error
-    if not isinstance(state, dict) or not all(_is_plain(value) for value in state.values()):
+    if not isinstance(state, dict) or not all(map(_is_plain, state.values())):
         raise CheckpointError(f"{path} holds no dictionary of plain tensors, expected a state_dict")
     expected = model.state_dict()
     problems = [f"missing {key} {list(expected[key].shape)}" for key in expected if key not in state]
@@ -292,51 +273,41 @@ def _is_plain(value: object) -> bool:
 
 
 def _random(seed: int, channels: int) -> Checkpoint:
-    """The published architecture with seeded weights, its batch-norm statistics and gains spread, some negative."""
+    """The published architecture with random weights, and batch norms far from the identity."""
     if channels % 8 or not 8 <= channels <= 4096:
         raise CheckpointError(f"--channels {channels}: expected a multiple of 8 (the Res2Net scale) from 8 to 4096")
     if not 0 <= seed < 2**63:
         raise CheckpointError(f"--seed {seed}: expected a whole number from 0 to 2^63 - 1")
     sb = _speechbrain()
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        model = sb.ECAPA_TDNN(80, lin_neurons=192, channels=[channels] * 4 + [3 * channels])
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, torch.nn.BatchNorm1d):
-                    size = module.weight.shape
-                    module.weight.copy_(torch.randn(size) * 0.2 + 0.6)
-                    module.bias.copy_(torch.randn(size) * 0.2)
-                    module.running_mean.copy_(torch.rand(size) * 0.3)  # type: ignore[union-attr]
-                    module.running_var.copy_(torch.rand(size) * 0.5 + 0.3)  # type: ignore[union-attr]
-        classifier_head = sb.Classifier(192, out_neurons=1)
-    finally:
-        torch.set_rng_state(state)
-    modules = {
-        "compute_features": sb.Fbank(n_mels=80),
-        "mean_var_norm": sb.InputNormalization(norm_type="sentence", std_norm=False),
-        "embedding_model": model,
-        "classifier": classifier_head,
-    }
+    ecapa = sb.lobes.models.ECAPA_TDNN
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = ecapa.ECAPA_TDNN(80, lin_neurons=192, channels=[channels] * 4 + [3 * channels])
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                size = module.weight.shape
+                module.weight.copy_(torch.randn(size) * 0.2 + 0.6)
+                module.bias.copy_(torch.randn(size) * 0.2)
+                module.running_mean.copy_(torch.rand(size) * 0.3)  # type: ignore[union-attr]
+                module.running_var.copy_(torch.rand(size) * 0.5 + 0.3)  # type: ignore[union-attr]
+        modules = {
+            "compute_features": sb.lobes.features.Fbank(n_mels=80),
+            "mean_var_norm": sb.processing.features.InputNormalization(norm_type="sentence", std_norm=False),
+            "embedding_model": model,
+            "classifier": ecapa.Classifier(192, out_neurons=1),  # required by SpeechBrain, not used to embed
+        }
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
-    hparams = {"modules": modules, "label_encoder": None}
-    # Random weights tell no two voices apart: no cosine is a threshold.
-    return Checkpoint(
-        _classifier(sb, hparams),
-        f"random (seed {seed}, channels {channels})",
-        f"--source random --seed {seed} --channels {channels}",
-        "",
-        digest.hexdigest(),
-        math.nan,
-    )
+    source = f"random (seed {seed}, channels {channels})"
+    origin = f"--source random --seed {seed} --channels {channels}"
+    # Random weights do not separate speakers: there is no threshold.
+    return Checkpoint(_classifier(sb, {"modules": modules}), source, origin, "", digest.hexdigest(), math.nan)
 
 
-def _classifier(sb: types.SimpleNamespace, hparams: dict[str, Any]) -> Any:
-    classifier = sb.EncoderClassifier(
+def _classifier(sb: Any, hparams: dict[str, Any]) -> Any:
+    classifier = sb.inference.classifiers.EncoderClassifier(
         modules=hparams["modules"], hparams={"label_encoder": None, **hparams}, run_opts={"device": "cpu"}
     )
     return classifier.eval().requires_grad_(False)

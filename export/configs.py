@@ -1,4 +1,4 @@
-"""The hand-written Triton configs of a model, read back and checked against the exported file they serve."""
+"""Triton configs and model files, read and checked against each other; neither torch nor ONNX Runtime is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
-from google.protobuf import text_format
+from google.protobuf import message, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from . import seal
@@ -32,9 +32,9 @@ FORMATS = {
     "onnx": Format("ecapa", "onnxruntime", "model.onnx", "model_fp16.onnx"),
     "torchscript": Format("ecapa_torchscript", "pytorch", "model.pt", "model_fp16.pt"),
 }
-MODEL = FORMATS["onnx"].folder  # the one that clients ask for unless told otherwise
-# What a backend loads where the config names no file.
-USUAL_FILES = {kind.backend: kind.file for kind in FORMATS.values()}
+MODEL = FORMATS["onnx"].folder  # the client's default
+USUAL_FILES = {kind.backend: kind.file for kind in FORMATS.values()}  # loaded where the config names no file
+_METADATA = {"source", "origin", "weights_sha256", "verification_threshold", "max_seconds", "min_samples", "precision"}
 _TRITON_TYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT32: "TYPE_INT32"}
 
 
@@ -47,7 +47,7 @@ class ModelFileError(Exception):
 
 
 class Tensor(NamedTuple):
-    """An input or output of a model file: Triton's name of its type; a dimension that may vary has a name or is 0."""
+    """An input or output of a model file, with Triton's name of its type; a variable dimension has a name or is 0."""
 
     name: str
     data_type: str
@@ -56,7 +56,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What an exported file says of itself. It is read, not run: neither torch nor ONNX Runtime is needed."""
+    """The tensors and metadata of an exported file, which is read, not run."""
 
     backend: str
     inputs: list[Tensor]
@@ -65,7 +65,7 @@ class ModelFile:
 
     @classmethod
     def read(cls, path: Path) -> ModelFile:
-        """Read a file that is whole and has every guard.
+        """Read a file, after checking its seal and its guards.
 
         Raises:
             ModelFileError: it is missing, damaged, changed, unguarded, or not one of ours.
@@ -79,22 +79,25 @@ class ModelFile:
         except seal.SealError as error:
             raise ModelFileError(str(error)) from error
         if [item.name for item in model.inputs] != ["waveform", "lengths"]:
-            raise ModelFileError(
-                f"{path} has inputs {', '.join(item.name for item in model.inputs)}, expected waveform and lengths: "
-                "run python -m export"
-            )
+            names = ", ".join(item.name for item in model.inputs)
+            raise ModelFileError(f"{path} has inputs {names}, expected waveform and lengths: run python -m export")
+        if missing := sorted(_METADATA - set(model.metadata)):
+            raise ModelFileError(f"{path} has no metadata {', '.join(missing)}: run python -m export")
         return model
 
 
 def _read_onnx(path: Path) -> ModelFile:
-    proto = onnx.load(str(path), load_external_data=False)
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except message.DecodeError as error:
+        raise ModelFileError(f"{path} was not written by python -m export: run it") from error
     metadata = {item.key: item.value for item in proto.metadata_props}
     inputs, outputs = ([_tensor(value) for value in values] for values in (proto.graph.input, proto.graph.output))
     return ModelFile("onnxruntime", inputs, outputs, metadata)
 
 
 def _read_torchscript(path: Path) -> ModelFile:
-    """Its tensors are those of every model of this project: the archive itself says nothing of their types."""
+    """Its tensors are those of every model of this project: the archive does not name their types."""
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}"))
@@ -108,12 +111,12 @@ def _read_torchscript(path: Path) -> ModelFile:
 
 
 def config_files(folder: Path) -> list[Path]:
-    """The configs of a model folder: the default one and one for each kind of device."""
+    """The configs of a model folder: the default one and those that the launcher chooses from."""
     return [folder / "config.pbtxt", *sorted((folder / "configs").glob("*.pbtxt"))]
 
 
 def check_all(folder: Path, models: Mapping[str, ModelFile]) -> None:
-    """Check every config of a model folder against the file that it chooses, as far as that was exported.
+    """Check every config of a model folder against the file that it chooses, if that is among the exported ones.
 
     Args:
         folder: of the model.
@@ -145,7 +148,7 @@ def check(path: Path, model: ModelFile, name: str) -> None:
 
 
 def read(path: Path) -> Any:
-    """Triton's ``ModelConfig`` of a config file. Fields that are newer than the installed tritonclient are passed over.
+    """Triton's ``ModelConfig`` of a config file. Fields that the installed tritonclient does not know are ignored.
 
     Raises:
         ConfigError: it is missing or is not a config.
@@ -160,16 +163,13 @@ def read(path: Path) -> Any:
 
 
 def is_ours(config: Any) -> bool:
-    """Whether the config is of an exported model of this project, which is served with its guards or not at all."""
-    if config.backend == "python":  # that model is a program: there is no file that could have guards
-        return False
-    return any(item.name == "waveform" for item in config.input) and any(
-        item.name == "embedding" for item in config.output
-    )
+    """Whether the config is of an exported model, which is served with its guards or not at all."""
+    names = {item.name for item in [*config.input, *config.output]}
+    return {"waveform", "embedding"} <= names and config.backend != "python"  # a program has no file to check
 
 
 def _differences(config: Any, model: ModelFile, name: str) -> list[tuple[str, str, str, str, str]]:
-    """What differs: (section, block name, key, found, expected)."""
+    """Differences as (section, block name, key, found, expected)."""
     wanted: list[tuple[str, str, str, Any, Any]] = [
         ("", name, "name", config.name or name, name),
         ("", name, "backend", config.backend, model.backend),
@@ -216,20 +216,12 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 
 
 def _line_of(text: str, section: str, name: str, key: str) -> int | None:
-    """The number of the line that sets ``key`` in the block of ``section`` that mentions ``name``."""
+    """The line of ``key`` in the block of ``section`` that mentions ``name``, else the line of the block, if any."""
     code = re.sub(r"#[^\n]*", lambda comment: " " * len(comment[0]), text)  # same offsets, no comments
-    begin, end = 0, len(code)
-    if section:
-        for match in re.finditer(rf"^\s*{section}\b\s*:?\s*\[?\s*\{{", code, re.MULTILINE):
-            depth, stop = 1, match.end()
-            while stop < len(code) and depth:
-                depth += {"{": 1, "}": -1}.get(code[stop], 0)
-                stop += 1
-            if f'"{name}"' in code[match.end() : stop]:
-                begin, end = match.start(), stop
-                break
-        else:
-            return None
-    found = re.compile(rf"\b{key}\b\s*:").search(code, begin, end)
-    position = found.start() if found else begin + len(code[begin:end]) - len(code[begin:end].lstrip())
-    return code.count("\n", 0, position) + 1 if found or section else None
+    block = rf"^[ \t]*{section}\b[\s:\[]*\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}" if section else r"[\s\S]+"
+    found = (match for match in re.finditer(block, code, re.MULTILINE) if not section or f'"{name}"' in match[0])
+    match = next(found, None)
+    if match is None:
+        return None
+    line = re.compile(rf"\b{key}\b\s*:").search(code, *match.span()) or (match if section else None)
+    return code.count("\n", 0, line.start()) + 1 if line else None

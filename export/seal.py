@@ -1,6 +1,6 @@
-"""What makes a model file safe to serve: it is whole, and it says which bad input it guards against.
+"""Checks that make a model file safe to serve: it is whole, and its metadata names its guards against bad input.
 
-The standard library alone, so that every process that loads a model can check it.
+Standard library only, so that every process that loads a model can check it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-# What the graph answers with NaN, and that it hears only a clip's first seconds.
+# Bad input that the graph answers with NaN, and its limit on the length of a clip: see PackedEcapa.forward.
 GUARDS = ("empty", "short", "not-finite", "torn", "max-seconds")
 
-# A file ends with its seal: these bytes, by the kind of file, then 64 characters, the digest of all before the seal.
-# ONNX is a protobuf message, and messages that are appended are merged: one more entry of the metadata, field 14 of 74
+# A file ends with its seal: a mark by the kind of file, then the digest of all bytes before the mark. ONNX is a
+# protobuf message, and readers merge appended messages: the seal is one more entry of the metadata, field 14 of 74
 # bytes, with the key "sha256". TorchScript is a zip archive, which may end with a comment.
 _SEALS = {".onnx": b"\x72\x4a\x0a\x06sha256\x12\x40", ".pt": b"sha256 "}
-_DIGITS = 64
+_DIGITS = 64  # of a SHA-256, hexadecimal
 _BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -25,7 +25,12 @@ class SealError(Exception):
 
 
 def seal(path: Path) -> None:
-    """Append the SHA-256 of an ONNX or TorchScript file to it, where its readers expect or pass over it."""
+    """Append the seal to an ONNX or TorchScript file, which other readers ignore.
+
+    Raises:
+        SealError: the file cannot have a seal.
+        OSError: it cannot be read or written.
+    """
     mark = _mark(path)
     if path.suffix == ".pt":
         with path.open("r+b") as file:
@@ -40,7 +45,7 @@ def seal(path: Path) -> None:
 
 
 def check(path: Path) -> None:
-    """Check that an exported file is as it was written.
+    """Check that an exported file is whole and unchanged.
 
     Raises:
         SealError: it is not.
@@ -75,7 +80,7 @@ def check_guards(path: Path, metadata: Mapping[str, str], required: Iterable[str
 
 
 def _mark(path: Path) -> bytes:
-    # A file that is being written has another name, with this one in it: .model.onnx.123.partial
+    # While it is written, a file has its name within another one: .model.onnx.123.partial
     for suffix in reversed(path.suffixes):
         if suffix in _SEALS:
             return _SEALS[suffix]

@@ -1,4 +1,4 @@
-"""Proof that an exported model gives SpeechBrain's embedding of each clip alone, whoever shares its batch."""
+"""Proof that an exported model gives SpeechBrain's embedding of each clip alone, in any batch, and has its guards."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ecapa_triton.audio import SAMPLE_RATE
+from ecapa_triton.audio import SAMPLE_RATE, read
 from numpy.typing import NDArray
 
 from .artifacts import ExportedModel
 
+Array = NDArray[Any]
+SAMPLES = Path(__file__).parent.parent / "samples"
+MAX_SPEECH = 600  # s of a file in samples/ that are read
+
 
 class Bounds(NamedTuple):
-    """What an embedding may differ by: relative L2 distance to SpeechBrain's, and cosine."""
+    """Largest difference of an embedding from SpeechBrain's: relative L2 distance, and cosine."""
 
     max_error: float
     min_cosine: float
@@ -24,49 +28,51 @@ class Bounds(NamedTuple):
 
 BOUNDS = {"fp32": Bounds(1e-4, 0.99999), "fp16": Bounds(5e-3, 0.9999)}
 MAX_ERROR = BOUNDS["fp32"].max_error
-Array = NDArray[Any]
-SAMPLES = Path(__file__).parent.parent / "samples"
 
 
 class VerificationError(Exception):
     """The exported model differs from SpeechBrain, or a guard does not hold."""
 
 
+def difference(got: Array, expected: Array) -> tuple[float, float]:
+    """Relative L2 error and cosine of two embeddings ``[E]``, in float64; NaN where ``expected`` is zero."""
+    a, b = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    norm = np.linalg.norm(b)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.linalg.norm(a - b) / norm), float(a @ b / (np.linalg.norm(a) * norm))
+
+
 @dataclass
 class Group:
-    """The largest difference over some clips."""
+    """Differences from SpeechBrain over some clips: label, relative L2 error and cosine of each."""
 
     name: str
     bounds: Bounds
-    clips: int = 0
-    error: float = 0.0
-    cosine: float = 1.0
-    worst: str = ""
+    differences: list[tuple[str, float, float]] = field(default_factory=list)
 
     def add(self, label: str, got: Array, expected: Array) -> None:
-        """Take in one embedding ``[E]`` and its reference ``[E]``."""
-        error, cosine = difference(got, expected)
-        self.clips += 1
-        if self.error == self.error and not error <= self.error:  # a NaN is the worst, and stays
-            self.error, self.worst = error, label
-        self.cosine = min(self.cosine, cosine) if cosine == cosine else cosine
+        """Compare one embedding ``[E]`` with its reference ``[E]``."""
+        self.differences.append((label, *difference(got, expected)))
 
     @property
     def passed(self) -> bool:
-        """Within both bounds; NaN is not."""
-        return self.error <= self.bounds.max_error and self.cosine >= self.bounds.min_cosine
+        """Whether every clip is within both bounds; NaN is not."""
+        return all(
+            error <= self.bounds.max_error and cosine >= self.bounds.min_cosine for _, error, cosine in self.differences
+        )
+
+    @property
+    def worst(self) -> tuple[str, float, float]:
+        """The largest difference; NaN is larger than any number."""
+        by_error = (item[1] if item[1] == item[1] else np.inf for item in self.differences)
+        return max(zip(by_error, self.differences, strict=True), default=(0.0, ("", 0.0, 1.0)))[1]
 
     def __str__(self) -> str:
-        verdict = "ok" if self.passed else f"REFUSED (worst: {self.worst})"
-        return f"{self.name:28s} {self.clips:4d} clips   error {self.error:.1e}   cosine {self.cosine:.7f}   {verdict}"
-
-
-def difference(got: Array, expected: Array) -> tuple[float, float]:
-    """Relative L2 error and cosine of two embeddings ``[E]``, computed in float64."""
-    a, b = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    norm = np.linalg.norm(b)
-    with np.errstate(divide="ignore", invalid="ignore"):  # an embedding of zeros differs from any: NaN, refused
-        return float(np.linalg.norm(a - b) / norm), float(a @ b / (np.linalg.norm(a) * norm))
+        label, error, _ = self.worst
+        cosine = float(np.min([cosine for *_, cosine in self.differences] or [1.0]))
+        verdict = "ok" if self.passed else f"FAILED (worst: {label})"
+        clips = len(self.differences)
+        return f"{self.name:28s} {clips:4d} clips   error {error:.1e}   cosine {cosine:.7f}   {verdict}"
 
 
 @dataclass
@@ -88,48 +94,52 @@ def verify(model: ExportedModel, classifier: Any, *, seed: int = 0) -> Iterator[
     """Compare group by group, yielding each as it is done.
 
     Raises:
-        VerificationError: after the groups, when one is out of bounds; at once when a guard does not hold.
+        VerificationError: after the groups, if one is out of bounds; at once if a guard does not hold.
     """
-    reference = Reference(classifier)
     bounds = BOUNDS[model.metadata["precision"]]
-    # Float16 is slow on a CPU, and what takes long clips apart is the same in both.
+    # Float16 is slow on a CPU, and the two precisions differ in nothing that depends on a clip's length.
     longest = model.max_samples if bounds is BOUNDS["fp32"] else min(model.max_samples, 10 * SAMPLE_RATE)
-    groups = clip_groups(model.min_samples, longest, seed)
-    refused = []
-    for name, clips in groups.items():
-        group = Group(name, bounds)
-        for label, clip in clips.items():
-            group.add(label, model.embed([clip])[0], reference(label, clip))
-        refused += [] if group.passed else [group]
+    clips = clip_groups(model.min_samples, longest, seed, classifier.mods.compute_features.compute_STFT.hop_length)
+    failed = []
+    for group in _compare(model, clips, Reference(classifier), bounds, np.random.default_rng(seed)):
+        failed += [] if group.passed else [group]
         yield group
-    for group in (_batches(model, groups, reference, seed), _guards(model, groups, reference, seed)):
-        refused += [] if group.passed else [group]
-        yield group
-    if refused:
-        worst = max(refused, key=lambda group: group.error if group.error == group.error else np.inf)
+    if failed:
+        label, error, cosine = max(
+            (group.worst for group in failed), key=lambda worst: np.nan_to_num(worst[1], nan=np.inf)
+        )
         raise VerificationError(
-            f"{worst.name}: {worst.worst} is {worst.error:.1e} away from SpeechBrain (cosine {worst.cosine:.6f}), "
-            f"allowed are {bounds.max_error:.0e} and {bounds.min_cosine}: the model is not used"
+            f"{label}: {error:.1e} away from SpeechBrain (cosine {cosine:.6f}), expected at most "
+            f"{bounds.max_error:.0e} and at least {bounds.min_cosine}: the model is not used"
         )
 
 
-def clip_groups(min_samples: int, max_samples: int, seed: int) -> dict[str, dict[str, Array]]:
-    """Clips by group and label: float32 ``[samples]``, 16 kHz, shortest and longest that the model takes."""
+def clip_groups(
+    min_samples: int, max_samples: int, seed: int, hop: int = SAMPLE_RATE // 100
+) -> dict[str, dict[str, Array]]:
+    """Clips to verify with, by group and label: float32 ``[samples]``, 16 kHz.
+
+    Args:
+        min_samples: shortest clip of the model.
+        max_samples: longest clip.
+        seed: of noise.
+        hop: samples from one frame to the next; there are clips on both sides of where a frame begins.
+    """
     random = np.random.default_rng(seed)
-    shortest, second = min_samples, SAMPLE_RATE
-    edges = [shortest, shortest + 1, shortest + 159, shortest + 160, 1599, 1600, 7999, second, second + 1]
-    lengths = [
-        n for n in (*edges, 3 * second - 1, 5 * second, 10 * second, max_samples) if shortest <= n <= max_samples
-    ]
+    second = SAMPLE_RATE
+    some = [min_samples, 50 * hop - 1, second, 5 * second]
+    edges = [min_samples + 1, min_samples + hop - 1, min_samples + hop, 10 * hop - 1, 10 * hop, second + 1]
+    lengths = sorted({*some, *edges, 3 * second - 1, 10 * second, max_samples})
+    some, lengths = ([n for n in those if min_samples <= n <= max_samples] for those in (some, lengths))
 
     def noise(samples: int, amplitude: float) -> Array:
         return (random.standard_normal(samples) * amplitude).astype(np.float32)
 
-    some = [n for n in (shortest, 7999, second, 5 * second) if shortest <= n <= max_samples]
     tone = np.sin(2 * np.pi * 440 / SAMPLE_RATE * np.arange(min(2 * second, max_samples))).astype(np.float32)
     step = np.where(np.arange(len(tone)) < len(tone) // 2, 0.0, 0.5).astype(np.float32)
+    files = [path for path in sorted(SAMPLES.glob("*")) if path.suffix in {".flac", ".wav", ".ogg", ".mp3"}]
     return {
-        "samples/": {path.name: clip[:max_samples] for path, clip in _speech()},
+        "samples/": {path.name: read(path, max_samples=MAX_SPEECH * second).waveform[:max_samples] for path in files},
         "noise": {f"{n} samples of noise": noise(n, 0.1) for n in lengths},
         "silence": {f"{n} samples of silence": np.zeros(n, np.float32) for n in some},
         "near-silence": {f"{n} samples at {a:g}": noise(n, a) for n in some for a in (1e-3, 1e-5, 1e-7, 1e-40)},
@@ -143,18 +153,20 @@ def clip_groups(min_samples: int, max_samples: int, seed: int) -> dict[str, dict
     }
 
 
-def _speech() -> Iterator[tuple[Path, Array]]:
-    from ecapa_triton.audio import read
+def _compare(
+    model: ExportedModel,
+    groups: dict[str, dict[str, Array]],
+    reference: Reference,
+    bounds: Bounds,
+    random: np.random.Generator,
+) -> Iterator[Group]:
+    for name, members in groups.items():
+        group = Group(name, bounds)
+        for label, clip in members.items():
+            group.add(label, model.embed([clip])[0], reference(label, clip))
+        yield group
 
-    for path in sorted(SAMPLES.glob("*")):
-        if path.suffix in {".flac", ".wav", ".ogg", ".mp3"}:
-            yield path, read(path, max_samples=600 * SAMPLE_RATE).waveform
-
-
-def _batches(model: ExportedModel, groups: dict[str, dict[str, Array]], reference: Reference, seed: int) -> Group:
-    """Every clip again, in batches of mixed lengths and shuffled order."""
-    random = np.random.default_rng(seed)
-    group = Group("mixed lengths, shuffled", BOUNDS[model.metadata["precision"]])
+    group = Group("mixed lengths, shuffled", bounds)
     clips = [item for members in groups.values() for item in members.items()]
     for size in (len(clips), 2, 7, 16):
         order = random.permutation(len(clips))
@@ -162,58 +174,37 @@ def _batches(model: ExportedModel, groups: dict[str, dict[str, Array]], referenc
             batch = [clips[i] for i in order[start : start + size]]
             for (label, clip), row in zip(batch, model.embed([clip for _, clip in batch]), strict=True):
                 group.add(f"{label} in a batch of {len(batch)}", row, reference(label, clip))
-    return group
+    yield group
 
-
-def _guards(model: ExportedModel, groups: dict[str, dict[str, Array]], reference: Reference, seed: int) -> Group:
-    """Clips that must come back as NaN, between good ones that must not notice; and a clip over the limit."""
-    second = SAMPLE_RATE
-    neighbours = [item for item in groups["noise"].items() if len(item[1]) <= 3 * second][-4:]
-    group = Group("guards: neighbours, limit", BOUNDS[model.metadata["precision"]])
-
-    def spoiled(value: float, at: int) -> Array:
-        clip = np.full(second, 0.1, np.float32)
-        clip[at] = value
-        return clip
-
-    bad = {
-        "NaN first": spoiled(np.nan, 0),
-        "NaN last": spoiled(np.nan, -1),
-        "Inf": spoiled(np.inf, second // 2),
-        "-Inf": spoiled(-np.inf, 7),
-        "1e30": spoiled(1e30, 100),
-        "too short": np.full(model.min_samples - 1, 0.1, np.float32),
-        "one sample": np.full(min(1, model.min_samples - 1), 0.1, np.float32),
-    }
-    for label, clip in bad.items():
-        if not len(clip):
-            continue  # nothing is too short for this model but the empty clip, which comes below
-        batch = [neighbours[0], (label, clip), neighbours[1], (label, clip), neighbours[2]]
-        rows = model.embed([clip for _, clip in batch])
-        for (name, clip), row in zip(batch, rows, strict=True):
-            if name != label:
-                group.add(f"{name} beside a clip with {label}", row, reference(name, clip))
-            elif not np.isnan(row).all():
-                raise VerificationError(f"a clip with {label} got an embedding, expected NaN: the model is not used")
-    (before, *behind) = neighbours
-    rows = model.embed([before[1], np.zeros(0, np.float32), *(clip for _, clip in behind)])
-    group.add(f"{before[0]} before an empty clip", rows[0], reference(*before))
-    if not np.isnan(rows[1:]).all():
-        raise VerificationError("an empty clip or one behind it got an embedding, expected NaN: the model is not used")
-    if not np.isnan(model.embed([np.zeros(0, np.float32)])).all():
-        raise VerificationError("a lone empty clip got an embedding, expected NaN: the model is not used")
-
-    torn = np.concatenate([before[1], behind[0][1]])
-    for lost in 1, len(behind[0][1]):  # what a server hands over that stopped copying
-        if not np.isnan(model.run(torn[:-lost], np.array([[len(before[1])], [len(behind[0][1])]], np.int32))).all():
-            raise VerificationError(
-                "clips of which samples are missing got an embedding, expected NaN: the model is not used"
-            )
-
-    random = np.random.default_rng(seed)
+    group = Group("guards: neighbours, limit", bounds)
+    neighbours = [item for item in groups["noise"].items() if len(item[1]) <= 3 * SAMPLE_RATE][-3:]
     long = (random.standard_normal(2 * model.max_samples + 777) * 0.1).astype(np.float32)
-    rows = model.embed([before[1], long, behind[0][1]])
-    group.add("a clip over the limit", rows[1], reference("limit", long[: model.max_samples]))
-    group.add("before a clip over the limit", rows[0], reference(*before))
-    group.add("behind a clip over the limit", rows[2], reference(*behind[0]))
-    return group
+    for what, batch, nan in _guarded_batches(model.min_samples, neighbours, long):
+        for n, ((label, clip), row) in enumerate(zip(batch, model.embed([clip for _, clip in batch]), strict=True)):
+            if n not in nan:
+                group.add(f"{label}, with {what}", row, reference(label, clip[: model.max_samples]))
+            elif not np.isnan(row).all():
+                raise VerificationError(f"{what}: clip {n} has an embedding, expected NaN: the model is not used")
+    (_, one), (_, other), _ = neighbours
+    for lost in 1, len(other):  # as from a server that stopped copying
+        rows = model.run(np.concatenate([one, other])[:-lost], np.array([[len(one)], [len(other)]], np.int32))
+        if not np.isnan(rows).all():
+            raise VerificationError(f"{lost} samples are missing: expected NaN for all clips: the model is not used")
+    yield group
+
+
+def _guarded_batches(
+    min_samples: int, neighbours: list[tuple[str, Array]], long: Array
+) -> Iterator[tuple[str, list[tuple[str, Array]], set[int]]]:
+    """Batches of labelled clips with the cause and the places of NaN rows."""
+    a, b, c = neighbours
+    empty = ("empty", np.zeros(0, np.float32))
+    for value, at in (np.nan, 0), (np.nan, -1), (np.inf, SAMPLE_RATE // 2), (-np.inf, 7), (1e30, 100):
+        bad = np.full(SAMPLE_RATE, 0.1, np.float32)
+        bad[at] = value
+        yield f"a sample {value}", [a, ("bad", bad), b, ("bad", bad), c], {1, 3}
+    for samples in {min_samples - 1, 1} - {0, min_samples}:
+        yield f"a clip of {samples} samples", [a, ("short", np.full(samples, 0.1, np.float32)), b], {1}
+    yield "an empty clip before others", [a, empty, b, c], {1, 2, 3}
+    yield "an empty clip alone", [empty], {0}
+    yield "a clip over the limit", [a, ("long", long), b], set()
