@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from hyperpyyaml import load_hyperpyyaml
 
 from export import checkpoint
 from export.packed import PackedEcapa, UnsupportedModel
@@ -17,7 +17,7 @@ compute_features: !new:speechbrain.lobes.features.Fbank
     n_mels: {n_mels}
 mean_var_norm: !new:speechbrain.processing.features.InputNormalization
     norm_type: sentence
-    std_norm: False
+    std_norm: {std_norm}
 embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
     input_size: {n_mels}
     channels: {channels}
@@ -45,6 +45,7 @@ USUAL: dict[str, Any] = {
     "attention": 16,
     "scale": 8,
     "size": 192,
+    "std_norm": False,
     "more": "",
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -66,10 +67,9 @@ def make_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A SpeechBrain folder with random weights whose batch norms are far from the identity, gains of both signs."""
     folder.mkdir(exist_ok=True)
     (folder / "hyperparams.yaml").write_text(YAML.format(**(USUAL | changes)))
-    hparams = checkpoint._read_hyperparams(folder / "hyperparams.yaml")
-    model = hparams["embedding_model"]
+    checkpoint.load("random", channels=8)  # SpeechBrain can be imported from here on
+    state = load_hyperpyyaml((folder / "hyperparams.yaml").read_text())["embedding_model"].state_dict()
     random = torch.Generator().manual_seed(seed)
-    state = model.state_dict()
     for name, value in state.items():
         if name.endswith("running_var"):
             state[name] = torch.rand(value.shape, generator=random) + 0.2
@@ -118,11 +118,6 @@ def test_each_clip_of_a_batch_is_as_alone(loaded: checkpoint.Checkpoint, packed:
         assert error(row, alone(loaded, clip)) < 1e-4
 
 
-def test_gains_of_both_signs_were_among_them(loaded: checkpoint.Checkpoint) -> None:
-    norms = [m for m in loaded.classifier.mods.embedding_model.modules() if isinstance(m, torch.nn.BatchNorm1d)]
-    assert all((norm.weight < 0).any() and (norm.weight > 0).any() for norm in norms if len(norm.weight) > 8)
-
-
 def test_the_shortest_clip_is_speechbrains(loaded: checkpoint.Checkpoint, packed: PackedEcapa) -> None:
     (clip,) = noise(packed.min_samples - 1)
     with pytest.raises(RuntimeError):
@@ -131,39 +126,21 @@ def test_the_shortest_clip_is_speechbrains(loaded: checkpoint.Checkpoint, packed
     assert embed(packed, noise(packed.min_samples)).isfinite().all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -2e4])
-@pytest.mark.parametrize("at", [0, 639, 640, 3999])
-def test_a_spoiled_clip_is_nan_and_its_neighbours_are_not_touched(packed: PackedEcapa, value: float, at: int) -> None:
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, -2e4])
+def test_a_bad_sample_makes_nan_of_its_clip_alone(packed: PackedEcapa, value: float) -> None:
     before, bad, after = noise(3000, 4000, 5000)
-    expected = embed(packed, [before, noise(4000, seed=1)[0], after])
-    bad[at] = value
-    got = embed(packed, [before, bad, after])
-    assert got[1].isnan().all()
-    assert torch.equal(got[[0, 2]], expected[[0, 2]])
+    expected = embed(packed, [before, bad, after])
+    for at in 0, 640, 3999:
+        bad = torch.zeros(4000)
+        bad[at] = value
+        got = embed(packed, [before, bad, after])
+        assert got[1].isnan().all()
+        assert torch.equal(got[[0, 2]], expected[[0, 2]])
 
 
-def test_an_empty_clip_and_all_behind_it_are_nan(packed: PackedEcapa) -> None:
-    first, second, third = noise(3000, 4000, 5000)
-    empty = torch.zeros(0)
-    got = embed(packed, [first, second, empty, third])
-    assert torch.equal(got[:2].isfinite(), torch.ones(2, got.shape[1], dtype=torch.bool))
-    assert error(got[0], embed(packed, [first])[0]) < 1e-5
-    assert got[2:].isnan().all()
-    assert embed(packed, [empty]).isnan().all()
-    assert embed(packed, [empty, empty]).isnan().all()
-
-
-def test_lengths_of_other_samples_are_nan(packed: PackedEcapa) -> None:
-    """What a server would hand over that stopped copying: samples and lengths that do not add up."""
-    lengths = torch.tensor([[4000], [4000]], dtype=torch.int32)
-    with torch.inference_mode():
-        assert packed(noise(7999)[0], lengths)[0].isnan().all()
-        assert packed(noise(8001)[0], lengths)[0].isnan().all()
-
-
-def test_only_the_first_max_seconds_are_heard(loaded: checkpoint.Checkpoint, packed: PackedEcapa) -> None:
+def test_only_the_first_max_seconds_are_read(loaded: checkpoint.Checkpoint, packed: PackedEcapa) -> None:
     before, long, after = noise(3000, 5 * 16000 + 7, 4000)
-    long[2 * 16000 :] = np.nan
+    long[2 * 16000 :] = torch.nan
     got = embed(packed, [before, long, after])
     for row, clip in zip(got, [before, long[: 2 * 16000], after], strict=True):
         assert error(row, alone(loaded, clip)) < 1e-4
@@ -177,33 +154,32 @@ def test_work_is_bounded_by_the_clips_not_by_their_length(packed: PackedEcapa) -
     assert rows == [2 * packed.max_frames]
 
 
-def test_model_info(loaded: checkpoint.Checkpoint, packed: PackedEcapa) -> None:
-    with torch.inference_mode():
-        _, info = packed(torch.cat(noise(3000, 4000)), torch.tensor([[3000], [4000]], dtype=torch.int32))
-    limits, identity = info.numpy()[:, :3], info.numpy()[:, 3:]
-    assert limits.tolist() == [[loaded.threshold, 2.0, packed.min_samples]] * 2
-    assert ["".join(f"{int(number):06x}" for number in row) for row in identity] == [loaded.sha256[:24]] * 2
-
-
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("changes", "feature"),
     [
         ({"more": "global_context: False"}, "global context"),
-        ({"more": "activation: !name:torch.nn.LeakyReLU"}, "other than ReLU"),
+        ({"more": "activation: !name:torch.nn.LeakyReLU"}, "activation"),
         ({"more": "groups: [1, 2, 1, 1, 1]"}, "grouped"),
+        ({"std_norm": True}, "std_norm"),
     ],
 )
-def test_what_is_not_reproduced_is_refused(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+def test_an_unsupported_feature_is_named(tmp_path: Path, changes: dict[str, Any], feature: str) -> None:
     loaded = checkpoint.load(str(make_folder(tmp_path / "source", **changes)))
-    with pytest.raises(UnsupportedModel, match=what):
+    with pytest.raises(UnsupportedModel, match=feature):
         PackedEcapa(loaded)
 
 
-def test_an_attention_that_could_overflow_is_refused(tmp_path: Path) -> None:
+def test_an_attention_that_could_overflow_is_not_supported(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "source")
     state = torch.load(folder / "embedding_model.ckpt", weights_only=True)
-    state["asp.conv.conv.weight"] *= 100
-    torch.save(state, folder / "embedding_model.ckpt")
-    loaded = checkpoint.load(str(folder))
-    with pytest.raises(UnsupportedModel, match="60"):
-        PackedEcapa(loaded)
+    weight = state["asp.conv.conv.weight"]
+    for largest, supported in (59.9, True), (60.1, False):
+        state["asp.conv.conv.weight"] = weight * largest / weight.abs().sum(1).max()
+        torch.save(state, folder / "embedding_model.ckpt")
+        loaded = checkpoint.load(str(folder))
+        if supported:
+            (clip,) = noise(8000)
+            assert error(embed(PackedEcapa(loaded), [clip])[0], alone(loaded, clip)) < 1e-4
+        else:
+            with pytest.raises(UnsupportedModel, match=f"{largest}"):
+                PackedEcapa(loaded)
