@@ -1,7 +1,7 @@
 """For any batch, a clip has its own embedding or NaN, and a request has its own rows or its own error.
 
-The packed model runs as exported, the stand-in backend in process. `--hypothesis-profile=more` draws other batches, and
-many more of them.
+The packed model runs as exported, the stand-in backends run in process. `--hypothesis-profile=more` draws many more
+batches.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx.parser
 import pytest
 import stand_in
+import torch
 from ecapa_triton.audio import MAX_AMPLITUDE, SAMPLE_RATE, read
 from google.protobuf import json_format, text_format
 from hypothesis import example, given, note, settings
@@ -270,27 +270,27 @@ def _load(name: str, path: Path) -> types.ModuleType:
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[types.ModuleType]:
+def backends() -> Iterator[dict[str, types.ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton_python_backend_utils", _utils())
         shared = _load("ragged_batch", ROOT / "server/backends/python/ragged_batch.py")
         patch.setitem(sys.modules, "ragged_batch", shared)
-        yield _load("onnxruntime_backend", ROOT / "server/backends/onnxruntime/model.py")
+        names = "onnxruntime", "pytorch"
+        yield {name: _load(f"{name}_backend", ROOT / f"server/backends/{name}/model.py") for name in names}
 
 
-def load(backend: types.ModuleType, folder: Path, config: str = "config.pbtxt") -> Any:
+def load(backends: dict[str, types.ModuleType], folder: Path, config: str = "config.pbtxt") -> Any:
     """The backend with a model of a repository, initialised as Triton does."""
     message = text_format.Parse((folder / config).read_text(), model_config_pb2.ModelConfig())
-    as_json = json_format.MessageToJson(
+    as_dict = json_format.MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    version = max(path.name for path in folder.iterdir() if path.name.isdecimal())
-    loaded = backend.TritonPythonModel()
+    loaded = backends[message.backend].TritonPythonModel()
     loaded.initialize(
         {
-            "model_config": json.dumps({"optimization": {}} | json.loads(as_json)),
+            "model_config": json.dumps({"optimization": {}} | as_dict),
             "model_repository": str(folder),
-            "model_version": version,
+            "model_version": max(path.name for path in folder.iterdir() if path.name.isdecimal()),
             "model_instance_kind": "CPU",
             "model_instance_device_id": "0",
         }
@@ -332,11 +332,42 @@ good = st.builds(Sums, st.integers(1, 4), some_samples, st.integers(0, 1 << 30))
 failing = st.builds(Sums, st.integers(1, 4), st.integers(LONGEST + 1, 2 * LONGEST), st.integers(0, 1 << 30))
 
 
-@pytest.fixture(scope="module")
-def sums(backend: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def sums_of(samples: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The sum of each clip, [B, 1]."""
+    ends = torch.cumsum(lengths, 0)
+    sums = torch.cat([torch.zeros(1), torch.cumsum(samples, 0)])
+    return (sums[ends] - sums[ends - lengths])[:, None]
+
+
+class TorchSums(torch.nn.Module):
+    """The stand-in model in TorchScript."""
+
+    def forward(
+        self, scale: torch.Tensor, samples: torch.Tensor, clip: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if bool((samples > 1000).any()):
+            raise ValueError(f"{int(samples.max())} samples are too many")
+        return sums_of(clip, samples[:, 0]) * scale, samples.float()
+
+
+def write_torch_sums(folder: Path, **names: str) -> None:
+    """The stand-in model for the PyTorch backend; in its config tensors have other names if given."""
+    stand_in.write(folder)
+    torch.jit.save(torch.jit.script(TorchSums()), folder / "1/model.onnx")  # as its config calls it
+    config = (folder / "config.pbtxt").read_text().replace("onnxruntime", "pytorch")
+    for old, new in names.items():
+        config = config.replace(f'"{old}"', f'"{new}"')
+    (folder / "config.pbtxt").write_text(config)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "pytorch"])
+def sums(request: pytest.FixtureRequest, backends: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("repository") / "sums"
-    stand_in.write(folder, version=3, filename="other.onnx")
-    return load(backend, folder)
+    if request.param == "pytorch":
+        write_torch_sums(folder)
+    else:
+        stand_in.write(folder, version=3, filename="other.onnx")
+    return load(backends, folder)
 
 
 @given(requests=st.lists(good | good | failing, min_size=1, max_size=12))
@@ -351,13 +382,6 @@ def test_each_request_gets_its_own_rows_or_its_own_error(sums: Any, requests: li
             assert str(request.samples) in response.error.message()
 
 
-@pytest.fixture(scope="module")
-def wrong_rows(backend: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("repository") / "wrong_rows"
-    stand_in.write(folder, rows=1)
-    return load(backend, folder)
-
-
 @given(requests=st.lists(good, min_size=1, max_size=6))
 def test_a_model_with_too_few_rows_is_an_error_for_all(wrong_rows: Any, requests: list[Sums]) -> None:
     responses = execute(wrong_rows, [one.tensors for one in requests])
@@ -370,38 +394,59 @@ def test_a_model_with_too_few_rows_is_an_error_for_all(wrong_rows: Any, requests
             assert f"{items} rows" in response.error.message()
 
 
-# Two ragged inputs, one of them of rows of two, and a plain one.
-SECTIONS = """
-<ir_version: 10, opset_import: ["" : 18]>
-sections (float[S] a, int32[B,1] a_shape, float[R] b, float[B,2] b_shape, float[B,3] c)
-    => (float[B,1] a_sum, float[B,1] b_sum, float[B,2] b_dims, float[B,3] plain)
-{
-    axis = Constant<value_int = 0>()
-    columns = Constant<value_ints = [1]>()
-    silence = Constant<value_floats = [0.0]>()
-    a_n = Cast<to = 7>(a_shape)
-    b_dims64 = Cast<to = 7>(b_shape)
-    b_n = ReduceProd<keepdims = 1>(b_dims64, columns)
-    a_end = CumSum(a_n, axis)
-    a_start = Sub(a_end, a_n)
-    b_end = CumSum(b_n, axis)
-    b_start = Sub(b_end, b_n)
-    a_padded = Concat<axis = 0>(silence, a)
-    b_padded = Concat<axis = 0>(silence, b)
-    a_total = CumSum(a_padded, axis)
-    b_total = CumSum(b_padded, axis)
-    a_last = Gather(a_total, a_end)
-    a_first = Gather(a_total, a_start)
-    b_last = Gather(b_total, b_end)
-    b_first = Gather(b_total, b_start)
-    a_sum = Sub(a_last, a_first)
-    b_sum = Sub(b_last, b_first)
-    b_dims = Identity(b_shape)
-    plain = Identity(c)
-}
-"""
+@pytest.fixture(scope="module")
+def wrong_rows(backends: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("repository") / "wrong_rows"
+    stand_in.write(folder, rows=1)
+    return load(backends, folder)
+
+
+INDEXED = {"scale": "A__0", "samples": "B__1", "clip": "C__2"}
+
+
+@pytest.mark.parametrize(
+    ("names", "swapped"),
+    [(INDEXED, False), ({"sum": "A__0", "length": "B__1"}, False), ({"sum": "A__1", "length": "B__0"}, True)],
+)
+def test_pytorch_finds_tensors_by_name_or_index(
+    backends: dict[str, Any], tmp_path: Path, names: dict[str, str], swapped: bool
+) -> None:
+    write_torch_sums(tmp_path / "sums", **names)
+    request = Sums(2, 7, 1)
+    tensors = {names.get(name, name): array for name, array in request.tensors.items()}
+    (response,) = execute(load(backends, tmp_path / "sums"), [tensors])
+    rows = [response.tensors[names.get(name, name)] for name in ("sum", "length")]
+    response.tensors = dict(zip(("sum", "length"), rows[::-1] if swapped else rows, strict=True))
+    request.check(response)
+
+
+@pytest.mark.parametrize(
+    ("names", "facts"),
+    [
+        ({"clip": "audio"}, "no input audio.* scale, samples, clip"),
+        ({"clip": "A__7"}, "no input A__7"),
+        ({"samples": "A__0"}, "input samples"),
+    ],
+)
+def test_pytorch_does_not_load_the_config_of_another_model(
+    backends: dict[str, Any], tmp_path: Path, names: dict[str, str], facts: str
+) -> None:
+    write_torch_sums(tmp_path / "sums", **names)
+    with pytest.raises(sys.modules["triton_python_backend_utils"].TritonModelException, match=facts):
+        load(backends, tmp_path / "sums")
+
+
+class Sections(torch.nn.Module):
+    """Two ragged inputs, one of them of rows of two, and a plain one."""
+
+    def forward(
+        self, a: torch.Tensor, a_shape: torch.Tensor, b: torch.Tensor, b_shape: torch.Tensor, c: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return c, sums_of(a, a_shape[:, 0]), sums_of(b, b_shape.prod(1).int()), b_shape
+
+
 SECTIONS_CONFIG = """
-name: "sections" backend: "onnxruntime" max_batch_size: 8
+name: "sections" backend: "pytorch" max_batch_size: 8
 input { name: "a" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }
 input { name: "c" data_type: TYPE_FP32 dims: [ 3 ] }
 input { name: "b" data_type: TYPE_FP32 dims: [ -1, 2 ] allow_ragged_batch: true }
@@ -415,12 +460,12 @@ output { name: "b_dims" data_type: TYPE_FP32 dims: [ 2 ] }
 
 
 @pytest.fixture(scope="module")
-def sections(backend: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def sections(backends: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("repository") / "sections"
     (folder / "1").mkdir(parents=True)
-    onnx.save(onnx.parser.parse_model(SECTIONS), folder / "1" / "model.onnx")
+    torch.jit.save(torch.jit.script(Sections()), folder / "1/model.pt")
     (folder / "config.pbtxt").write_text(SECTIONS_CONFIG)
-    return load(backend, folder)
+    return load(backends, folder)
 
 
 shapes = st.tuples(st.integers(1, 4), st.integers(0, 40), st.integers(0, 40))
@@ -446,8 +491,8 @@ def test_several_inputs_stay_together(sections: Any, shapes: list[tuple[int, int
 
 
 @pytest.fixture(scope="module")
-def ecapa(backend: types.ModuleType, repository: Path) -> Any:
-    return load(backend, repository / "ecapa", "configs/cpu.pbtxt")
+def ecapa(backends: dict[str, Any], repository: Path) -> Any:
+    return load(backends, repository / "ecapa", "configs/cpu.pbtxt")
 
 
 @settings(max_examples=20)
