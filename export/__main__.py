@@ -54,11 +54,10 @@ def run_export(options: argparse.Namespace) -> None:
 def run_verify(options: argparse.Namespace) -> None:
     """Verify the models of the repository against --source, else against the origin in their metadata."""
     loaded: dict[str, checkpoint.Checkpoint] = {}
-    models = []
-    for path in pipeline.exported_files(options.repository):
-        models.append((path, artifacts.read(path)))
-        configs.check_all(path.parents[1], {path.name: configs.ModelFile.read(path)})
-    for path, model in models:
+    models = {path: artifacts.read(path) for path in pipeline.exported_files(options.repository)}
+    for path, model in models.items():
+        configs.check_all(path.parents[1], {path.name: model.file})
+    for path, model in models.items():
         origin = options.source or model.metadata["origin"]
         if origin not in loaded:
             with step(f"load {origin}"):

@@ -168,15 +168,19 @@ def _untie(graph: Any) -> None:
 class ExportedModel(ABC):
     """An exported model that has been opened.
 
-    Args:
-        path: of the file.
+    Attributes:
+        file: its tensors and metadata.
+        metadata: those of :func:`describe`.
+        max_samples: samples of a clip that are embedded.
+        min_samples: fewest samples of a clip that has an embedding.
 
     Raises:
         ModelFileError: the file is missing, damaged or was not written by this project.
     """
 
     def __init__(self, path: Path) -> None:
-        self.metadata = configs.ModelFile.read(path).metadata
+        self.file = configs.ModelFile.read(path)
+        self.metadata = self.file.metadata
         self.max_samples = round(float(self.metadata["max_seconds"]) * SAMPLE_RATE)
         self.min_samples = int(self.metadata["min_samples"])
 
@@ -192,15 +196,7 @@ class ExportedModel(ABC):
 
 
 class OnnxModel(ExportedModel):
-    """An exported ONNX model opened on the CPU.
-
-    Args:
-        path: of the file.
-        threads: of ONNX Runtime; 0 for all cores.
-
-    Raises:
-        ModelFileError: the file is missing, damaged or was not written by this project.
-    """
+    """An exported ONNX model on the CPU, with ``threads`` of ONNX Runtime, 0 for all cores."""
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         super().__init__(path)
@@ -222,15 +218,7 @@ class OnnxModel(ExportedModel):
 
 
 class TorchScriptModel(ExportedModel):
-    """An exported TorchScript model.
-
-    Args:
-        path: of the file.
-        device: to run on, such as ``"cpu"`` or ``"cuda:0"``.
-
-    Raises:
-        ModelFileError: the file is missing, damaged or was not written by this project.
-    """
+    """An exported TorchScript model on a ``device`` such as ``"cpu"`` or ``"cuda:0"``."""
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         super().__init__(path)

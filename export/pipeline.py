@@ -92,9 +92,10 @@ def _export(
                 group = None if is_half else packed.GROUP
                 model = packed.PackedEcapa(loaded, max_seconds, group, is_half).eval()
                 artifacts.write(model, loaded, partial)
-        configs.check_all(folder, {path.name: configs.ModelFile.read(file) for path, file in partials.items()})
-        for path, file in partials.items():
-            verify_file(path, artifacts.read(file), loaded)
+        models = {path: artifacts.read(file) for path, file in partials.items()}
+        configs.check_all(folder, {path.name: one.file for path, one in models.items()})
+        for path, one in models.items():
+            verify_file(path, one, loaded)
         for path, file in partials.items():
             os.replace(file, path)
     finally:
