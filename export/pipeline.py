@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ecapa_triton.audio import SAMPLE_RATE
+from ecapa_triton.errors import EcapaError
 
 from . import artifacts, checkpoint, configs, packed, seal, verify
 
@@ -21,6 +22,7 @@ ERRORS = (
     configs.ConfigError,
     configs.ModelFileError,
     verify.VerificationError,
+    EcapaError,  # an audio file cannot be read
 )
 
 
