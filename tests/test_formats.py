@@ -115,6 +115,11 @@ def foreign(path: Path) -> None:
     seal.seal(path)
 
 
+def garbage(path: Path) -> None:
+    path.write_bytes(b"not a model\0\0")
+    seal.seal(path)
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     ("damage", "fact"),
@@ -127,6 +132,7 @@ def foreign(path: Path) -> None:
         (changed(lambda data: data[:1000000] + bytes([data[1000000] ^ 1]) + data[1000001:]), "checksum differs"),
         (without_guards, "guard"),
         (foreign, ""),
+        (garbage, ""),
         (Path.unlink, ""),
     ],
 )
