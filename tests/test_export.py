@@ -35,24 +35,14 @@ def exported(repository: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(repository, tmp_path / "model_repository"))
 
 
-def change_weights(folder: Path, **changes: Any) -> None:
-    state = torch.load(folder / "embedding_model.ckpt", weights_only=True)
-    for key, value in changes.items():
-        name = key.replace("__", ".")
-        if value is None:
-            del state[name]
-        else:
-            state[name] = value
-    torch.save(state, folder / "embedding_model.ckpt")
-
-
 # --- checkpoints ---
 
 
-def test_a_folder_loads_without_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("a local folder must not touch the network")
+def refuse(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("no route to host")
 
+
+def test_a_folder_loads_without_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (folder / "hyperparams.yaml").read_text()
     text += """
 pretrained_path: speechbrain/spkrec-ecapa-voxceleb
@@ -78,15 +68,16 @@ def test_the_shipped_model_is_the_one_of_its_card(mini: checkpoint.Checkpoint) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fc__conv__bias": None}, r"missing fc\.conv\.bias \[192\]"),
+        ({"fc.conv.bias": None}, r"missing fc\.conv\.bias \[192\]"),
         ({"extra": torch.zeros(3)}, r"unexpected extra \[3\]"),
-        ({"fc__conv__bias": torch.zeros(5)}, r"fc\.conv\.bias has shape \[5\], expected \[192\]"),
-        ({"fc__conv__bias": torch.full((192,), torch.nan)}, r"fc\.conv\.bias has values that are not finite"),
-        ({"fc__conv__bias": torch.zeros(192).to_sparse()}, "tensors"),
+        ({"fc.conv.bias": torch.zeros(5)}, r"fc\.conv\.bias has shape \[5\], expected \[192\]"),
+        ({"fc.conv.bias": torch.full((192,), torch.nan)}, r"fc\.conv\.bias has values that are not finite"),
+        ({"fc.conv.bias": torch.zeros(192).to_sparse()}, "tensors"),
     ],
 )
 def test_weights_are_read_strictly(folder: Path, changes: dict[str, Any], message: str) -> None:
-    change_weights(folder, **changes)
+    state = torch.load(folder / "embedding_model.ckpt", weights_only=True) | changes
+    torch.save({name: value for name, value in state.items() if value is not None}, folder / "embedding_model.ckpt")
     with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpoint.load(str(folder))
 
@@ -191,9 +182,6 @@ def test_a_hub_model_comes_from_the_cache(folder: Path, tmp_path: Path, monkeypa
 def test_without_the_hub_the_message_names_other_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise OSError("no route to host")
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
     assert main(["--repository", str(copy_configs(tmp_path))]) == 1
