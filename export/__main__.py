@@ -13,7 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import artifacts, checkpoint, configs, packed, seal, verify
+from ecapa_triton.errors import EcapaError
+from ecapa_triton.trials import read as read_trials
+
+from . import artifacts, checkpoint, configs, packed, seal, trials, verify
 
 ERRORS = (
     checkpoint.CheckpointError,
@@ -23,6 +26,7 @@ ERRORS = (
     configs.ConfigError,
     configs.ModelFileError,
     verify.VerificationError,
+    EcapaError,
 )
 LONGEST_MAX_SECONDS = 3600.0
 
@@ -32,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.source == "":
         _parser().error("--source is empty: expected mini, random, a folder or a hub id")
+    if options.trials is not None and options.command != "verify":
+        _parser().error("--trials goes with the command verify")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     command = run_verify if options.command == "verify" else run_export
     try:
@@ -142,6 +148,8 @@ def _open(kind: configs.Format, path: Path) -> artifacts.ExportedModel:
 
 def run_verify(options: argparse.Namespace) -> None:
     """Verify the models that are in the repository against the source that their metadata names."""
+    listed = None if options.trials is None else read_trials(options.trials, options.root or options.trials.parent)
+    references: dict[str, verify.Reference] = {}
     loaded: dict[str, checkpoint.Checkpoint] = {}
     models = []
     for path, kind in _exported_files(options.repository):
@@ -164,7 +172,13 @@ def run_verify(options: argparse.Namespace) -> None:
                 f"{path} was made from weights {made_from[:12]} ({model.metadata['source']}), --source {chosen.source} "
                 f"has {source.sha256[:12]}: name the one it was made from, or export again"
             )
-        _verify(path, model, source)
+        if listed is None:
+            _verify(path, model, source)
+            continue
+        reference = references.setdefault(source.sha256, verify.Reference(source.classifier))
+        with step(f"verify {path} against SpeechBrain on {options.trials}"):
+            for line in trials.verify(model, reference, listed):
+                print(f"  {line}", flush=True)
 
 
 def _exported_files(repository: Path) -> list[tuple[Path, configs.Format]]:
@@ -235,6 +249,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="the model hears only the first S seconds of a clip, which bounds its memory (default: %(default)s)",
     )
+    parser.add_argument(
+        "--trials",
+        type=Path,
+        metavar="LIST",
+        help="verify: compare on the clips of a trial list, `1 a.flac b.flac` a line, in place of the built-in clips, "
+        f"and print EER and minDCF; exit status 1 if a score differs by more than {trials.MAX_DIFFERENCE:g} or an "
+        f"embedding has a cosine below {trials.MIN_COSINE:g}",
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder its paths start from (default: the list's)")
     return parser
 
 
