@@ -72,12 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     clips = argparse.ArgumentParser(add_help=False)
-    clips.add_argument(
-        "--long",
-        choices=get_args(Long),
-        default="error",
-        help="clips above the model's limit: reject, embed the beginning, or average windows (%(default)s)",
-    )
+    limit = "clips above the model's limit: reject, embed the beginning, or average windows (%(default)s)"
+    clips.add_argument("--long", choices=get_args(Long), default="error", help=limit)
     deciding = argparse.ArgumentParser(add_help=False)
     deciding.add_argument("--threshold", type=float, help="accept cosines above it (default: the model's own)")
 

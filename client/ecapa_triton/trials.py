@@ -1,12 +1,10 @@
-"""Trial lists and error rates of speaker verification: EER, minDCF, DET curve. No server, no audio.
+"""Trial lists and error rates of speaker verification; the rates need scikit-learn (extra `evaluate`).
 
 ```python
 listed = trials.read(Path("trials.txt"), root=Path("clips"))
 curve = trials.curve(trials.cosines(embeddings, listed.pairs), listed.same)
 print(curve.figures(threshold=0.45).eer)
 ```
-
-Error rates need scikit-learn: `pip install 'ecapa-triton[evaluate]'`.
 """
 
 from __future__ import annotations
@@ -111,12 +109,11 @@ def cosines(embeddings: NDArray[np.float32], pairs: NDArray[np.int32]) -> Floats
 
 @dataclass(frozen=True)
 class Cost:
-    """The smallest detection cost at one prior.
+    """The smallest detection cost at a prior probability of target trials.
 
     Attributes:
-        p_target: Prior probability of a target trial.
-        cost: `(p_target misses + (1 - p_target) false_accepts) / min(p_target, 1 - p_target)`: both errors cost 1, and
-            a system that ignores the audio reaches 1.
+        p_target: The prior probability.
+        cost: `(p_target misses + (1 - p_target) false_accepts) / min(p_target, 1 - p_target)`; 1 without any audio.
         threshold: Cosine at which it is reached.
         false_accepts: Share of the nontarget trials accepted there.
         misses: Share of the target trials rejected there.
@@ -131,15 +128,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Decisions:
-    """Errors at a threshold; `score > threshold` accepts.
-
-    Attributes:
-        threshold: A cosine.
-        false_accepts: Number of nontarget trials accepted.
-        misses: Number of target trials rejected.
-        false_accept_rate: Share of the nontarget trials, 0 to 1.
-        miss_rate: Share of the target trials, 0 to 1.
-    """
+    """Errors at a threshold, a cosine; `score > threshold` accepts. Rates are 0 to 1, of the trials of that kind."""
 
     threshold: float
     false_accepts: int
@@ -150,14 +139,7 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Figures:
-    """How well scores tell speakers apart.
-
-    Attributes:
-        eer: Equal error rate, 0 to 1.
-        eer_threshold: Where the rates of misses and false accepts are equal.
-        min_dcf: The smallest detection costs, one for each of `P_TARGETS`.
-        decisions: At the model's own threshold; None where it has none.
-    """
+    """Equal error rate (0 to 1), costs at each of `P_TARGETS`, errors at the model's own threshold (None: has none)."""
 
     eer: float
     eer_threshold: float
