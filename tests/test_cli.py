@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -17,14 +17,10 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT
 from ecapa_triton import Gallery, SpeakerClient, _cli
 from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, good, nan, refuse
 
-from server.triton import TritonServer
-
 COMMAND = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())"]
-SAMPLES = ROOT / "samples"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -60,15 +56,10 @@ def run(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def spawn(*arguments: object, **options: object) -> tuple[int, str, str]:
+def spawn(*arguments: object, prefix: Sequence[str] = (), **environment: str) -> tuple[int, str, str]:
     """Run a command in a process of its own."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,  # type: ignore[call-overload]
-    )
+    command = [*prefix, *COMMAND, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -293,9 +284,7 @@ def test_the_default_page_of_metrics(url: str) -> None:
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(fake: FakeTriton, clip: Path, other: Path, tmp_path: Path, closed: str) -> None:
     def run_closed(*arguments: object) -> tuple[int, str, str]:
-        command = ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *map(str, arguments), "--url", fake.url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        return done.returncode, done.stdout, done.stderr
+        return spawn(*arguments, "--url", fake.url, prefix=["sh", "-c", f'exec "$@" {closed}', "sh"])
 
     status, out, err = run_closed("verify", clip, clip)
     assert (status, err, bool(out)) == (0, "", ">&-" not in closed.split())
@@ -362,9 +351,8 @@ def test_names_that_the_terminal_cannot_show(fake: FakeTriton, clip: Path, tmp_p
     odd = tmp_path / os.fsdecode(b"caf\xe9 \xc3\xa9.wav")
     odd.write_bytes(clip.read_bytes())
     output = tmp_path / "out.npz"
-    ascii_only = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}}
-    assert spawn("embed", odd, "--url", fake.url, **ascii_only)[0] == 0
-    assert spawn("embed", odd, "--url", fake.url, "-o", output, **ascii_only)[0] == 0
+    for more in [], ["-o", output]:
+        assert spawn("embed", odd, "--url", fake.url, *more, PYTHONIOENCODING="ascii")[0] == 0
     assert np.load(output)["files"].tolist() == [str(odd)]
 
 
@@ -375,13 +363,3 @@ def test_the_mp3_decoder_prints_nothing(fake: FakeTriton, tmp_path: Path) -> Non
     status, out, err = spawn("embed", cut, "--url", fake.url)
     assert (status, out) == (2, "")
     one_line(err, "cut.mp3")
-
-
-def test_served(server: TritonServer, run: Run) -> None:
-    url = ["--url", server.grpc_url, "--timeout", "60"]
-    anna, again, carl = SAMPLES / "anna_1.flac", SAMPLES / "anna_2.flac", SAMPLES / "carl_2.wav"
-    assert run("verify", anna, again, *url)[0] == 0
-    assert run("verify", anna, carl, *url)[0] == 1
-    status, out, err = run("embed", anna, again, carl, *url, "--json")
-    assert (status, err) == (0, "") and len(out.splitlines()) == 3
-    assert json.loads(run("status", *url, "--json")[1])["info"]["threshold"] == 0.45

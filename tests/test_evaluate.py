@@ -128,20 +128,6 @@ def test_least_cost_by_hand() -> None:
     assert curve_of([0.9, 0.3], [0.5, 0.1]).least_cost(0.5).threshold == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("distance", [1.0, 2.0, 4.0])
-def test_gaussians(distance: float) -> None:
-    rng, count = np.random.default_rng(1), 200_000
-    figures = curve_of(rng.normal(distance, 1, count), rng.normal(0, 1, count)).figures(distance / 2)
-    expected = PHI(-distance / 2)
-    deviation = math.sqrt(expected * (1 - expected) / count)
-    assert figures.eer == pytest.approx(expected, abs=4 * deviation)
-    assert figures.eer_threshold == pytest.approx(distance / 2, abs=0.02)
-    for cost in figures.min_dcf:
-        odds = (1 - cost.p_target) / cost.p_target
-        threshold = distance / 2 + math.log(odds) / distance  # where the likelihood ratio equals the odds
-        assert cost.cost == pytest.approx(PHI(threshold - distance) + odds * PHI(-threshold), abs=0.03)
-
-
 def test_cosines_are_scores_of_pairs() -> None:
     rng = np.random.default_rng(2)
     embeddings = rng.standard_normal((5, SIZE)).astype(np.float32)
@@ -237,7 +223,6 @@ def evaluate(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> Evaluate:
         options = ["--url", url or fake.url, "--retries", "0", "--in-flight", "1"]
         status = _cli.main(["evaluate", *options, *map(str, arguments)])
         out, err = capsys.readouterr()
-        assert err.count("\n") <= 1, err
         return status, out, err
 
     return evaluate
@@ -262,15 +247,8 @@ def test_json_and_scores(fake: FakeTriton, evaluate: Evaluate, listed: Path) -> 
     written = listed.with_name("scores.txt")
     facts = json.loads(evaluate(listed, "--json", "--scores", written)[1])
     served = facts.pop("served")
-    assert facts == {
-        "trials": 7,
-        "targets": 4,
-        "nontargets": 3,
-        "utterances": 5,
-        "failed_utterances": 0,
-        "left_out_trials": 0,
-        "model": MODEL,
-    }
+    counts = {"trials": 7, "targets": 4, "nontargets": 3, "utterances": 5, "failed_utterances": 0, "left_out_trials": 0}
+    assert facts == counts | {"model": MODEL}
     assert served["eer"] == pytest.approx(1 / 3) and served["eer_threshold"] == pytest.approx(math.cos(0.3))
     assert [cost["p_target"] for cost in served["min_dcf"]] == [0.01, 0.05]
     assert served["decisions"]["false_accepts"] == 3 and served["decisions"]["threshold"] == 0.45
@@ -299,7 +277,8 @@ def test_failed_clips(fake: FakeTriton, evaluate: Evaluate, listed: Path) -> Non
     status, out, err = evaluate(listed, "--scores", written)
     assert (status, out) == (2, "") and "3.wav" in err and not written.exists()
     status, out, err = evaluate(listed, "--skip-failed", "--scores", written)
-    assert status == 0 and "3.wav" in err and re.search(r"EER +0.000 %", out)
+    assert status == 0 and re.search(r"EER +0.000 %", out)
+    assert "3.wav" in err and err.count("\n") == 1
     assert "3.wav" not in written.read_text() and written.read_text().count("\n") == 3
     facts = json.loads(evaluate(listed, "--skip-failed", "--json")[1])
     assert (facts["trials"], facts["left_out_trials"], facts["failed_utterances"]) == (3, 4, 1)
@@ -320,12 +299,9 @@ def test_failures_of_the_server(fake: FakeTriton, evaluate: Evaluate, listed: Pa
     fake.lengths.clear()
     status, _, err = evaluate(listed, "--skip-failed")
     assert status == 2 and "4.wav" in err and "f" * 24 in err and MODEL in err
-
-
-def test_no_clip_at_all(fake: FakeTriton, listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake.otherwise = nan
-    assert _cli.main(["evaluate", str(listed), "--skip-failed", "--url", fake.url, "--retries", "0"]) == 2
-    assert capsys.readouterr().err.count("\n") == 6
+    status, _, err = evaluate(listed, "--skip-failed")
+    assert status == 2 and err.count("\n") == 6  # one for each clip, one for the end
 
 
 @pytest.mark.parametrize(
