@@ -297,12 +297,11 @@ def test_closed_streams(fake: FakeTriton, clip: Path, other: Path, tmp_path: Pat
     assert np.load(tmp_path / "out.npz")["files"].tolist() == [str(clip)]
 
 
-def test_a_full_disk_is_one_line(fake: FakeTriton, clip: Path) -> None:
-    with open("/dev/full", "w") as full:
-        command = [*COMMAND, "embed", str(clip), "--url", fake.url]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 2
-    one_line(done.stderr)
+@pytest.mark.parametrize("command", ["embed", "verify"])
+def test_a_full_disk_is_one_line(fake: FakeTriton, clip: Path, command: str) -> None:
+    status, _, err = spawn(command, clip, clip, "--url", fake.url, prefix=["sh", "-c", 'exec "$@" >/dev/full', "sh"])
+    assert status == 2
+    one_line(err)
 
 
 def test_a_closed_pipe_is_quiet(fake: FakeTriton, clip: Path) -> None:
