@@ -20,6 +20,7 @@ import soundfile
 from ecapa_triton import Gallery, SpeakerClient, _cli
 from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, good, nan, refuse
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as usual
 COMMAND = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())"]
 Run = Callable[..., tuple[int, str, str]]
 
@@ -59,7 +60,7 @@ def run(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> Run:
 def spawn(*arguments: object, prefix: Sequence[str] = (), **environment: str) -> tuple[int, str, str]:
     """Run a command in a process of its own."""
     command = [*prefix, *COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT | environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -306,7 +307,7 @@ def test_a_full_disk_is_one_line(fake: FakeTriton, clip: Path, command: str) -> 
 
 def test_a_closed_pipe_is_quiet(fake: FakeTriton, clip: Path) -> None:
     command = [*COMMAND, "embed", *[str(clip)] * 20, "--url", fake.url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
         process.stdout.close()

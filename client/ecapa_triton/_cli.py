@@ -50,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
+            _abandon_stdout()
             return BROKEN_PIPE
         except OSError as exc:
+            _abandon_stdout()
             complain(f"{exc.strerror or exc}: the output cannot be written, choose another place")
         except Exception:
             traceback.print_exc()  # a bug; Python's own exit status, 1, would mean "different speakers"
@@ -252,6 +254,12 @@ def _open_closed_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+
+
+def _abandon_stdout() -> None:
+    """Let Python's own flush at exit succeed; it would fail once more and change the exit status."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
