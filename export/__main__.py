@@ -8,7 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-from . import artifacts, checkpoint, configs, packed, pipeline
+from ecapa_triton.trials import read as read_trials
+
+from . import artifacts, checkpoint, configs, packed, pipeline, trials, verify
 from .pipeline import ERRORS, export, step
 
 __all__ = ["ERRORS", "export", "main", "step"]
@@ -22,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.source == "":
         parser.error("--source is empty: expected mini, random, a folder or a hub id")
+    if options.trials is not None and options.command != "verify":
+        parser.error("--trials goes with the command verify")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         (run_verify if options.command == "verify" else run_export)(options)
@@ -53,6 +57,8 @@ def run_export(options: argparse.Namespace) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     """Verify the models of the repository against --source, else against the origin in their metadata."""
+    listed = None if options.trials is None else read_trials(options.trials, options.root or options.trials.parent)
+    references: dict[str, verify.Reference] = {}
     loaded: dict[str, checkpoint.Checkpoint] = {}
     models = {path: artifacts.read(path) for path in pipeline.exported_files(options.repository)}
     for path, model in models.items():
@@ -66,7 +72,11 @@ def run_verify(options: argparse.Namespace) -> None:
                     loaded[origin] = checkpoint.load(options.source, options.revision, **arguments)
                 else:
                     loaded[origin] = checkpoint.load_again(origin)
-        pipeline.verify_file(path, model, loaded[origin])
+        if listed is None:
+            pipeline.verify_file(path, model, loaded[origin])
+            continue
+        reference = references.setdefault(origin, verify.Reference(loaded[origin].classifier))
+        pipeline.verify_file(path, model, loaded[origin], trials.verify(model, reference, listed))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="embed only the first S seconds of a clip, which bounds memory and time (default: %(default)s)",
     )
+    parser.add_argument(
+        "--trials",
+        type=Path,
+        metavar="LIST",
+        help="verify: compare on the clips of a trial list, `1 a.flac b.flac` a line, in place of the built-in clips, "
+        f"and print EER and minDCF; exit status 1 if a score differs by more than {trials.MAX_DIFFERENCE:g} or an "
+        f"embedding has a cosine below {trials.MIN_COSINE:g}",
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder its paths start from (default: the list's)")
     return parser
 
 

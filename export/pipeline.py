@@ -123,8 +123,19 @@ def exported_files(repository: Path) -> list[Path]:
     return files or [repository / kind.folder / "1" / kind.file]
 
 
-def verify_file(path: Path, model: artifacts.ExportedModel, loaded: checkpoint.Checkpoint) -> None:
-    """Verify one opened model file against its checkpoint, and print each group of clips.
+def verify_file(
+    path: Path,
+    model: artifacts.ExportedModel,
+    loaded: checkpoint.Checkpoint,
+    comparison: Iterator[object] | None = None,
+) -> None:
+    """Verify one opened model file against its checkpoint, and print each step of the comparison.
+
+    Args:
+        path: of the file.
+        model: the file, opened.
+        loaded: what it should have been made from.
+        comparison: yields lines to print; :func:`verify.verify` by default.
 
     Raises:
         VerificationError: the model was made from other weights, differs from SpeechBrain, or lacks a guard.
@@ -135,6 +146,6 @@ def verify_file(path: Path, model: artifacts.ExportedModel, loaded: checkpoint.C
             f"{path} was made from weights {made_from[:12]} ({source}), the source {loaded.source} has "
             f"{loaded.sha256[:12]}: name the right one with --source, or export again"
         )
-    with step(f"verify {path} against SpeechBrain, clip by clip alone"):
-        for group in verify.verify(model, loaded.classifier):
-            print(f"  {group}", flush=True)
+    with step(f"verify {path} against SpeechBrain"):
+        for line in comparison or verify.verify(model, loaded.classifier):
+            print(f"  {line}", flush=True)

@@ -1,16 +1,12 @@
-"""Error rates with known answers, trial lists good and bad, and the served model beside SpeechBrain."""
+"""Error rates against counting, trial lists good and bad, `ecapa-triton evaluate`, `export verify --trials`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
-import shutil
-import socket
-import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -21,37 +17,38 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from ecapa_triton import AudioFileError, ConnectError, EcapaError, OverloadedError, SpeakerClient, TooLongError, score
-from ecapa_triton import _evaluate as evaluate
-from ecapa_triton._evaluate import Curve
-from ecapa_triton.errors import EvaluationError
-from fake_triton import MODEL, SIZE, FakeTriton, fake_triton, good, nan, refuse
+from conftest import ROOT
+from ecapa_triton import EvaluationError, NotAudioError, _cli, score, trials
+from fake_triton import MODEL, SIZE, FakeTriton, good, nan, refuse
 from hypothesis import given
 from hypothesis import strategies as st
 
+from export import checkpoint
+from export.__main__ import main as export_main
+from export.artifacts import OnnxModel
+from export.trials import compare, verify
+from export.verify import Reference, VerificationError
 from server.triton import TritonServer
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "samples"
-MINI = ROOT / "export/mini"
 PHI = NormalDist().cdf
 
 # In steps of a quarter, so that many are equal.
 some = st.lists(st.integers(-4, 4).map(lambda n: n / 4), min_size=1, max_size=12)
 
 
-def trials_of(targets: Sequence[float], nontargets: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and labels in mixed order."""
+def curve_of(targets: Sequence[float], nontargets: Sequence[float]) -> trials.Curve:
     order = np.random.default_rng(0).permutation(len(targets) + len(nontargets))
     same = np.repeat([True, False], [len(targets), len(nontargets)])
-    return np.array([*targets, *nontargets], np.float64)[order], same[order]
+    return trials.curve(np.array([*targets, *nontargets], np.float64)[order], same[order])
 
 
-def curve_of(targets: Sequence[float], nontargets: Sequence[float]) -> Curve:
-    return evaluate.error_curve(*trials_of(targets, nontargets))
+def share(values: Sequence[float], threshold: float) -> float:
+    """Of the values, how many are accepted."""
+    return sum(value > threshold for value in values) / len(values)
 
 
-# --- numbers ---
+# --- error rates ---
 
 
 @pytest.mark.parametrize(
@@ -67,108 +64,76 @@ def curve_of(targets: Sequence[float], nontargets: Sequence[float]) -> Curve:
     ],
 )
 def test_equal_error_by_hand(targets: list[float], nontargets: list[float], rate: float, threshold: float) -> None:
-    assert evaluate.equal_error(curve_of(targets, nontargets)) == pytest.approx((rate, threshold))
+    assert curve_of(targets, nontargets).equal_error() == pytest.approx((rate, threshold))
 
 
 @given(targets=some, nontargets=some)
-def test_equal_error_is_that_of_counting_at_every_threshold(targets: list[float], nontargets: list[float]) -> None:
+def test_equal_error_by_counting(targets: list[float], nontargets: list[float]) -> None:
     points = [(Fraction(0), Fraction(1))]
     for threshold in sorted({*targets, *nontargets}, reverse=True):
         accepted = Fraction(sum(x >= threshold for x in nontargets), len(nontargets))
         missed = Fraction(sum(x < threshold for x in targets), len(targets))
         points.append((accepted, missed))
-    crossings = []
+    crossings = set()
     for (x0, y0), (x1, y1) in pairwise(points):
         before, after = x0 - y0, x1 - y1
         if before <= 0 <= after:
-            crossings.append(x0 + (x1 - x0) * before / (before - after))
-    assert len(set(crossings)) == 1
-    assert evaluate.equal_error(curve_of(targets, nontargets))[0] == pytest.approx(float(crossings[0]), abs=1e-12)
+            crossings.add(x0 + (x1 - x0) * before / (before - after))
+    (rate,) = crossings
+    assert curve_of(targets, nontargets).equal_error()[0] == pytest.approx(float(rate), abs=1e-12)
 
 
-@given(targets=some, nontargets=some)
-def test_the_curve_counts_as_verify_decides(targets: list[float], nontargets: list[float]) -> None:
+@given(targets=some, nontargets=some, threshold=st.integers(-9, 9).map(lambda n: n / 8))
+def test_every_threshold_by_counting(targets: list[float], nontargets: list[float], threshold: float) -> None:
+    """The curve, the decisions and the smallest cost, with `score > threshold` as in `SpeakerClient.verify`."""
+
+    def cost(threshold: float) -> float:
+        return (p_target * (1 - share(targets, threshold)) + (1 - p_target) * share(nontargets, threshold)) / p_target
+
     curve = curve_of(targets, nontargets)
-    assert len(curve.thresholds) == len({*targets, *nontargets}) + 1
-    for threshold, accepted, missed in zip(curve.thresholds, curve.false_accepts, curve.misses, strict=True):
-        assert accepted == pytest.approx(np.mean(np.array(nontargets) > threshold))
-        assert missed == pytest.approx(np.mean(np.array(targets) <= threshold))
+    assert len(curve.misses) == len({*targets, *nontargets}) + 1
+    for point, (accepted, missed) in enumerate(zip(curve.false_accepts, curve.misses, strict=True)):
+        assert accepted == pytest.approx(share(nontargets, curve.threshold(point)))
+        assert missed == pytest.approx(1 - share(targets, curve.threshold(point)))
+    decided = curve.decide(threshold)
+    assert decided.false_accepts == sum(x > threshold for x in nontargets)
+    assert decided.misses == sum(x <= threshold for x in targets)
+    assert decided.false_accept_rate == pytest.approx(share(nontargets, threshold))
+    assert decided.miss_rate == pytest.approx(1 - share(targets, threshold))
+    for p_target in 0.01, 0.05, 0.5:
+        least = curve.least_cost(p_target)
+        assert least.cost == pytest.approx(min(map(cost, [-math.inf, *targets, *nontargets])))
+        assert least.cost == pytest.approx(cost(least.threshold))
+        assert (least.false_accepts, 1 - least.misses) == pytest.approx(
+            (share(nontargets, least.threshold), share(targets, least.threshold))
+        )
 
 
 def test_neighbouring_numbers_have_a_threshold_between_them() -> None:
     low = np.nextafter(0.5, 1)
     high = np.nextafter(low, 1)  # and midway rounds up
-    threshold = evaluate.equal_error(curve_of([high], [low]))[1]
-    assert low <= threshold < high
-
-
-@given(targets=some, nontargets=some, p_target=st.sampled_from([0.01, 0.05, 0.5, 0.9]))
-def test_least_cost_is_that_of_trying_every_threshold(
-    targets: list[float], nontargets: list[float], p_target: float
-) -> None:
-    def cost(threshold: float) -> float:
-        missed = sum(x <= threshold for x in targets) / len(targets)
-        accepted = sum(x > threshold for x in nontargets) / len(nontargets)
-        return (p_target * missed + (1 - p_target) * accepted) / min(p_target, 1 - p_target)
-
-    found = evaluate.least_cost(curve_of(targets, nontargets), p_target)
-    assert found.cost == pytest.approx(min(cost(threshold) for threshold in [-math.inf, *targets, *nontargets]))
-    assert found.cost == pytest.approx(cost(found.threshold))
-    assert found.misses == pytest.approx(np.mean(np.array(targets) <= found.threshold))
-    assert found.false_accepts == pytest.approx(np.mean(np.array(nontargets) > found.threshold))
+    assert low <= curve_of([high], [low]).equal_error()[1] < high
 
 
 def test_least_cost_by_hand() -> None:
     # One false accept among 200 costs 0.99 / 0.01 / 200 = 0.495 at 0.01, and 0.95 / 0.05 / 200 = 0.095 at 0.05.
-    targets, nontargets = [0.9, 0.8, 0.6, 0.2], [0.7, *[0.1] * 199]
-    curve = curve_of(targets, nontargets)
-    rare, frequent = evaluate.least_cost(curve, 0.01), evaluate.least_cost(curve, 0.05)
+    figures = curve_of([0.9, 0.8, 0.6, 0.2], [0.7, *[0.1] * 199]).figures(0.65)
+    rare, frequent = figures.min_dcf
     assert (rare.cost, rare.threshold, rare.false_accepts, rare.misses) == pytest.approx((0.495, 0.15, 0.005, 0))
     assert (frequent.cost, frequent.threshold) == pytest.approx((0.095, 0.15))
-    useless = evaluate.least_cost(curve_of([0.1], [0.9]), 0.01)
+    assert figures.decisions is not None and (figures.decisions.false_accepts, figures.decisions.misses) == (1, 2)
+    useless = curve_of([0.1], [0.9]).least_cost(0.01)
     assert (useless.cost, useless.threshold, useless.misses) == (1, 0.9, 1)
+    # At even odds, accepting the lower target and the higher nontarget together changes nothing: the highest threshold.
+    assert curve_of([0.9, 0.3], [0.5, 0.1]).least_cost(0.5).threshold == pytest.approx(0.7)
 
 
-def test_the_highest_of_equally_cheap_thresholds_is_taken() -> None:
-    # Accepting the lower target and the lower stranger together changes nothing at even odds.
-    found = evaluate.least_cost(curve_of([0.9, 0.3], [0.5, 0.1]), 0.5)
-    assert found.threshold == pytest.approx(0.7) and found.false_accepts == 0
-
-
-@pytest.mark.parametrize("distance", [1.0, 2.0, 4.0])
-def test_gaussians(distance: float) -> None:
-    rng, count = np.random.default_rng(1), 200_000
-    scores = np.concatenate([rng.normal(distance, 1, count), rng.normal(0, 1, count)])
-    same = np.repeat([True, False], count)
-    result, _ = evaluate.summarise(scores, same, distance / 2)
-    expected = PHI(-distance / 2)
-    deviation = math.sqrt(expected * (1 - expected) / count)
-    assert result.eer == pytest.approx(expected, abs=4 * deviation)
-    assert result.eer_threshold == pytest.approx(distance / 2, abs=0.02)
-    assert result.decisions is not None
-    assert result.decisions.false_accept_rate == pytest.approx(expected, abs=4 * deviation)
-    for cost in result.min_dcf:
-        prior = cost.p_target
-        threshold = distance / 2 + math.log((1 - prior) / prior) / distance  # where the likelihood ratio is the odds
-        least = PHI(threshold - distance) + (1 - prior) / prior * PHI(-threshold)
-        assert cost.cost == pytest.approx(least, abs=0.03)
-
-
-def test_decisions_count_strangers_and_misses() -> None:
-    scores, same = trials_of([0.9, 0.5, 0.3], [0.6, 0.5, 0.1, 0.0])
-    decisions = evaluate.decide_trials(scores, same, 0.5)  # what equals the threshold is refused
-    assert (decisions.false_accepts, decisions.misses) == (1, 2)
-    assert (decisions.false_accept_rate, decisions.miss_rate) == pytest.approx((1 / 4, 2 / 3))
-
-
-def test_trials_are_scored_as_pairs_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "CHUNK", 3)
+def test_cosines_are_scores_of_pairs() -> None:
     rng = np.random.default_rng(2)
     embeddings = rng.standard_normal((5, SIZE)).astype(np.float32)
-    units = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    a, b = rng.integers(0, 5, (2, 10), dtype=np.int32)
-    expected = [score(embeddings[i], embeddings[j]) for i, j in zip(a, b, strict=True)]
-    np.testing.assert_allclose(evaluate.score_trials(units, a, b), expected, atol=1e-6)
+    pairs = rng.integers(0, 5, (20_000, 2), dtype=np.int32)  # in several chunks
+    table = [[score(a, b) for b in embeddings] for a in embeddings]
+    np.testing.assert_allclose(trials.cosines(embeddings, pairs), [table[a][b] for a, b in pairs], atol=1e-6)
 
 
 # --- trial lists ---
@@ -191,68 +156,57 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_trial_lists(folder: Path, text: str) -> None:
     (folder / "list").write_bytes(text.encode())
-    trials = evaluate.read_trials(folder / "list", folder)
-    assert trials.names == ["a", "b", "c", "d"]
-    assert trials.same.tolist() == [True, False, False]
-    assert (trials.a.tolist(), trials.b.tolist()) == ([0, 2, 1], [1, 0, 3])
-    assert trials.a.dtype == trials.b.dtype == np.int32
+    listed = trials.read(folder / "list", folder)
+    assert listed.names == ["a", "b", "c", "d"] and listed.paths == [str(folder / name) for name in "abcd"]
+    assert listed.same.tolist() == [True, False, False]
+    assert listed.pairs.tolist() == [[0, 1], [2, 0], [1, 3]]
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "facts"),
     [
-        ("1 a b\n2 a b\n", "line 2: '2 a b': expected `LABEL A B` or `A B LABEL`"),
-        ("1 a b\n\n0 a\n", "line 3: '0 a': expected"),
-        ("1 a b c\n", "line 1: '1 a b c': expected"),
-        ("a,b,1\n", "line 1: 'a,b,1': expected"),
-        ("\x00\xff\x01 zip\n", "line 1: '\\\\x00.*': expected"),
-        (
-            "1 a b\n0 a nowhere\n0 gone a\n",
-            "line 2: .*nowhere is no file \\(2 of 4 utterances are none\\): pass the folder",
-        ),
-        ("\n1 gone b\n0 a b\n", "line 2: .*gone is no file"),
-        ("1 a b\n0 a .\n", r"line 2: .* is no file \(1 of 3 "),
-        ("1 a b\n1 a c\n", "2 target and 0 nontarget trials: expected some of both"),
-        ("0 a b\n", "0 target and 1 nontarget trials: expected some of both"),
-        ("", "0 target and 0 nontarget trials: expected some of both"),
+        ("1 a b\n2 a b\n", "line 2: '2 a b'"),
+        ("1 a b\n\n0 a\n", "line 3: '0 a'"),
+        ("1 a b c\n", "line 1: '1 a b c'"),
+        ("a,b,1\n", "line 1: 'a,b,1'"),
+        ("\x00\xff\x01 zip\n", "line 1: "),
+        ("1 a b\n0 a nowhere\n0 gone a\n", "line 2: .*/nowhere .*2 of 4"),
+        ("1 a b\n0 a .\n", r"line 2: .*/\. .*1 of 3"),
+        ("1 a b\n1 a c\n", "2 target and 0 nontarget"),
+        ("0 a b\n", "0 target and 1 nontarget"),
+        ("", "0 target and 0 nontarget"),
     ],
 )
-def test_bad_trial_lists(folder: Path, text: str, words: str) -> None:
+def test_bad_trial_lists(folder: Path, text: str, facts: str) -> None:
     (folder / "list").write_text(text, "latin-1")
-    with pytest.raises(EvaluationError, match=f"list:? {words}" if "line" in words else f"list: {words}") as caught:
-        evaluate.read_trials(folder / "list", folder)
+    with pytest.raises(EvaluationError, match=f"/list:? {facts}") as caught:
+        trials.read(folder / "list", folder)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "words"), [("none", "No such file"), ("", "Is a directory"), ("a\0", "null byte")])
-def test_a_trial_list_that_is_none(folder: Path, name: str, words: str) -> None:
-    with pytest.raises(EvaluationError, match=f"cannot be read .*{words}"):
-        evaluate.read_trials(folder / name, folder)
+@pytest.mark.parametrize("name", ["none", "", "a\0"])
+def test_a_trial_list_that_cannot_be_read(folder: Path, name: str) -> None:
+    with pytest.raises(EvaluationError):
+        trials.read(folder / name, folder)
 
 
 # --- the command ---
 
 
-ANGLES = 0, 0.1, 0.4, 0.9, 1.1  # radians, of the trials' utterances
+ANGLES = 0, 0.1, 0.4, 0.9, 1.1  # radians, of the clips of the list below
+Evaluate = Callable[..., tuple[int, str, str]]
 
 
 def angled(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
-    """The embedding has ten times the angle that the samples say."""
+    """An embedding at ten times the angle that the samples name."""
     embedding = np.zeros((1, SIZE), np.float32)
     embedding[0, :2] = 7 * math.cos(10 * waveform[0]), 7 * math.sin(10 * waveform[0])
     return good(fake, waveform) | {"embedding": embedding}
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeTriton]:
-    with fake_triton() as fake:
-        fake.otherwise = angled
-        yield fake
-
-
-@pytest.fixture
-def trials(tmp_path: Path) -> Path:
-    """Of utterances at known angles: those between target ones are 0.1, 0.3, 0.5, 0, between others 0.2, 0.4, 0.8."""
+def listed(tmp_path: Path) -> Path:
+    """Clips at known angles: those between target ones are 0.1, 0.3, 0.5, 0, between nontarget ones 0.2, 0.4, 0.8."""
     for number, angle in enumerate(ANGLES):
         soundfile.write(tmp_path / f"{number}.wav", np.full(16_000, angle / 10), 16_000, subtype="FLOAT")
     lines = [(1, 0, 1), (1, 1, 2), (1, 2, 3), (1, 3, 3), (0, 3, 4), (0, 0, 2), (0, 1, 3)]
@@ -261,297 +215,241 @@ def trials(tmp_path: Path) -> Path:
     return path
 
 
-def run(url: str, *arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--long", default="error")
-    evaluate.add_arguments(parser)
-    parsed = parser.parse_args([str(one) for one in arguments])
-    with SpeakerClient(url, max_in_flight=parsed.in_flight, retries=0) as client:
-        return evaluate.run(client, parsed)
+@pytest.fixture
+def evaluate(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    fake.otherwise = angled
+
+    def evaluate(*arguments: object, url: str | None = None) -> tuple[int, str, str]:
+        options = ["--url", url or fake.url, "--retries", "0", "--in-flight", "1"]
+        status = _cli.main(["evaluate", *options, *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return evaluate
 
 
-def test_the_report(fake: FakeTriton, trials: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report(fake: FakeTriton, evaluate: Evaluate, listed: Path) -> None:
     fake.info = (0.97, 30.0, 640.0)  # between cos 0.2 and cos 0.3
-    assert run(fake.url, trials) == 0
-    out = capsys.readouterr().out
-    assert f"7 trials (4 target, 3 nontarget) of 5 utterances, model {MODEL}\n" in out
-    rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in out.splitlines()[1:])
+    status, out, _ = evaluate(listed)
+    first, *lines = out.splitlines()
+    assert status == 0 and MODEL in first and re.findall(r"\b\d+\b", first) == ["7", "4", "3", "5"]
+    rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in lines)
     assert rows["EER"] == "33.333 %"  # at the angle 0.3 misses fall from 2/4 to 1/4
     assert rows["minDCF, P_target 0.01"] == rows["minDCF, P_target 0.05"] == "0.5000"
     assert rows["at threshold"] == f"{(math.cos(0.1) + math.cos(0.2)) / 2:.4f}"  # the last of them
     assert rows["model's threshold"] == "0.97"
     assert rows["false accepts"] == "1 of 3 (33.333 %)"
     assert rows["misses"] == "2 of 4 (50.000 %)"
-    assert len(fake.lengths) == 5  # once each
+    assert len(fake.lengths) == 5 and fake.most_busy == 1  # once each
 
 
-def test_json_and_scores(fake: FakeTriton, trials: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written = trials.with_name("scores.txt")
-    assert run(fake.url, trials, "--json", "--scores", written) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["trials"], shown["targets"], shown["nontargets"], shown["utterances"]) == (7, 4, 3, 5)
-    assert (shown["model"], shown["failed_utterances"], shown["left_out_trials"]) == (MODEL, 0, 0)
-    served = shown["served"]
+def test_json_and_scores(fake: FakeTriton, evaluate: Evaluate, listed: Path) -> None:
+    written = listed.with_name("scores.txt")
+    facts = json.loads(evaluate(listed, "--json", "--scores", written)[1])
+    served = facts.pop("served")
+    counts = {"trials": 7, "targets": 4, "nontargets": 3, "utterances": 5, "failed_utterances": 0, "left_out_trials": 0}
+    assert facts == counts | {"model": MODEL}
     assert served["eer"] == pytest.approx(1 / 3) and served["eer_threshold"] == pytest.approx(math.cos(0.3))
     assert [cost["p_target"] for cost in served["min_dcf"]] == [0.01, 0.05]
     assert served["decisions"]["false_accepts"] == 3 and served["decisions"]["threshold"] == 0.45
     lines = [line.split() for line in written.read_text().splitlines()]
-    assert [line[1:] for line in lines] == [line.split() for line in trials.read_text().splitlines()]
+    assert [line[1:] for line in lines] == [line.split() for line in listed.read_text().splitlines()]
     angles = [ANGLES[int(a[0])] - ANGLES[int(b[0])] for _, _, a, b in lines]
     np.testing.assert_allclose([float(line[0]) for line in lines], np.cos(angles), atol=1e-6)
-
-
-def test_a_model_without_threshold(fake: FakeTriton, trials: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake.info = (math.nan, 30.0, 640.0)
-    picture = trials.with_name("det.png")
-    assert run(fake.url, trials, "--det", picture) == 0
-    assert re.search("model's threshold +none\n", capsys.readouterr().out) and picture.stat().st_size > 10_000
-    assert run(fake.url, trials, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["served"]["decisions"] is None
+    assert json.loads(evaluate(listed, "--json")[1])["served"]["decisions"] is None
+    assert re.search("model's threshold +none\n", evaluate(listed)[1])
 
 
-def test_root(fake: FakeTriton, trials: Path, tmp_path: Path) -> None:
+def test_root(fake: FakeTriton, evaluate: Evaluate, listed: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "lists/copy.txt"
     elsewhere.parent.mkdir()
-    trials.rename(elsewhere)
-    with pytest.raises(EvaluationError, match=r"copy.txt line 1: .*lists/0.wav is no file \(5 of 5"):
-        run(fake.url, elsewhere)
-    assert not fake.lengths  # nothing was asked before the list was checked
-    assert run(fake.url, elsewhere, "--root", tmp_path) == 0
+    listed.rename(elsewhere)
+    status, _, err = evaluate(elsewhere)
+    assert status == 2 and re.search(r"copy.txt line 1: .*lists/0.wav .*5 of 5", err)
+    assert not fake.lengths  # no clip is sent before the list is checked
+    assert evaluate(elsewhere, "--root", tmp_path)[0] == 0
 
 
-def test_in_flight(fake: FakeTriton, trials: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(fake.url, trials, "--in-flight", 1) == 0
-    assert fake.most_busy == 1
-    with pytest.raises(SystemExit):
-        run(fake.url, trials, "--in-flight", 0)
-    assert "'0': expected a whole number, 1 or more" in capsys.readouterr().err
-
-
-def test_a_failed_utterance_ends_the_run(fake: FakeTriton, trials: Path) -> None:
-    trials.with_name("3.wav").write_bytes(b"")
-    with pytest.raises(EcapaError, match=r"3\.wav: is empty"):
-        run(fake.url, trials)
-
-
-def test_failed_utterances_are_left_out(fake: FakeTriton, trials: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trials.with_name("3.wav").write_bytes(b"")
-    written = trials.with_name("scores.txt")
-    assert run(fake.url, trials, "--skip-failed", "--scores", written) == 0
-    out, err = capsys.readouterr()
-    assert "3 trials (2 target, 1 nontarget) of 3 utterances" in out
-    assert "left out: 4 trials of 1 utterances that failed" in out
-    assert err.count("\n") == 1 and re.match(r"ecapa-triton: .*3\.wav: is empty", err)
+def test_failed_clips(fake: FakeTriton, evaluate: Evaluate, listed: Path) -> None:
+    listed.with_name("3.wav").write_bytes(b"")
+    written = listed.with_name("scores.txt")
+    status, out, err = evaluate(listed, "--scores", written)
+    assert (status, out) == (2, "") and "3.wav" in err and not written.exists()
+    status, out, err = evaluate(listed, "--skip-failed", "--scores", written)
+    assert status == 0 and re.search(r"EER +0.000 %", out)
+    assert "3.wav" in err and err.count("\n") == 1
     assert "3.wav" not in written.read_text() and written.read_text().count("\n") == 3
-    assert re.search(r"EER +0.000 %", out)
-    trials.with_name("0.wav").write_bytes(b"")
-    with pytest.raises(EvaluationError, match="without the 2 utterances that failed: 1 target and 0 nontarget"):
-        run(fake.url, trials, "--skip-failed")
+    facts = json.loads(evaluate(listed, "--skip-failed", "--json")[1])
+    assert (facts["trials"], facts["left_out_trials"], facts["failed_utterances"]) == (3, 4, 1)
+    assert (facts["targets"], facts["nontargets"], facts["utterances"]) == (2, 1, 3)
 
 
-def test_a_servers_failure_names_the_utterance(
-    fake: FakeTriton, trials: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failures_of_the_server(fake: FakeTriton, evaluate: Evaluate, listed: Path) -> None:
     busy = refuse(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
     fake.answers = [angled, angled, angled, angled, busy]
-    assert run(fake.url, trials, "--skip-failed", "--in-flight", 1) == 0
-    assert re.match(r"ecapa-triton: .*4\.wav: the server at .* has too many", capsys.readouterr().err)
+    status, _, err = evaluate(listed, "--skip-failed")
+    assert status == 0 and "4.wav" in err
     fake.answers = [busy]
-    with pytest.raises(OverloadedError):
-        run(fake.url, trials)
-
-
-def test_without_a_server_nothing_is_skipped(trials: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(ConnectError):
-        run(url, trials, "--skip-failed")
-    assert capsys.readouterr().err == ""
-
-
-def test_no_utterance_at_all(fake: FakeTriton, trials: Path) -> None:
+    status, _, err = evaluate(listed)
+    assert status == 2 and "0.wav" in err
+    status, _, err = evaluate(listed, "--skip-failed", url="127.0.0.1:9")  # hopeless: the list ends at once
+    assert status == 2 and "127.0.0.1:9" in err and err.count("\n") == 1
+    fake.model = lambda fake: MODEL if len(fake.lengths) % 5 else "f" * 24  # from the fifth clip on
+    fake.lengths.clear()
+    status, _, err = evaluate(listed, "--skip-failed")
+    assert status == 2 and "4.wav" in err and "f" * 24 in err and MODEL in err
     fake.otherwise = nan
-    with pytest.raises(EvaluationError, match="none of 5 utterances could be embedded"):
-        run(fake.url, trials, "--skip-failed")
-
-
-def test_two_models_do_not_mix(fake: FakeTriton, trials: Path) -> None:
-    other = "f" * 24
-    fake.model = lambda fake: MODEL if len(fake.lengths) < 4 else other
-    with pytest.raises(EvaluationError, match=rf"3\.wav: embedded by the model {other} .* before it by {MODEL} "):
-        run(fake.url, trials, "--in-flight", 1)
-
-
-@pytest.mark.parametrize("option", ["--scores", "--det"])
-def test_outputs_are_checked_before_the_work(fake: FakeTriton, trials: Path, tmp_path: Path, option: str) -> None:
-    for bad in tmp_path, tmp_path / "none/file":
-        with pytest.raises(EcapaError, match="expected the path of a file to write"):
-            run(fake.url, trials, option, bad)
-    assert not fake.lengths
+    status, _, err = evaluate(listed, "--skip-failed")
+    assert status == 2 and err.count("\n") == 6  # one for each clip, one for the end
 
 
 @pytest.mark.parametrize(
-    ("missing", "options", "words"),
+    ("options", "fact"),
     [
-        ("sklearn", [], r"scikit-learn is not installed: pip install 'ecapa-triton\[evaluate\]'"),
-        ("matplotlib", ["--det", "det.png"], r"matplotlib is not installed: pip install 'ecapa-triton\[evaluate\]'"),
-        ("torch", ["--speechbrain", str(MINI)], r"pip install speechbrain torch torchaudio"),
-        ("speechbrain.inference.classifiers", ["--speechbrain", str(MINI)], r"pip install speechbrain torch"),
+        (["--scores", "."], "."),
+        (["--det", "none/det.png"], "none"),
+        (["--det", "det.jpg"], "det.jpg"),
+        (["--scores", "0.wav"], "0.wav"),
+        (["--scores", "trials.txt"], "trials.txt"),
+        (["--scores", "x.png", "--det", "./x.png"], "x.png"),
     ],
 )
-def test_what_is_not_installed_is_told_before_the_work(
-    fake: FakeTriton, trials: Path, monkeypatch: pytest.MonkeyPatch, missing: str, options: list[str], words: str
+def test_impossible_outputs_are_rejected_before_the_work(
+    fake: FakeTriton,
+    evaluate: Evaluate,
+    listed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    fact: str,
 ) -> None:
-    monkeypatch.chdir(trials.parent)
+    monkeypatch.chdir(listed.parent)
+    before = listed.with_name("0.wav").read_bytes()
+    status, _, err = evaluate("trials.txt", *options)
+    assert status == 2 and fact in err and not fake.lengths
+    assert listed.with_name("0.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize("missing", ["sklearn.metrics", "matplotlib.figure"])
+def test_a_missing_extra_is_reported_before_the_work(
+    fake: FakeTriton, evaluate: Evaluate, listed: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(EvaluationError, match=words):
-        run(fake.url, trials, *options)
-    assert not fake.lengths
+    status, _, err = evaluate(listed, "--det", listed.with_name("det.png"))
+    assert status == 2 and "[evaluate]" in err and not fake.lengths
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "nowhere", "a/b/c", "~/nowhere"])
-def test_no_such_checkpoint(fake: FakeTriton, trials: Path, source: str) -> None:
-    with pytest.raises(EvaluationError, match=f"--speechbrain {source}: is no folder: expected one with hyperparams"):
-        run(fake.url, trials, "--speechbrain", source)
-    assert not fake.lengths
+def test_the_comparison_with_speechbrain_has_moved(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _cli.main(["evaluate", str(listed), "--speechbrain", "somewhere"])
+    assert "python -m export verify --trials" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_checkpoint(fake: FakeTriton, trials: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"cannot be loaded \(.*hyperparams.yaml.*\): expected a folder with"):
-        run(fake.url, trials, "--speechbrain", trials.parent)
-
-
-# --- the picture ---
-
-
-def size_of(picture: Path) -> tuple[int, int]:
-    start = picture.read_bytes()[:24]
-    assert start[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", start[16:])
-    return width, height
-
-
-@pytest.mark.parametrize(
-    ("targets", "nontargets"),
-    [([0.9, 0.8, 0.4], [0.7, 0.3, 0.2, 0.1]), ([0.9], [0.1]), ([0.1], [0.9]), ([0.5, 0.5], [0.5])],
-)
-def test_det_curves(tmp_path: Path, targets: list[float], nontargets: list[float]) -> None:
-    scores, same = trials_of(targets, nontargets)
-    result, curve = evaluate.summarise(scores, same, 0.45)
-    picture = tmp_path / "det.png"
-    names = "served", "SpeechBrain"
-    title = "no formula: $\\frac$"
-    evaluate.draw_det(picture, dict.fromkeys(names, result), dict.fromkeys(names, curve), same, title)
-    assert min(size_of(picture)) >= 1000
-
-
-def test_the_det_curve_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_det_plot(evaluate: Evaluate, listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: figures.append(figure))
-    rng = np.random.default_rng(3)
-    scores, same = trials_of(rng.normal(0.6, 0.15, 400), rng.normal(0.1, 0.15, 1000))
-    result, curve = evaluate.summarise(scores, same, 0.45)
-    evaluate.draw_det(tmp_path / "det.png", {"served": result}, {"served": curve}, same, "DET curve")
-    axes = figures[0].axes[0]
-    lines = {str(line.get_label()): line for line in axes.lines}
-    assert result.decisions is not None
-    marked = {
-        f"EER {100 * result.eer:.2f} %": (result.eer, result.eer),
-        "model's threshold 0.45": (result.decisions.false_accept_rate, result.decisions.miss_rate),
-    }
-    for cost in result.min_dcf:
-        marked[f"minDCF {cost.cost:.3f}, P_target {cost.p_target}"] = cost.false_accepts, cost.misses
-    for label, rates in marked.items():
-        x, y = (PHI(float(values[0])) for values in lines[label].get_data())  # back from deviates
-        assert (x, y) == pytest.approx([max(rate, 0.5 / 1000) for rate in rates], rel=1e-6)
-    x, y = (np.vectorize(PHI)(values) for values in lines["served"].get_data())
-    np.testing.assert_allclose(x[1:-1], curve.false_accepts[1:-1].clip(0.5 / 1000), rtol=1e-6)
-    np.testing.assert_allclose(y[1:-1], curve.misses[1:-1].clip(0.5 / 1000), rtol=1e-6)
-    ticks = [
-        (PHI(place), label.get_text()) for place, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-    ]
-    assert all(100 * rate == pytest.approx(float(label)) for rate, label in ticks[1:]) and len(ticks) > 6
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("False acceptance rate, %", "Miss rate, %")
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    picture = listed.with_name("det.png")
+    assert evaluate(listed, "--det", picture)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    (axes,) = figures[0].axes
+    curve, *marks = axes.lines
+    least = 0.05  # stands for a rate of 0
+    deviates = axes.transScale.transform([(PHI(-1), PHI(-1)), (0.5, 0.5), (PHI(1), PHI(1))])
+    np.testing.assert_allclose(deviates, [(-1, -1), (0, 0), (1, 1)], atol=1e-6)
+    labels = [float(label.get_text()) for label in axes.get_xticklabels()]
+    np.testing.assert_allclose(labels[1:], 100 * axes.get_xticks()[1:])
+    x, y = curve.get_data()
+    np.testing.assert_allclose(x, np.clip([0, 0, 0, 1, 1, 2, 2, 3], 3 * least, None) / 3)
+    np.testing.assert_allclose(y, np.clip([4, 3, 2, 2, 1, 1, 0, 0], 4 * least, None) / 4)
+    points = {str(mark.get_label()): tuple(float(value[0]) for value in mark.get_data()) for mark in marks[:4]}
+    assert points["EER 33.33 %"] == pytest.approx((1 / 3, 1 / 3))
+    assert points["model's threshold 0.45"] == pytest.approx((axes.get_xlim()[1], least))
+    assert points["minDCF 0.500, P_target 0.01"] == pytest.approx((least, 0.5))
 
 
-# --- the real server, beside SpeechBrain ---
+@pytest.mark.parametrize("pairs", ["1 0.wav 1.wav\n0 0.wav 4.wav\n", "1 0.wav 4.wav\n0 0.wav 1.wav\n"])
+def test_det_plots_of_two_trials(evaluate: Evaluate, listed: Path, pairs: str) -> None:
+    odd = listed.with_name("$\\frac$.txt")  # in the title, where it is no formula
+    odd.write_text(pairs)
+    picture = listed.with_name("det.png")
+    assert evaluate(odd, "--det", picture)[0] == 0 and picture.stat().st_size > 10_000
 
 
-@pytest.fixture
-def voices(tmp_path: Path) -> Path:
-    """All pairs of the six samples."""
-    names = sorted(path.name for path in SAMPLES.iterdir() if path.suffix in (".flac", ".wav"))
-    pairs = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
-    path = tmp_path / "voices.txt"
-    path.write_text("".join(f"{int(a[:4] == b[:4])} {a} {b}\n" for a, b in pairs))
-    return path
+# --- the real model, served and exported, beside SpeechBrain ---
 
 
-def test_the_deployment_lost_nothing(
-    server: TritonServer, voices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--root", SAMPLES, "--speechbrain", MINI, "--det", tmp_path / "det.png"]
-    assert run(server.grpc_url, voices, *options, "--json") == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["targets"], shown["nontargets"]) == (3, 12)
-    for system in "served", "speechbrain":
-        assert shown[system]["eer"] == 0 and shown[system]["decisions"]["false_accepts"] == 0
-    assert 0 < shown["difference"]["score"] < 1e-4 and shown["difference"]["cosine"] > 0.999999  # two computations
-    assert shown["difference"]["decisions"] == 0
-    assert min(size_of(tmp_path / "det.png")) >= 1000
-    assert run(server.grpc_url, voices, *options[:-2]) == 0
+def test_the_served_model(server: TritonServer, evaluate: Evaluate) -> None:
+    facts = json.loads(evaluate(SAMPLES / "trials.txt", "--json", url=server.grpc_url)[1])
+    assert (facts["targets"], facts["nontargets"], facts["served"]["eer"]) == (3, 12, 0)
+    assert facts["served"]["decisions"]["false_accepts"] == facts["served"]["decisions"]["misses"] == 0
+
+
+def test_exported_models(both_formats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = tmp_path / "trials.txt"
+    elsewhere.write_bytes((SAMPLES / "trials.txt").read_bytes())
+    command = ["verify", "--repository", str(both_formats), "--trials", str(elsewhere)]
+    assert export_main(command) == 1
+    assert "line 1" in capsys.readouterr().err
+    assert export_main([*command, "--root", str(SAMPLES)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"served +SpeechBrain\nEER +0\.000 % +0\.000 %\n", out)
-    assert re.search(r"decisions that differ +0 of 15\n", out)
+    assert len(re.findall(r"EER +0\.000 % +0\.000 %", out)) == 4
+    differences = [float(value) for value in re.findall(r"difference +(\S+)", out)]
+    single, half, *_ = differences
+    assert 0 < single < 1e-5 < half < 1e-3
+    with pytest.raises(SystemExit):
+        export_main(["export", "--trials", str(elsewhere)])
 
 
-def test_another_checkpoint_is_told(
-    server: TritonServer, voices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda embeddings: embeddings.roll(1, -1),  # keeps every score
+        lambda embeddings: embeddings * torch.linspace(0.98, 1.02, SIZE),  # keeps the cosines to 0.9999
+    ],
+)
+def test_another_checkpoint_is_out_of_bounds(
+    repository: Path,
+    mini: checkpoint.Checkpoint,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other = Path(shutil.copytree(MINI, tmp_path / "other"))
-    weights = torch.load(other / "embedding_model.ckpt", weights_only=True)
-    weights["fc.conv.weight"] = weights["fc.conv.weight"].roll(1, 0) * torch.linspace(0.5, 2, 192)[:, None, None]
-    torch.save(weights, other / "embedding_model.ckpt")
-    # As published folders do, it names the hub as the place of its weights.
-    yaml = (other / "hyperparams.yaml").read_text()
-    yaml += "    paths:\n        embedding_model: !ref <pretrained_path>/embedding_model.ckpt\n"
-    (other / "hyperparams.yaml").write_text(yaml + "pretrained_path: nobody/nothing\n")
-    assert run(server.grpc_url, voices, "--root", SAMPLES, "--speechbrain", other) == 1
-    assert re.search(r"a score differs from SpeechBrain's by .* expected 0.001 at most", capsys.readouterr().err)
+    class Another:
+        def encode_batch(self, waveforms: torch.Tensor) -> torch.Tensor:
+            return change(mini.classifier.encode_batch(waveforms))
 
-
-def test_speechbrain_hears_as_much_as_the_server(
-    server: TritonServer,
-    reference: Callable[[np.ndarray], np.ndarray],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    parts = [soundfile.read(SAMPLES / f"{name}_1.flac", dtype="float32")[0] for name in ("anna", "berta")]
-    anna, berta = (np.resize(part, 16_000 * 20) for part in parts)
-    soundfile.write(tmp_path / "both.wav", np.concatenate([anna, berta]), 16_000)  # anna for 20 s, berta up to 40 s
-    soundfile.write(tmp_path / "anna.wav", anna, 16_000)
-    soundfile.write(tmp_path / "berta.wav", berta, 16_000)
-    (tmp_path / "list.txt").write_text("1 anna.wav both.wav\n0 berta.wav both.wav\n")
-    options = [tmp_path / "list.txt", "--speechbrain", MINI, "--json"]
-    with pytest.raises(TooLongError, match="both.wav: 40.0 s long"):
-        run(server.grpc_url, *options)
-    assert run(server.grpc_url, *options, "--long", "truncate") == 0
-    assert json.loads(capsys.readouterr().out)["difference"]["score"] < 1e-4
-    # In windows the server averages two embeddings; SpeechBrain hears the recording whole.
-    assert run(server.grpc_url, *options, "--long", "windows", "--scores", tmp_path / "scores.txt") == 1
-    whole = reference(np.concatenate([anna, berta]))
-    served = [float(line.split()[0]) for line in (tmp_path / "scores.txt").read_text().splitlines()]
-    expected = max(
-        abs(score(reference(clip), whole) - cosine) for clip, cosine in zip((anna, berta), served, strict=True)
+    model = OnnxModel(repository / "ecapa/1/model.onnx")
+    listed = trials.read(SAMPLES / "trials.txt", SAMPLES)
+    result = compare(model, Reference(mini.classifier), listed)
+    assert result.difference < 1e-5 and result.cosine > 0.999999
+    monkeypatch.setattr("export.trials.BATCH", 100_000)
+    assert compare(model, Reference(mini.classifier), listed).exported.eer_threshold == pytest.approx(
+        result.exported.eer_threshold, abs=1e-5
     )
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["difference"]["score"] == pytest.approx(expected, abs=1e-3)
+    result = compare(model, Reference(Another()), listed)
+    assert (result.difference > 1e-3) != (result.cosine < 0.9999)
+    with pytest.raises(VerificationError, match=rf"{result.difference:.1e}.*{result.cosine:.6f}"):
+        print(*verify(model, Reference(Another()), listed))
 
 
-def test_a_file_that_went_away_meanwhile(tmp_path: Path) -> None:
-    embedded = evaluate.Embedded(np.ones((1, SIZE), np.float32), np.ones(1), MODEL, None)
-    with pytest.raises(AudioFileError, match="gone.wav: cannot be opened"):
-        evaluate.embed_by_speechbrain(None, [str(tmp_path / "gone.wav")], embedded)
+def test_clips_at_the_limits_of_the_model(repository: Path, mini: checkpoint.Checkpoint, tmp_path: Path) -> None:
+    anna, berta = (
+        np.resize(soundfile.read(SAMPLES / f"{name}_1.flac", dtype="float32")[0], 16_000 * 20)
+        for name in ("anna", "berta")
+    )
+    for name, clip in ("both", np.concatenate([anna, berta])), ("anna", anna), ("berta", berta), ("short", anna[:639]):
+        soundfile.write(tmp_path / f"{name}.wav", clip, 16_000)
+    (tmp_path / "bad.wav").write_bytes(b"no audio")
+    model, reference = OnnxModel(repository / "ecapa/1/model.onnx"), Reference(mini.classifier)
+
+    def difference(text: str) -> float:
+        (tmp_path / "list.txt").write_text(text)
+        return compare(model, reference, trials.read(tmp_path / "list.txt", tmp_path)).difference
+
+    assert difference("1 anna.wav both.wav\n0 berta.wav both.wav\n") < 1e-4  # both embed the first 30 s of 40
+    with pytest.raises(VerificationError, match=r"short\.wav: 639 "):
+        difference("1 anna.wav short.wav\n0 berta.wav short.wav\n")
+    with pytest.raises(NotAudioError, match=r"bad\.wav"):
+        difference("1 anna.wav bad.wav\n0 berta.wav bad.wav\n")

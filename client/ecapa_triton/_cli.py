@@ -19,20 +19,16 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 from urllib.request import ProxyHandler, build_opener
 
-from . import _bulk, _evaluate
-from ._client import SpeakerClient
-from ._commands import BROKEN_PIPE, DONE, FAILED, INTERRUPTED, at_least, complain, named, raising_once
-from ._connection import MAX_TIMEOUT, Tls
+from . import EcapaError, Gallery, Long, SpeakerClient, Tls, TrustError, _bulk, _evaluate
+from ._commands import BROKEN_PIPE, DIFFERENT, DONE, FAILED, INTERRUPTED, at_least, complain, named, raising_once
+from ._connection import MAX_TIMEOUT
 from ._files import check_output, locked_folder
-from ._flow import Long
-from ._gallery import Gallery
 from ._scoring import check_threshold
 from .audio import describe
-from .errors import HOPELESS, EcapaError, TrustError
+from .errors import HOPELESS
 from .protocol import Gpu, read_gpus
 
-SAME, DIFFERENT = 0, 1  # exit statuses of `verify`
-_LARGEST_PAGE = 10_000_000  # bytes
+_LARGEST_PAGE = 10_000_000  # bytes of metrics
 Command: TypeAlias = Callable[[SpeakerClient, argparse.Namespace], int]
 
 
@@ -42,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
-    # A second Ctrl-C, in the middle of closing the connection, would leave gRPC waiting for ever.
+    # A second Ctrl-C, while the connection closes, would make gRPC wait forever.
     with _quiet_libraries(), raising_once(signal.SIGINT, signal.default_int_handler, KeyboardInterrupt):
         try:
             with _client(arguments) as client:
@@ -60,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _abandon_stdout()
             complain(f"{exc.strerror or exc}: the output cannot be written, choose another place")
         except Exception:
-            traceback.print_exc()  # a bug; Python's own exit status, 1, would say "different speakers"
+            traceback.print_exc()  # a bug; Python's own exit status, 1, would mean "different speakers"
         return FAILED
 
 
@@ -68,90 +64,57 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecapa-triton", description="Speaker embeddings from a Triton server.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(
-        name: str,
-        run: Command,
-        help: str,
-        *parents: argparse.ArgumentParser,
-        timeout: float,
-        retries: int = 4,
-        **more: str,
-    ) -> argparse.ArgumentParser:
-        common = [*parents, _common(timeout, retries)]
-        command = commands.add_parser(name, parents=common, help=help, **more)  # type: ignore[arg-type]
+    def add(name: str, run: Command, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        # A run over many clips queues them at the server, and is worth more patience.
+        patience = (10.0, 4) if name in ("verify", "status") else (60.0, 40)
+        command = commands.add_parser(name, parents=[*parents, _common(*patience)], help=help)
         command.set_defaults(run=run)
         return command
 
     clips = argparse.ArgumentParser(add_help=False)
-    clips.add_argument(
-        "--long",
-        choices=get_args(Long),
-        default="error",
-        help="clips above the model's limit: refuse, embed the beginning, or average windows (%(default)s)",
-    )
+    limit = "clips above the model's limit: reject, embed the beginning, or average windows (%(default)s)"
+    clips.add_argument("--long", choices=get_args(Long), default="error", help=limit)
     deciding = argparse.ArgumentParser(add_help=False)
-    deciding.add_argument("--threshold", type=float, help="cosine to decide by (default: the model's own)")
+    deciding.add_argument("--threshold", type=float, help="accept cosines above it (default: the model's own)")
 
-    # Many clips wait for each other at the server, and a whole run is worth some patience.
-    many: dict[str, Any] = {"timeout": 60.0, "retries": 40}
-    embed = add("embed", _bulk.run, "embed audio files, folders, lists", clips, **many)
-    _bulk.add_arguments(embed)
+    _bulk.add_arguments(add("embed", _bulk.run, "embed audio files, folders, lists", clips))
 
-    verify = add(
-        "verify",
-        _verify,
-        "tell whether two files are of one speaker",
-        clips,
-        deciding,
-        timeout=10,
-        description="Exit status: 0 same speaker, 1 different speakers, 2 error.",
-    )
+    verify = add("verify", _verify, "tell whether two files are of one speaker", clips, deciding)
+    verify.description = "Exit status: 0 same speaker, 1 different speakers, 2 error."
     verify.add_argument("a", metavar="A")
     verify.add_argument("b", metavar="B")
 
-    enrol = add("enrol", _enrol, "add a voice, or more clips of one, to a gallery", clips, **many)
-    enrol.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file; made where there is none")
+    enrol = add("enrol", _enrol, "add a voice, or more clips of one, to a gallery", clips)
+    enrol.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file; created if missing")
     enrol.add_argument("name", metavar="NAME")
     enrol.add_argument("files", nargs="+", metavar="FILE", help="clips of this voice")
 
-    identify = add("identify", _identify, "tell who of a gallery speaks", clips, deciding, **many)
-    identify.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file that `enrol` wrote")
+    identify = add("identify", _identify, "find the voice of each file in a gallery", clips, deciding)
+    identify.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file written by `enrol`")
     identify.add_argument("files", nargs="+", metavar="FILE")
-    identify.add_argument(
-        "--top", type=at_least(1), default=3, metavar="N", help="how many candidates to show (%(default)s)"
-    )
+    identify.add_argument("--top", type=at_least(1), default=3, metavar="N", help="candidates to show (%(default)s)")
 
-    evaluate = add("evaluate", _evaluate.run, "EER and minDCF of a trial list", clips, **many)
-    _evaluate.add_arguments(evaluate)
+    _evaluate.add_arguments(add("evaluate", _evaluate.run, "EER and minDCF of a trial list", clips))
 
-    status = add("status", _status, "show the server, the model and its statistics", timeout=10)
-    status.add_argument(
-        "--metrics", metavar="URL", help="Triton's metrics, for the GPUs (default: port 8002 of the same host)"
-    )
+    status = add("status", _status, "show the server, the model and its statistics")
+    status.add_argument("--metrics", metavar="URL", help="Triton's metrics, for the GPUs (default: port 8002)")
     return parser
 
 
 def _common(timeout: float, retries: int) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--url", default="127.0.0.1:8001", help="HOST:PORT of Triton's gRPC endpoint (%(default)s)")
-    common.add_argument("--model", default="ecapa", help="name of the model (%(default)s)")
-    common.add_argument("--timeout", type=_seconds, default=timeout, help="seconds for one request (%(default)s)")
-    common.add_argument(
-        "--retries",
-        type=at_least(0),
-        default=retries,
-        metavar="N",
-        help="times to ask again what may pass (%(default)s)",
-    )
-    common.add_argument("--tls", action="store_true", help="encrypt; with the two below or a url grpcs://... as well")
-    common.add_argument("--tls-ca", metavar="FILE", help="authorities to trust the server's certificate by, PEM")
-    common.add_argument("--tls-cert", metavar="FILE", help="this client's certificate, PEM; with --tls-key")
-    common.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
-    common.add_argument(
-        "--tls-name", metavar="NAME", help="what the server's certificate is for, if not the url's host"
-    )
-    common.add_argument("--key-file", type=Path, metavar="FILE", help="the API key, where the server asks for one")
-    common.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    add = common.add_argument
+    add("--url", default="127.0.0.1:8001", help="HOST:PORT of Triton's gRPC endpoint (%(default)s)")
+    add("--model", default="ecapa", help="name of the model (%(default)s)")
+    add("--timeout", type=_seconds, default=timeout, help="seconds for a request and its retries (%(default)s)")
+    add("--retries", type=at_least(0), default=retries, metavar="N", help="after transient failures (%(default)s)")
+    add("--tls", action="store_true", help="encrypt; implied by the options below and by a url grpcs://...")
+    add("--tls-ca", metavar="FILE", help="authorities to trust the server's certificate by, PEM")
+    add("--tls-cert", metavar="FILE", help="this client's certificate, PEM; with --tls-key")
+    add("--tls-key", metavar="FILE", help="its private key, PEM")
+    add("--tls-name", metavar="NAME", help="name in the server's certificate, if not the url's host")
+    add("--key-file", type=Path, metavar="FILE", help="file with the API key, where the server requires one")
+    add("--json", action="store_true", help="print JSON, one object a line")
     return common
 
 
@@ -162,9 +125,7 @@ def _client(arguments: argparse.Namespace) -> SpeakerClient:
         try:
             key = arguments.key_file.read_text("utf-8-sig").strip()
         except (OSError, ValueError) as exc:
-            raise TrustError(
-                f"{arguments.key_file}: {getattr(exc, 'strerror', exc)}: pass a file with the key"
-            ) from exc
+            raise TrustError(f"{arguments.key_file}: {getattr(exc, 'strerror', exc)}: expected a key file") from exc
     return SpeakerClient(
         arguments.url,
         arguments.model,
@@ -183,13 +144,13 @@ def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     else:
         verdict = "same speaker" if verification.same else "different speakers"
         print(f"{verdict}  score {verification.score:.4f}  threshold {verification.threshold:.4f}")
-    return SAME if verification.same else DIFFERENT
+    return DONE if verification.same else DIFFERENT
 
 
 def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     check_output(arguments.gallery)
     outcomes = list(client.utterances(arguments.files, long=arguments.long))
-    with locked_folder(arguments.gallery):  # who enrols at the same time comes before or after
+    with locked_folder(arguments.gallery):  # one enrolment at a time
         gallery = Gallery.load(arguments.gallery) if arguments.gallery.exists() else Gallery()
         gallery.enrol(arguments.name, outcomes)
         gallery.save(arguments.gallery)
@@ -204,28 +165,28 @@ def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 def _identify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     gallery = Gallery.load(arguments.gallery)
     check_threshold(arguments.threshold)
-    failed = 0
+    status = DONE
     outcomes = client.utterances(arguments.files, long=arguments.long)
     for file, outcome in zip(arguments.files, outcomes, strict=True):
         if isinstance(outcome, HOPELESS):
             raise outcome
         if isinstance(outcome, EcapaError):
-            failed += 1
             complain(str(named(file, outcome)))
+            status = FAILED
             continue
         found = gallery.identify(outcome, arguments.top, arguments.threshold)
         if arguments.json:
             candidates = [candidate._asdict() for candidate in found.candidates]
             print(json.dumps({"file": file, **asdict(found), "candidates": candidates}), flush=True)
-            continue
-        nearest = ", ".join(f"{describe(name)} {score:.4f}" for name, score in found.candidates)
-        print(f"{describe(file)}  {describe(found.name or 'unknown')}  ({nearest})", flush=True)
-    return FAILED if failed else DONE
+        else:
+            nearest = ", ".join(f"{describe(name)} {score:.4f}" for name, score in found.candidates)
+            print(f"{describe(file)}  {describe(found.name or 'unknown')}  ({nearest})", flush=True)
+    return status
 
 
 def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     status = client.status()
-    gpus = _gpus(arguments.metrics, arguments.url, arguments.timeout)
+    gpus = _gpus(arguments)
     if arguments.json:
         print(json.dumps(_without_nan(asdict(status) | {"gpus": [asdict(gpu) for gpu in gpus]})))
         return DONE
@@ -234,7 +195,7 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     print(f"server      Triton {status.server_version} at {status.url}, {state}")
     print(f"model       {status.model}, version {', '.join(status.model_versions) or 'none'}")
     if served is not None:
-        file, precision = served.file or "its usual file", f", {served.precision}" if served.precision else ""
+        file, precision = served.file or "its default file", f", {served.precision}" if served.precision else ""
         print(f"served      {file} by {served.backend}{precision}; instances: {', '.join(served.instances) or 'none'}")
         print(f"batch       up to {served.max_batch} clips")
     if info is not None:
@@ -254,21 +215,25 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _gpus(metrics: str | None, url: str, timeout: float) -> list[Gpu]:
-    """Those on the page of metrics. A page that was asked for must be there, the usual one need not."""
-    page = metrics or f"http://{re.sub('^.*[:/]/+', '', url).rpartition(':')[0]}:8002/metrics"
+def metrics_page(url: str) -> str:
+    """Where Triton serves its metrics by default, from the url of its gRPC endpoint."""
+    return f"http://{re.sub('^.*[:/]/+', '', url).rpartition(':')[0]}:8002/metrics"
+
+
+def _gpus(arguments: argparse.Namespace) -> list[Gpu]:
+    """The GPUs in the metrics. A page given by --metrics must exist, the default one need not."""
+    given, timeout = arguments.metrics, arguments.timeout
     try:
-        direct = build_opener(ProxyHandler({}))  # as the gRPC connection
-        with direct.open(page, timeout=timeout if metrics else min(timeout, 1)) as reply:
-            text = reply.read(_LARGEST_PAGE).decode(errors="replace")
+        direct = build_opener(ProxyHandler({}))  # without a proxy, like the gRPC connection
+        with direct.open(given or metrics_page(arguments.url), timeout=timeout if given else min(timeout, 1)) as reply:
+            return read_gpus(reply.read(_LARGEST_PAGE).decode(errors="replace"))
     except (OSError, ValueError, HTTPException) as exc:
-        if metrics is None:
+        if given is None:
             return []
-        raise EcapaError(f"{metrics}: cannot be read ({exc}): expected such as http://127.0.0.1:8002/metrics") from exc
-    return read_gpus(text)
+        raise EcapaError(f"{given}: cannot be read ({exc}): expected such as http://127.0.0.1:8002/metrics") from exc
 
 
-def _without_nan(value: object) -> object:
+def _without_nan(value: Any) -> Any:
     """JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
@@ -285,25 +250,25 @@ def _seconds(text: str) -> float:
 
 
 def _open_closed_streams() -> None:
-    """Open /dev/null for streams that the shell closed: else a file or socket would get their number."""
+    """Open /dev/null for streams that the shell closed: a file or socket would get their number otherwise."""
     for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
 def _abandon_stdout() -> None:
-    """Let Python's flush at exit find somewhere to write."""
+    """Let Python's own flush at exit succeed; it would fail once more and change the exit status."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep the C libraries' own words (gRPC's log, the MP3 decoder's) off the terminal; ours get there."""
+    """Keep messages of C libraries (gRPC's log, the MP3 decoder's) off the terminal; ours still get there."""
     stderr = sys.stderr
     try:
         descriptor = stderr.fileno()
-    except (AttributeError, OSError, ValueError):  # none, or not a file: nothing to keep clean
+    except (AttributeError, OSError, ValueError):  # no stream, or not a file
         yield
         return
     stderr.flush()

@@ -1,4 +1,4 @@
-"""What the commands have in common."""
+"""Shared by the commands: exit statuses, signals, messages, option types."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import NoReturn
 from .audio import describe
 from .errors import EcapaError, ServerError
 
-DONE, FAILED = 0, 2  # exit statuses; 1 is a command's own: different speakers, another result than SpeechBrain's
+DONE, DIFFERENT, FAILED = 0, 1, 2  # exit statuses
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141  # as a shell reports the signals
 
 
 @contextmanager
 def raising_once(number: signal.Signals, usual: object, error: type[BaseException]) -> Iterator[None]:
-    """The first signal of this kind raises, those after it are ignored; only where its handler is the usual one."""
+    """Raise at the first signal and ignore later ones, provided that the signal's handler is the usual one."""
 
     def first(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
@@ -39,17 +39,17 @@ def raising_once(number: signal.Signals, usual: object, error: type[BaseExceptio
 
 
 def complain(message: str) -> None:
-    """Tell the user of something on standard error."""
+    """Print a message on standard error."""
     print(f"ecapa-triton: {message}", file=sys.stderr, flush=True)
 
 
 def named(path: str, error: EcapaError) -> EcapaError:
-    """The error with its clip's name; the server's errors lack it."""
+    """The error with the name of its clip, which errors of the server lack."""
     return type(error)(f"{describe(path)}: {error}") if isinstance(error, ServerError) else error
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """What makes an option's value a whole number."""
+    """The type of an option whose value is a whole number."""
 
     def number(text: str) -> int:
         with suppress(ValueError):
