@@ -305,12 +305,14 @@ def test_a_full_disk_is_one_line(fake: FakeTriton, clip: Path, command: str) -> 
     one_line(err)
 
 
-def test_a_closed_pipe_is_quiet(fake: FakeTriton, clip: Path) -> None:
-    command = [*COMMAND, "embed", *[str(clip)] * 20, "--url", fake.url]
+def test_a_closed_pipe_is_quiet(fake: FakeTriton, gate: threading.Event, clip: Path) -> None:
+    fake.answers = [good]
+    command = [*COMMAND, "embed", *[str(clip)] * 5, "--in-flight", "1", "--url", fake.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
+        gate.set()  # the second reply comes after the pipe is closed
         assert process.wait(120) == 141
         assert process.stderr.read() == b""
 

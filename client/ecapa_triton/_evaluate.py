@@ -11,17 +11,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import SpeakerClient, Utterance, trials
+from . import Long, SpeakerClient, Utterance, trials
 from ._commands import DONE, at_least, complain, named
 from ._files import check_output, replacing
 from .audio import describe
 from .errors import HOPELESS, EcapaError, EvaluationError, OutputError
 from .trials import Curve, Figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 # Rates on the axes of a DET plot.
@@ -111,7 +114,7 @@ def _check_outputs(arguments: argparse.Namespace, inputs: list[str]) -> None:
 
 
 def _embed(
-    client: SpeakerClient, paths: list[str], long: Any, skip_failed: bool
+    client: SpeakerClient, paths: list[str], long: Long, skip_failed: bool
 ) -> tuple[NDArray[np.float32], Utterance]:
     """Embeddings float32 `[clips, dims]`, rows of NaN for failed clips, and the first utterance."""
     first: Utterance | None = None
@@ -170,7 +173,7 @@ def _report(facts: dict[str, Any], figures: Figures) -> Iterator[str]:
         yield f"{label:21}  {value}"
 
 
-def _plot(curve: Curve, figures: Figures, title: str) -> Any:
+def _plot(curve: Curve, figures: Figures, title: str) -> Figure:
     """The DET curve on normal-deviate axes, with its EER, smallest costs and the model's own threshold marked."""
     points = [(f"EER {100 * figures.eer:.2f} %", "o", figures.eer, figures.eer)]
     for cost, shape in zip(figures.min_dcf, "^v", strict=True):
@@ -183,7 +186,7 @@ def _plot(curve: Curve, figures: Figures, title: str) -> Any:
     most = min(0.999, 1.1 * max([0.45, *(rate for _, _, *rates in points for rate in rates if rate < 1)]))
     deviate = np.vectorize(lambda rate: NormalDist().inv_cdf(min(max(rate, 1e-9), 1 - 1e-9)), otypes=[np.float64])
     rate = np.vectorize(NormalDist().cdf, otypes=[np.float64])
-    figure = trials.require("matplotlib.figure").Figure(figsize=(7, 7), dpi=150, layout="constrained")
+    figure: Figure = trials.require("matplotlib.figure").Figure(figsize=(7, 7), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(curve.false_accepts.clip(least), curve.misses.clip(least), color="#7fb0dd", linewidth=2.5)
     for label, shape, *place in points:
