@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import signal
 import sys
 import time
@@ -48,10 +49,12 @@ def main(arguments: list[str]) -> int:
         metrics_address=options.metrics_address,
         limits=limits,
         tls=tls,
-        keys=dict(itertools.chain.from_iterable(options.key_file)),
+        models=options.models,
+        keys=dict(itertools.chain.from_iterable(options.keys)),
         extra=extra,
         log=options.log,
         exit_timeout=options.exit_timeout,
+        warn_exposed=options.gateway != "external",
     )
     warnings = []
     if limits is None and options.gateway == "auto":
@@ -123,6 +126,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     argument = parser.add_argument
     argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="%(default)s")
+    argument(
+        "--models",
+        type=_names,
+        metavar="NAME,NAME",
+        help="serve only these models of the repository; each must be exported (default: all that are exported)",
+    )
     argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes a GPU if it can")
     argument(
         "--gpus",
@@ -143,15 +152,25 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         type=_key_file,
         action="append",
         default=[],
+        dest="keys",
         metavar="GROUP,...=FILE",
         help=f"clients need the key in the file for these groups of Triton's APIs: {', '.join(GROUPS)}; "
         f"admin stands for the last {len(ADMIN)}, which are closed to everyone without a key",
     )
     argument(
+        "--key-env",
+        type=_key_variable,
+        action="append",
+        dest="keys",
+        metavar="GROUP,...=NAME",
+        help="as --key-file, with the key in the environment variable NAME; unset or empty: no key for these groups",
+    )
+    argument(
         "--gateway",
-        choices=["auto", "on", "off"],
+        choices=["auto", "on", "off", "external"],
         default="auto",
-        help="nginx in front of Triton for the limits below; auto: where nginx is installed",
+        help="start nginx in front of Triton for TLS and the limits below; auto: where nginx is installed; external: "
+        "another gateway protects this server, which then does not warn that its address is open (%(default)s)",
     )
     argument(
         "--max-requests",
@@ -173,17 +192,23 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         default=True,
         help="start again on the same ports when tritonserver or a process of it dies (%(default)s)",
     )
-    argument("--log", type=Path, metavar="FILE", help="append Triton's log here (else kept after failures only)")
+    argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="append Triton's log to this file, - is standard output (default: a temporary file, kept after failures)",
+    )
     options = parser.parse_args(own)
-    if options.gateway == "off" and (options.max_requests or options.max_request_mb):
-        parser.error("--max-requests and --max-request-mb need the gateway: leave out --gateway off")
+    no_nginx = options.gateway in ("off", "external")
+    if no_nginx and (options.max_requests or options.max_request_mb):
+        parser.error(f"--max-requests and --max-request-mb need nginx: leave out --gateway {options.gateway}")
     if (options.tls_cert is None) != (options.tls_key is None) or (options.tls_client_ca and not options.tls_cert):
         parser.error("--tls-cert and --tls-key go together, and --tls-client-ca with them")
-    groups = [group for keys in options.key_file for group, _ in keys]
+    groups = [group for keys in options.keys for group, _ in keys]
     if twice := {group for group in groups if groups.count(group) > 1}:
-        parser.error(f"--key-file: there are two keys for {', '.join(sorted(twice))}")
-    if options.tls_cert and options.gateway == "off":
-        parser.error("TLS needs the gateway: leave out --gateway off")
+        parser.error(f"there are two keys for {', '.join(sorted(twice))}: give one")
+    if options.tls_cert and no_nginx:
+        parser.error(f"TLS needs nginx: leave out --gateway {options.gateway}")
     if options.device == "cpu" and options.gpus is not None:
         parser.error("--gpus is for --device gpu or auto, not cpu")
     return options, extra
@@ -195,19 +220,37 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def _names(text: str) -> list[str]:
+    if not all(names := text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names of models, such as ecapa,ecapa_torchscript")
+    return names
+
+
 def _key_file(text: str) -> list[tuple[str, str]]:
     names, _, path = text.partition("=")
     if not path:
         raise argparse.ArgumentTypeError("expected groups and a file, such as inference=key.txt")
-    # What stands for the file is not repeated: it may be the key itself.
     try:
-        key = Path(path).read_text("utf-8-sig").strip()
-        keys = {group: key for name in names.split(",") for group in (ADMIN if name == "admin" else [name])}
-        check_keys(keys)
+        return _keys(names, Path(path).read_text("utf-8-sig").strip())
+    # The path is not repeated: it may be the key itself, by mistake.
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{names}: {error.strerror}: expected a file with the key in it") from error
     except UnicodeError as error:
         raise argparse.ArgumentTypeError(f"{names}: the file is no text: expected one with the key in it") from error
+
+
+def _key_variable(text: str) -> list[tuple[str, str]]:
+    names, _, variable = text.partition("=")
+    if not variable:
+        raise argparse.ArgumentTypeError("expected groups and a variable, such as inference=INFERENCE_KEY")
+    key = os.environ.get(variable, "")
+    return _keys(names, key.strip()) if key else []
+
+
+def _keys(names: str, key: str) -> list[tuple[str, str]]:
+    keys = {group: key for name in names.split(",") for group in (ADMIN if name == "admin" else [name])}
+    try:
+        check_keys(keys)
     except ServerError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return list(keys.items())

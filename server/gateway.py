@@ -63,6 +63,7 @@ class Gateway:
             "GRPC_BEHIND": grpc[1],
             "HTTP": http[0],
             "HTTP_BEHIND": http[1],
+            "RESOLVER": "127.0.0.1",  # never queried: Triton has a fixed address here
             "MAX_REQUESTS": limits.requests,
             "REQUEST_LOG": "off",
             "MAX_REQUEST_MB": limits.request_mb,

@@ -45,6 +45,7 @@ _FOLDER = "ecapa-triton-"  # in the system's folder for temporary files, and mor
 _LOCK = "lock"  # held by the process whose folder it is
 _SETTING_UP = 60  # s, at most, between the making of a folder and of its lock
 _SHM = Path("/dev/shm")
+_STDOUT = Path("/dev/stdout")
 # Bytes. A batch passes through shared memory on its way to the model, and Triton does not limit what a request holds.
 # Where it does not fit, the clips that share the batch fail, and requests stay behind that hold up the server's stop.
 _ENOUGH_SHM = 1 << 30
@@ -64,6 +65,7 @@ class TritonServer:
         device: Device = "auto",
         gpus: Sequence[int] | None = None,
         precision: Precision = "fp32",
+        models: Sequence[str] | None = None,
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -76,6 +78,7 @@ class TritonServer:
         log: Path | None = None,
         start_timeout: float = 120,
         exit_timeout: float = 30,
+        warn_exposed: bool = True,
     ) -> None:
         """Describes the server; `start` or the `with` statement starts it.
 
@@ -84,6 +87,7 @@ class TritonServer:
             device: Where the models run; "auto" takes a GPU if one can be used.
             gpus: Numbers of the GPUs to run on; all without. Each has the instances that the configs say.
             precision: "fp16" takes the float16 files where the models run on GPUs.
+            models: Names of the models to serve, each of them exported; None: all that are exported.
             http_port: Port of the HTTP API, 0 for a free one; `grpc_port` and `metrics_port` likewise.
             grpc_port: Port of the gRPC API.
             metrics_port: Port of the Prometheus metrics.
@@ -95,15 +99,17 @@ class TritonServer:
             keys: By group of `GROUPS`, what a client's header `KEY_HEADER` (gRPC: `GRPC_KEY_HEADER`) must hold.
                 Those of `ADMIN` without one are closed to everyone.
             extra: Further options for tritonserver.
-            log: File that Triton's log is appended to. Without one it goes to a temporary file, which stays
-                only when something went wrong.
+            log: File that Triton's log is appended to, `-` for standard output. Without one it goes to a temporary
+                file, which stays only when something went wrong.
             start_timeout: Seconds until the server must be ready.
             exit_timeout: Seconds that requests in flight have when the server stops.
+            warn_exposed: Whether `warnings` says so when other machines reach the server without TLS and keys.
         """
         self.repository = repository
         self._device: Device = device
         self._gpus = gpus
         self._precision: Precision = precision
+        self._wanted_models = models
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._address = address
         self._metrics_address = metrics_address
@@ -114,6 +120,7 @@ class TritonServer:
         self._log = log
         self._start_timeout = start_timeout
         self._exit_timeout = exit_timeout
+        self._warn_exposed = warn_exposed
         self._keep_log = False
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -160,7 +167,7 @@ class TritonServer:
         if gpus and installed is None and (reason := _cannot_use_cuda(self.repository)):
             gpus, no_gpu = [], f"{reason} cannot use the {gpus[0]}: its build for CUDA can"
         self.device, self.chosen, self.config_name = choose_device(self._device, gpus, no_gpu, self._precision)
-        served = check_repository(self.repository, self.config_name)
+        served = check_repository(self.repository, self.config_name, self._wanted_models)
         self.models = list(served)
         if installed is None:
             for backend in sorted(set(served.values()) & set(_PACKAGES)):
@@ -183,13 +190,17 @@ class TritonServer:
         # Where Triton itself listens.
         listen = {api: listen.get(f"{api} behind nginx", listen[api]) for api in ports}
 
-        warnings = "" if installed else shm_warning(), exposure_warning(self._address, self.tls, self.keys)
+        # C++ backends live in tritonserver's process and need no shared memory.
+        warnings = [] if installed else [shm_warning()]
+        if self._warn_exposed:
+            warnings.append(exposure_warning(self._address, self.tls, self.keys))
         self.warnings = [warning for warning in warnings if warning]
         self._keep_log = False
         remove_stale_folders()
         self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
         self._lock = _lock(self._folder)
-        self.log_path = (self._log or self._folder / "tritonserver.log").absolute()
+        to_output = self._log == Path("-")
+        self.log_path = _STDOUT if to_output else (self._log or self._folder / "tritonserver.log").absolute()
         try:
             self._launch(installed, listen)
             triton = f"{'127.0.0.1' if self.limits else host}:{listen['http'][1]}"
@@ -328,7 +339,9 @@ class TritonServer:
         try:
             # A pipe that nobody reads is an error, not a wait for ever.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-            log = open(os.open(self.log_path, flags, 0o644), "ab", closefd=True)
+            # The container's standard output may belong to root: it cannot be opened by name.
+            to_output = self.log_path == _STDOUT
+            log = open(os.dup(1) if to_output else os.open(self.log_path, flags, 0o644), "ab", closefd=True)
             os.set_blocking(log.fileno(), True)
         except OSError as error:
             raise ServerError(f"cannot write the log {self.log_path}: {error.strerror}") from error
@@ -613,7 +626,7 @@ def choose_device(
     return "CPU", f"CPU{', in float32' if precision == 'fp16' else ''}: {no_gpu}", "cpu"
 
 
-def check_repository(repository: Path, config_name: str) -> dict[str, str]:
+def check_repository(repository: Path, config_name: str, names: Sequence[str] | None = None) -> dict[str, str]:
     """Checks that the models of the repository have the files their configs ask for, and ours that they are safe.
 
     A model of this project is refused when its file is damaged, was changed since the export, lacks a guard against
@@ -622,6 +635,7 @@ def check_repository(repository: Path, config_name: str) -> dict[str, str]:
     Args:
         repository: The model repository.
         config_name: "cpu", for example: of the configs to take in place of `config.pbtxt`.
+        names: Of the models to serve, each of which must be there and exported; None: all that are exported.
 
     Returns:
         The backend of each model to serve, by the model's name.
@@ -632,7 +646,14 @@ def check_repository(repository: Path, config_name: str) -> dict[str, str]:
     if not models:
         raise ServerError(f"model repository {repository} has no models: expected a folder {repository}/ecapa")
     backends = {}
-    for model in [model for model in models if _is_exported(model)] or models:
+    if unknown := sorted(set(names or ()) - {model.name for model in models}):
+        has = ", ".join(model.name for model in models)
+        raise ServerError(f"model repository {repository} has no model {', '.join(unknown)}: it has {has}")
+    if names is not None:
+        models = [model for model in models if model.name in names]
+    else:
+        models = [model for model in models if _is_exported(model)] or models
+    for model in models:
         paths = [model / "configs" / f"{config_name}.pbtxt", model / "config.pbtxt"]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:

@@ -231,7 +231,7 @@ def test_compressed_requests_are_refused(encoding: str, limited: TritonServer) -
     assert http_status(limited.http_url, "inference", {"Content-Encoding": encoding}) == 415
     assert http_status(limited.http_url, "inference", {"Content-Encoding": "identity"}) == 200
     with InferenceServerClient(limited.grpc_url) as triton:
-        with pytest.raises(InferenceServerException, match="without compression"):
+        with pytest.raises(InferenceServerException, match="(?i)compress"):
             triton.infer("sums", inputs(), compression_algorithm="gzip")
         assert triton.infer("sums", inputs()).as_numpy("sum")[0, 0] == 5
 
@@ -374,7 +374,7 @@ def test_who_is_let_in(encrypted: TritonServer, certificates: Certificates) -> N
     assert ask_http(encrypted.http_url, files.ca, *known) == 200
     for identity in (), (files.stranger, files.stranger_key):
         if mutual:
-            with pytest.raises(InferenceServerException, match="certificate of one of the authorities"):
+            with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
                 ask_grpc(encrypted.grpc_url, files.ca, *identity)
             assert ask_http(encrypted.http_url, files.ca, *identity) == 403
         else:
@@ -463,7 +463,7 @@ def test_the_command_and_the_client_with_all_of_it(
         (["--tls-cert=x"], "go together"),
         (["--tls-key=x"], "go together"),
         (["--tls-client-ca=x"], "go together"),
-        (["--tls-cert=x", "--tls-key=x", "--gateway=off"], "TLS needs the gateway"),
+        (["--tls-cert=x", "--tls-key=x", "--gateway=off"], "--gateway off"),
         (["--key-file=inference"], "expected groups and a file"),
         (["--key-file=inference={key}", "--key-file=inference={key}"], "two keys for inference"),
         (["--key-file=admin={key}", "--key-file=logging={key}"], "two keys for logging"),
