@@ -207,7 +207,7 @@ def clip() -> np.ndarray:
 
 @pytest.mark.parametrize(
     "keys, reason",
-    [({"doors": "x" * 16}, "no group of APIs is called 'doors'"), ({"inference": "short"}, "16 to 1024")],
+    [({"doors": "x" * 16}, ".doors."), ({"inference": "short"}, "16 to 1024")],
 )
 def test_keys_are_checked(keys: dict[str, str], reason: str, stand_ins: Path) -> None:
     with pytest.raises(ServerError, match=reason):
@@ -416,8 +416,8 @@ def test_the_command_and_the_client_with_all_of_it(
                 line = process.stdout.readline()
                 assert line, process.stderr.read()
                 told += line
-            assert "TLS for those with a certificate" in told
-            assert "key needed for inference, metadata, shared-memory, model-repository, trace, logging" in told
+            assert "TLS, client certificate required" in told
+            assert "key required for inference, metadata, shared-memory, model-repository, trace, logging" in told
             assert KEYS["inference"] not in told
             url = f"grpcs://{ready[1]}"
             address = ready[1]
@@ -467,14 +467,14 @@ def test_the_command_and_the_client_with_all_of_it(
         (["--key-file=inference"], "expected groups and a file"),
         (["--key-file=inference={key}", "--key-file=inference={key}"], "two keys for inference"),
         (["--key-file=admin={key}", "--key-file=logging={key}"], "two keys for logging"),
-        (["--key-file=inference={binary}"], "inference: the file is no text"),
+        (["--key-file=inference={binary}"], "inference: "),
         pytest.param(["--tls-cert={key}", "--tls-key={encrypted}"], "without pass phrase", marks=needs_nginx),
-        pytest.param(["--tls-cert={dollar}", "--tls-key={key}"], "nginx takes no path with a $", marks=needs_nginx),
+        pytest.param(["--tls-cert={dollar}", "--tls-key={key}"], "a$b", marks=needs_nginx),
         (["--", "--http-restricted-api=metadata:foo=bar"], "check the options after --"),
         (["--key-file=inference=/nowhere"], "No such file"),
-        (["--key-file=doors={key}"], "no group of APIs is called 'doors'"),
+        (["--key-file=doors={key}"], ".doors."),
         (["--key-file=inference={short}"], "16 to 1024"),
-        pytest.param(["--tls-cert=x", "--tls-key=x"], "cannot read x: No such file", marks=needs_nginx),
+        pytest.param(["--tls-cert=x", "--tls-key=x"], "x: No such file", marks=needs_nginx),
         pytest.param(["--tls-cert={key}", "--tls-key={key}"], "nginx does not start", marks=needs_nginx),
     ],
 )
