@@ -50,9 +50,11 @@ def main(arguments: list[str]) -> int:
         limits=limits,
         tls=tls,
         models=options.models,
+        threads=options.threads,
         keys=dict(itertools.chain.from_iterable(options.keys)),
         extra=extra,
         log=options.log,
+        start_timeout=options.start_timeout,
         exit_timeout=options.exit_timeout,
         warn_exposed=options.gateway != "external",
     )
@@ -139,6 +141,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N,N",
         help="numbers of the GPUs to run on, one instance on each (all)",
     )
+    argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads of each model instance on the CPU: set it where the server may use fewer cores than the host has "
+        "(default: those of the configs, all cores)",
+    )
     argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs")
     for api, port in ("http", 8000), ("grpc", 8001), ("metrics", 8002):
         argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="%(default)s; 0: a free one")
@@ -180,6 +189,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     argument("--max-request-mb", type=_positive, metavar="MB", help=f"largest request ({Limits.request_mb})")
     argument(
+        "--start-timeout",
+        type=float,
+        default=120,
+        metavar="SECONDS",
+        help="time to load and warm the models (%(default)s)",
+    )
+    argument(
         "--exit-timeout",
         type=float,
         default=30,
@@ -214,9 +230,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, extra
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str) -> list[int] | None:
+    if text == "all":
+        return None
     if not all(number.isdecimal() for number in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of GPUs, such as 0 or 0,1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected all, or numbers of GPUs such as 0 or 0,1")
     return [int(number) for number in text.split(",")]
 
 

@@ -66,6 +66,7 @@ class TritonServer:
         gpus: Sequence[int] | None = None,
         precision: Precision = "fp32",
         models: Sequence[str] | None = None,
+        threads: int | None = None,
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -88,6 +89,7 @@ class TritonServer:
             gpus: Numbers of the GPUs to run on; all without. Each has the instances that the configs say.
             precision: "fp16" takes the float16 files where the models run on GPUs.
             models: Names of the models to serve, each of them exported; None: all that are exported.
+            threads: CPU threads of each model instance where the models run on the CPU; None: those of the configs.
             http_port: Port of the HTTP API, 0 for a free one; `grpc_port` and `metrics_port` likewise.
             grpc_port: Port of the gRPC API.
             metrics_port: Port of the Prometheus metrics.
@@ -110,6 +112,7 @@ class TritonServer:
         self._gpus = gpus
         self._precision: Precision = precision
         self._wanted_models = models
+        self._threads = threads
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._address = address
         self._metrics_address = metrics_address
@@ -353,14 +356,26 @@ class TritonServer:
             raise ServerError(f"cannot run {binary}: {error.strerror}") from error
 
     def _view(self) -> Path:
-        """The repository, or one with links to those of its models that are served."""
-        if len(self.models) == len(_models(self.repository)):
+        """The repository, or a folder with links to the models that are served, and their configs if they change."""
+        threads = self._threads if self.device == "CPU" else None
+        if threads is None and len(self.models) == len(_models(self.repository)):
             return self.repository.absolute()
         assert self._folder is not None
         view = self._folder / "models"
         view.mkdir()
-        for model in self.models:
-            (view / model).symlink_to((self.repository / model).absolute())
+        for name in self.models:
+            model = (self.repository / name).absolute()
+            config = next(filter(Path.is_file, [model / f"configs/{self.config_name}.pbtxt", model / "config.pbtxt"]))
+            key = _THREADS.get(configs.read(config).backend)
+            if threads is None or key is None:
+                (view / name).symlink_to(model)
+                continue
+            (view / name).mkdir()
+            for path in model.iterdir():
+                if path.name not in ("config.pbtxt", "configs"):
+                    (view / name / path.name).symlink_to(path)
+            setting = f'parameters {{ key: "{key}" value: {{ string_value: "{threads}" }} }}'  # the last one counts
+            (view / name / "config.pbtxt").write_text(f"{config.read_text()}\n{setting}\n")
         return view
 
     def _open_gateway(self, limits: Limits, behind: dict[str, tuple[str, int]]) -> None:
@@ -566,6 +581,8 @@ def cuda_gpus() -> tuple[list[str], str]:
     return names, "" if names else "the NVIDIA driver shows no GPU"
 
 
+# The parameter of each backend for the threads of an instance.
+_THREADS = {"onnxruntime": "intra_op_thread_count", "pytorch": "INTRA_OP_THREAD_COUNT"}
 # The package that stands behind each backend with the wheel, and the library that such a package has for CUDA.
 _PACKAGES = {"onnxruntime": "onnxruntime", "pytorch": "torch"}
 _CUDA_LIBRARIES = {"onnxruntime": "capi/libonnxruntime_providers_cuda.so", "torch": "lib/libtorch_cuda.so"}
