@@ -46,6 +46,7 @@ def main(arguments: list[str]) -> int:
         gpus=options.gpus,
         precision=options.precision,
         models=options.models,
+        threads=options.threads,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
         keys=dict(itertools.chain.from_iterable(options.keys)),
         extra=extra,
         log=options.log,
+        start_timeout=options.start_timeout,
         exit_timeout=options.exit_timeout,
         warn_exposed=options.gateway != "external",
     )
@@ -127,24 +129,15 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument = parser.add_argument
     argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="default: %(default)s")
     argument(
-        "--models",
-        type=_names,
-        metavar="NAME,NAME",
-        help="serve only these models; each must be exported (default: all that are exported)",
+        "--models", type=_names, metavar="NAME,NAME", help="serve only these, each exported (default: all exported)"
     )
-    argument(
-        "--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto: a GPU if one is usable (default: auto)"
-    )
-    argument(
-        "--gpus",
-        type=_numbers,
-        metavar="N,N",
-        help="numbers of the GPUs to run on, with one instance of each model on each (default: all)",
-    )
+    argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): a GPU if one is usable")
+    argument("--gpus", type=_numbers, metavar="N,N", help="run on the GPUs with these numbers (default: all)")
     argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs only")
+    argument("--threads", type=_positive, metavar="N", help="of each model instance on the CPU (default: all cores)")
     for api, port in ("http", 8000), ("grpc", 8001), ("metrics", 8002):
         argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="default: %(default)s; 0: any free port")
-    argument("--address", default="127.0.0.1", help="address of HTTP and gRPC (default: %(default)s)")
+    argument("--address", default="127.0.0.1", help="of HTTP and gRPC (default: %(default)s)")
     argument("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help="of the metrics (default: %(default)s)")
     argument("--tls-cert", type=Path, metavar="FILE", help="certificate for HTTP and gRPC, PEM; with --tls-key")
     argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
@@ -173,36 +166,21 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--gateway",
         choices=["auto", "on", "off", "external"],
         default="auto",
-        help="nginx in front of Triton, for TLS and the limits below; auto: where nginx is installed; external: "
-        "another gateway protects this server, so do not warn of an open address (default: auto)",
+        help="nginx in front of Triton, for TLS and the limits below; auto (default): where nginx is installed; "
+        "external: another gateway protects this server, so do not warn of an open address",
     )
     defaults = f"{DEFAULT_REQUESTS['CPU']} on a CPU, {DEFAULT_REQUESTS['GPU']} on GPUs"
-    argument(
-        "--max-requests",
-        type=_positive,
-        metavar="N",
-        help=f"inference requests in flight; one more is rejected with UNAVAILABLE (default: {defaults})",
-    )
-    argument("--max-request-mb", type=_positive, metavar="MB", help=f"size of a request (default: {Limits.request_mb})")
-    argument(
-        "--exit-timeout",
-        type=float,
-        default=30,
-        metavar="SECONDS",
-        help="for requests in flight when the server stops (default: %(default)s)",
-    )
-    argument(
-        "--restart",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="start again on the same ports when tritonserver or one of its processes dies (default: --restart)",
-    )
-    argument(
-        "--log",
-        type=Path,
-        metavar="FILE",
-        help="append Triton's log here, - is standard output (default: a temporary file, kept only after a failure)",
-    )
+    text = f"limit of inference requests in flight; one more is rejected with UNAVAILABLE (default: {defaults})"
+    argument("--max-requests", type=_positive, metavar="N", help=text)
+    text = f"limit of the size of a request (default: {Limits.request_mb})"
+    argument("--max-request-mb", type=_positive, metavar="MB", help=text)
+    for name, seconds, purpose in ("start", 120, "to load and warm the models"), ("exit", 30, "for requests in flight"):
+        text = f"{purpose} (default: %(default)s)"
+        argument(f"--{name}-timeout", type=float, default=seconds, metavar="SECONDS", help=text)
+    text = "start again on the same ports when tritonserver or one of its processes dies (default: --restart)"
+    argument("--restart", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "append Triton's log here, - is standard output (default: a temporary file, kept only after a failure)"
+    argument("--log", type=Path, metavar="FILE", help=text)
     options = parser.parse_args(own)
     if options.gateway in ("off", "external"):
         if options.max_requests or options.max_request_mb or options.tls_cert:
@@ -217,9 +195,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, extra
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str) -> list[int] | None:
+    if text == "all":
+        return None
     if not all(number.isdecimal() for number in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of GPUs, such as 0 or 0,1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected all, or numbers of GPUs such as 0,1")
     return [int(number) for number in text.split(",")]
 
 

@@ -62,10 +62,7 @@ def check_repository(repository: Path, config_name: str, names: Sequence[str] | 
     """
     backends = {}
     for model in models_to_serve(repository, names):
-        paths = [model / "configs" / f"{config_name}.pbtxt", model / "config.pbtxt"]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
-            raise ServerError(f"model {model} has no config: expected {paths[1]}")
+        path = config_path(model, config_name)
         try:
             config = configs.read(path)
             files = _served_files(model, config)
@@ -76,6 +73,14 @@ def check_repository(repository: Path, config_name: str, names: Sequence[str] | 
             raise ServerError(str(error)) from error
         backends[model.name] = str(config.backend)
     return backends
+
+
+def config_path(model: Path, config_name: str) -> Path:
+    """The config that Triton reads of a model folder, with the option `--model-config-name`."""
+    for path in model / "configs" / f"{config_name}.pbtxt", model / "config.pbtxt":
+        if path.is_file():
+            return path
+    raise ServerError(f"model {model} has no config: expected {path}")
 
 
 def all_models(repository: Path) -> list[Path]:

@@ -78,6 +78,7 @@ class TritonServer:
         gpus: Sequence[int] | None = None,
         precision: Precision = "fp32",
         models: Sequence[str] | None = None,
+        threads: int | None = None,
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -100,6 +101,7 @@ class TritonServer:
             gpus: Numbers of the GPUs to run on; None: all. The configs give the number of instances on each.
             precision: "fp16" serves the float16 files where the models run on GPUs.
             models: Names of the models to serve, each of them exported; None: all that are exported.
+            threads: Threads of each model instance on the CPU; None: as the configs say.
             http_port: Port of the HTTP API, 0 for a free one; `grpc_port` and `metrics_port` likewise.
             grpc_port: Port of the gRPC API.
             metrics_port: Port of the Prometheus metrics.
@@ -125,6 +127,7 @@ class TritonServer:
         self._gpus = gpus
         self._precision: Precision = precision
         self._names = models
+        self._threads = threads
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._address = address
         self._metrics_address = metrics_address
@@ -280,9 +283,10 @@ class TritonServer:
 
     def _launch(self, installed: Path | None, config_name: str, listen: dict[str, Place]) -> None:
         models = [self.repository / name for name in self.models]
-        partly = len(models) < len(all_models(self.repository))
+        threads = self._threads if self.device == "CPU" else None
+        changed = threads is not None or len(models) < len(all_models(self.repository))
         options: dict[str, object] = {
-            "model-repository": self._workdir.link(models) if partly else self.repository.absolute(),
+            "model-repository": self._workdir.link(models, threads) if changed else self.repository.absolute(),
             "model-config-name": config_name,
             "model-control-mode": "none",
             "metrics-config": "summary_latencies=true",

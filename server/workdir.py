@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from export import configs
 from server.options import ServerError
-from server.preflight import SHM
+from server.preflight import SHM, config_path
 
 _PREFIX = "ecapa-triton-"  # in the system's folder for temporary files
 _LOCK = "lock"  # held by the process that owns the folder
+# The parameter of each backend for the threads of an instance.
+_THREADS = {"onnxruntime": "intra_op_thread_count", "pytorch": "INTRA_OP_THREAD_COUNT"}
 _SETTING_UP = 60  # s, at most, from making a folder to locking it
 
 
@@ -38,12 +41,29 @@ class Workdir:
         except OSError as error:
             raise ServerError(f"cannot make a temporary folder ({error}): set TMPDIR to a writable one") from error
 
-    def link(self, models: Iterable[Path]) -> Path:
-        """Makes a model repository of links to these model folders."""
+    def link(self, models: Iterable[Path], threads: int | None = None) -> Path:
+        """Makes a model repository of links to these model folders.
+
+        Args:
+            models: The folders.
+            threads: Of each instance on the CPU, set in copies of the configs; None: unchanged.
+        """
         repository = self.path / "models"
         repository.mkdir()
         for model in models:
-            (repository / model.name).symlink_to(model.absolute())
+            linked = repository / model.name
+            config = config_path(model, "cpu") if threads else None
+            parameter = _THREADS.get(configs.read(config).backend) if config else None
+            if config is None or parameter is None:
+                linked.symlink_to(model.absolute())
+                continue
+            linked.mkdir()
+            for entry in model.iterdir():
+                if entry.name not in ("config.pbtxt", "configs"):
+                    (linked / entry.name).symlink_to(entry.absolute())
+            # Of two settings of a parameter, the last one counts.
+            setting = f'parameters {{ key: "{parameter}" value: {{ string_value: "{threads}" }} }}'
+            (linked / "config.pbtxt").write_text(f"{config.read_text()}\n{setting}\n")
         return repository
 
     def remove(self, keep: Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -138,7 +139,14 @@ exec {binary} "$@" --backend-directory={backends} --backend-config=python,shm-re
     marker = tmp_path / "opt/backends/onnxruntime/libtriton_onnxruntime.so"
     marker.parent.mkdir(parents=True)
     marker.touch()
-    flags = ["--models=sums", "--gateway=external", "--no-restart", "--log=-", "--metrics-address=0.0.0.0"]
+    flags = [
+        "--models=sums",
+        "--threads=3",
+        "--gateway=external",
+        "--no-restart",
+        "--log=-",
+        "--metrics-address=0.0.0.0",
+    ]
     flags += ["--address=0.0.0.0", "--key-env=inference,metadata=KEY", "--key-env=statistics,admin=NONE"]
     variables = {"PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}", "KEY": "k" * 16, "NONE": ""}
     with launched(sums, *flags, environment=variables) as launcher:
@@ -151,6 +159,8 @@ exec {binary} "$@" --backend-directory={backends} --backend-config=python,shm-re
         assert urlopen(f"http://{launcher.urls[1]}/v2/models/sums/ready").status == 200
         with pytest.raises(OSError, match="400"):
             urlopen(f"http://{launcher.urls[1]}/v2/models/other/ready")
+        config = json.load(urlopen(f"http://{launcher.urls[1]}/v2/models/sums/config"))
+        assert config["parameters"]["intra_op_thread_count"]["string_value"] == "3"
         assert len(launcher.output) > 10  # Triton's log
         os.kill(processes(tmp_path)["tritonserver"], signal.SIGKILL)
         assert launcher.process.wait(20) == 1  # the container's supervisor restarts it
