@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
+import ssl
 import subprocess
 import sys
 import time
@@ -95,3 +97,28 @@ def new_batches(triton: InferenceServerClient, model: str, before: Counter[int],
     """The batches since `before`, as soon as they have so many items: Triton counts just after it replied."""
     wait_until(lambda: sum(size * count for size, count in (batches(triton, model) - before).items()) == items)
     return batches(triton, model) - before
+
+
+def http_status(
+    url: str,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    context: ssl.SSLContext | None = None,
+) -> int:
+    """The status of the reply to one request, over TLS with `context`."""
+    if context is None:
+        connection = http.client.HTTPConnection(url, timeout=20)
+    else:
+        connection = http.client.HTTPSConnection(url, timeout=20, context=context)
+    try:
+        connection.request(method, path, body, dict(headers or {}))
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def replace(model: Path, old: str, new: str, name: str = "config.pbtxt") -> None:
+    config = model / name
+    config.write_text(config.read_text().replace(old, new))
