@@ -117,8 +117,3 @@ def http_status(
         return connection.getresponse().status
     finally:
         connection.close()
-
-
-def replace(model: Path, old: str, new: str, name: str = "config.pbtxt") -> None:
-    config = model / name
-    config.write_text(config.read_text().replace(old, new))

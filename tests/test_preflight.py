@@ -10,12 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import stand_in
-from launcher import replace
 
 from server import ServerError, preflight
 from server.options import Device, Precision, Tls
 from server.preflight import check_repository, choose_device, choose_gpus, choose_ports, exposure_warning, resolve
 from server.wheel import package_without_cuda
+
+
+def replace(model: Path, old: str, new: str, name: str = "config.pbtxt") -> None:
+    config = model / name
+    config.write_text(config.read_text().replace(old, new))
 
 
 def test_exposure_is_reported(tmp_path: Path) -> None:

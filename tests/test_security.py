@@ -5,9 +5,10 @@ from __future__ import annotations
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,68 +27,38 @@ CLIP = np.ones((1, 5), np.float32)
 needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
 KEYS = {group: f"the:key=of,{group}/{'x' * 16}" for group in GROUPS}
 
-# A request to each group, over gRPC and over HTTP.
-GRPC: dict[str, Callable[[InferenceServerClient, dict[str, str]], object]] = {
-    "health": lambda triton, key: triton.is_server_ready(headers=key),
-    "metadata": lambda triton, key: triton.get_server_metadata(headers=key),
-    "inference": lambda triton, key: triton.infer("sums", stand_in.inputs(CLIP), headers=key),
-    "model-config": lambda triton, key: triton.get_model_config("sums", headers=key),
-    "statistics": lambda triton, key: triton.get_inference_statistics("sums", headers=key),
-    "shared-memory": lambda triton, key: triton.get_system_shared_memory_status(headers=key),
-    "model-repository": lambda triton, key: triton.get_model_repository_index(headers=key),
-    "trace": lambda triton, key: triton.get_trace_settings(headers=key),
-    "logging": lambda triton, key: triton.get_log_settings(headers=key),
+# A request to each group: over gRPC the client's method and arguments, over HTTP the method and path.
+CALLS: dict[str, tuple[str, list[object], str, str]] = {
+    "health": ("is_server_ready", [], "GET", "/v2/health/ready"),
+    "metadata": ("get_server_metadata", [], "GET", "/v2"),
+    "inference": ("infer", ["sums", stand_in.inputs(CLIP)], "POST", stand_in.PATH),
+    "model-config": ("get_model_config", ["sums"], "GET", "/v2/models/sums/config"),
+    "statistics": ("get_inference_statistics", ["sums"], "GET", "/v2/models/sums/stats"),
+    "shared-memory": ("get_system_shared_memory_status", [], "GET", "/v2/systemsharedmemory/status"),
+    "model-repository": ("get_model_repository_index", [], "POST", "/v2/repository/index"),
+    "trace": ("get_trace_settings", [], "GET", "/v2/trace/setting"),
+    "logging": ("get_log_settings", [], "GET", "/v2/logging"),
 }
-HTTP = {
-    "health": ("GET", "/v2/health/ready"),
-    "metadata": ("GET", "/v2"),
-    "inference": ("POST", stand_in.PATH),
-    "model-config": ("GET", "/v2/models/sums/config"),
-    "statistics": ("GET", "/v2/models/sums/stats"),
-    "shared-memory": ("GET", "/v2/systemsharedmemory/status"),
-    "model-repository": ("POST", "/v2/repository/index"),
-    "trace": ("GET", "/v2/trace/setting"),
-    "logging": ("GET", "/v2/logging"),
-}
-
-
-@dataclass(frozen=True)
-class Certificates:
-    """Files of an authority, of a server and a client that it certifies, and of a client of another authority."""
-
-    ca: Path
-    server: Path
-    server_key: Path
-    client: Path
-    client_key: Path
-    foreign: Path
-    foreign_key: Path
-    others_ca: Path
-
-    @property
-    def of_server(self) -> gateway.Tls:
-        return gateway.Tls(self.server, self.server_key)
-
-    @property
-    def of_client(self) -> Tls:
-        return Tls(self.ca, self.client, self.client_key)
 
 
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Certificates of an authority (ca), a server and a client that it certifies, and of another authority's client."""
     folder = tmp_path_factory.mktemp('cert "of \\ us')  # characters that nginx quotes
-    names = {name: folder / f"{name}.pem" for name in Certificates.__dataclass_fields__}
     ours, others = trustme.CA(), trustme.CA()
-    ours.cert_pem.write_to_path(names["ca"])
-    others.cert_pem.write_to_path(names["others_ca"])
+    paths = {}
     for name, certificate in {
         "server": ours.issue_cert("127.0.0.1", "localhost"),
         "client": ours.issue_cert("client@example.org"),
         "foreign": others.issue_cert("foreign@example.org"),
     }.items():
-        certificate.cert_chain_pems[0].write_to_path(names[name])
-        certificate.private_key_pem.write_to_path(names[f"{name}_key"])
-    return Certificates(**names)
+        paths |= {name: folder / f"{name}.pem", f"{name}_key": folder / f"{name}_key.pem"}
+        certificate.cert_chain_pems[0].write_to_path(paths[name])
+        certificate.private_key_pem.write_to_path(paths[f"{name}_key"])
+    for name, authority in ("ca", ours), ("others_ca", others):
+        paths[name] = folder / f"{name}.pem"
+        authority.cert_pem.write_to_path(paths[name])
+    return SimpleNamespace(**paths)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +68,13 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def call_grpc(triton: InferenceServerClient, group: str, headers: dict[str, str]) -> object:
+    method, arguments, *_ = CALLS[group]
+    return getattr(triton, method)(*arguments, headers=headers)
+
+
 def status(url: str, group: str, headers: Mapping[str, str], context: ssl.SSLContext | None = None) -> int:
-    method, path = HTTP[group]
+    _, _, method, path = CALLS[group]
     body = stand_in.BODY if group == "inference" else b"{}" if method == "POST" else None
     return http_status(url, method, path, body, headers, context)
 
@@ -125,20 +101,20 @@ def closed(stand_ins: Path, limits: Limits | None) -> Iterator[TritonServer]:
 
 def assert_open(server: TritonServer, group: str, key: str | None = None) -> None:
     with InferenceServerClient(server.grpc_url) as triton:
-        assert GRPC[group](triton, {GRPC_KEY_HEADER: key} if key else {})
+        assert call_grpc(triton, group, {GRPC_KEY_HEADER: key} if key else {})
     assert status(server.http_url, group, {KEY_HEADER: key} if key else {}) == 200
 
 
 def assert_closed(server: TritonServer, group: str, *keys: str | None) -> None:
     for key in keys:
         with InferenceServerClient(server.grpc_url) as triton, pytest.raises(InferenceServerException):
-            GRPC[group](triton, {} if key is None else {GRPC_KEY_HEADER: key})
+            call_grpc(triton, group, {} if key is None else {GRPC_KEY_HEADER: key})
         assert status(server.http_url, group, {} if key is None else {KEY_HEADER: key}) == 403
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups_for_operators_are_closed(group: str, usual: TritonServer) -> None:
-    assert set(GROUPS) == set(GRPC) == set(HTTP)
+    assert set(GROUPS) == set(CALLS)
     if group in ADMIN:
         assert_closed(usual, group, None, "", "a guess", KEYS[group])
     else:
@@ -179,10 +155,10 @@ def test_keys_are_checked(keys: dict[str, str], stand_ins: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["tls", "mutual"])
-def encrypted(stand_ins: Path, certificates: Certificates, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
+def encrypted(stand_ins: Path, files: SimpleNamespace, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
     if gateway.find() is None:
         pytest.skip("nginx is not installed")
-    tls = replace(certificates.of_server, client_ca=certificates.ca if request.param else None)
+    tls = gateway.Tls(files.server, files.server_key, files.ca if request.param else None)
     with TritonServer(stand_ins, device="cpu", limits=Limits(8), tls=tls) as server:
         yield server
 
@@ -201,8 +177,7 @@ def ask_http(url: str, ca: Path, certificate: Path | None = None, key: Path | No
     return status(url, "inference", {}, context)
 
 
-def test_clients_with_and_without_a_certificate(encrypted: TritonServer, certificates: Certificates) -> None:
-    files = certificates
+def test_clients_with_and_without_a_certificate(encrypted: TritonServer, files: SimpleNamespace) -> None:
     mutual = encrypted.tls is not None and encrypted.tls.client_ca is not None
     known = files.client, files.client_key
     assert ask_grpc(encrypted.grpc_url, files.ca, *known) == 5
@@ -224,8 +199,8 @@ def test_clients_with_and_without_a_certificate(encrypted: TritonServer, certifi
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_old_protocols_are_rejected(encrypted: TritonServer, certificates: Certificates) -> None:
-    context = ssl.create_default_context(cafile=certificates.ca)
+def test_old_protocols_are_rejected(encrypted: TritonServer, files: SimpleNamespace) -> None:
+    context = ssl.create_default_context(cafile=files.ca)
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     with pytest.raises(ssl.SSLError):
@@ -234,9 +209,10 @@ def test_old_protocols_are_rejected(encrypted: TritonServer, certificates: Certi
 
 @needs_nginx
 def test_the_launcher_and_the_client_with_all_of_it(
-    repository: Path, certificates: Certificates, clip: np.ndarray, tmp_path: Path
+    repository: Path, files: SimpleNamespace, clip: np.ndarray, tmp_path: Path
 ) -> None:
-    files, secret = certificates, KEYS["inference"]
+    secret = KEYS["inference"]
+    of_client = Tls(files.ca, files.client, files.client_key)
     key = tmp_path / "key"
     key.write_text(secret + "\n")
     options = [f"--tls-cert={files.server}", f"--tls-key={files.server_key}", f"--tls-client-ca={files.ca}"]
@@ -247,12 +223,12 @@ def test_the_launcher_and_the_client_with_all_of_it(
         assert metrics.startswith("http://127.0.0.2:")
         url, several = f"grpcs://{address}", f"ipv4:{address},{address}"
         for url_, name in (url, None), (several, "127.0.0.1"), (several, "localhost"):
-            with SpeakerClient(url_, tls=replace(files.of_client, name=name), api_key=secret) as client:
+            with SpeakerClient(url_, tls=replace(of_client, name=name), api_key=secret) as client:
                 assert client.embed(clip).shape == (192,)
         other_ca = Tls(files.others_ca, files.client, files.client_key)
         for url_, tls, api_key, error in (
-            (several, files.of_client, secret, ConnectError),  # which name its certificate has, is not known
-            (url, files.of_client, None, KeyRefusedError),
+            (several, of_client, secret, ConnectError),  # which name its certificate has, is not known
+            (url, of_client, None, KeyRefusedError),
             (url, Tls(files.ca), secret, ConnectError),
             (url, other_ca, secret, ConnectError),
             (url, None, secret, ConnectError),
