@@ -93,8 +93,15 @@ def assert_named_log(error: str) -> None:
 
 def test_in_code(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")  # nothing depends on the working directory
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(1))  # a fork stops gRPC's threads in this process
     log = tmp_path / "triton.log"
-    with TritonServer(sums, device="cpu", log=log) as server:
+    with TritonServer(sums, device="cpu", address="127.0.0.2", metrics_address="127.0.0.3", log=log) as server:
+        metrics = server.metrics_url.split("/")[2]
+        for url in server.http_url, server.grpc_url, metrics:
+            host, port = url.split(":")
+            assert host == ("127.0.0.3" if url == metrics else "127.0.0.2")
+            assert not refused(host, int(port)) and refused("127.0.0.1", int(port))
         assert (server.device, server.models) == ("CPU", ["sums"])
         assert re.fullmatch(r"2\.\d+\.\d+", server.version)
         assert stand_in.ask(server.grpc_url, CLIP)[0, 0] == 10
@@ -108,6 +115,7 @@ def test_in_code(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert log.stat().st_size > 0
         assert server.stop()
     assert server.stop()  # once more does no harm
+    assert not forks
 
 
 @needs_wheel
@@ -159,15 +167,6 @@ exec {binary} "$@" --backend-directory={backends} --backend-config=python,shm-re
         assert "SIGKILL" in error
     for segment in Path("/dev/shm").glob(f"{tmp_path.name}-*"):
         segment.unlink()
-
-
-def test_listens_on_the_given_address_only(sums: Path) -> None:
-    with TritonServer(sums, device="cpu", address="127.0.0.2", metrics_address="127.0.0.3") as server:
-        metrics = server.metrics_url.split("/")[2]
-        for url in server.http_url, server.grpc_url, metrics:
-            host, port = url.split(":")
-            assert host == ("127.0.0.3" if url == metrics else "127.0.0.2")
-            assert not refused(host, int(port)) and refused("127.0.0.1", int(port))
 
 
 def test_another_servers_reply_is_not_mistaken_for_ours(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,15 +332,6 @@ def test_a_dead_server_is_restarted(sums: Path, tmp_path: Path) -> None:
         assert_restarted()
         launcher.process.terminate()
         assert launcher.process.wait(20) == 0
-
-
-def test_no_fork_of_a_process_with_threads(sums: Path) -> None:
-    """A fork stops gRPC's threads: a server or client of it in this process would hang."""
-    forks: list[int] = []
-    os.register_at_fork(before=lambda: forks.append(1))
-    with TritonServer(sums, device="cpu") as server:
-        assert stand_in.ask(server.grpc_url, CLIP)[0, 0] == 10
-    assert not forks
 
 
 def test_a_child_has_default_signals_and_many_files(tmp_path: Path) -> None:
