@@ -80,13 +80,10 @@ def listens(pid: int, port: int) -> bool:
 
 
 def memory(groups: Mapping[int, str]) -> dict[str, int]:
-    """Resident bytes of processes.
+    """Resident bytes of processes by group, and "shared" for their shared memory; see `TritonServer.memory`.
 
     Args:
-        groups: For each process id the name of the group that its memory counts in.
-
-    Returns:
-        Bytes by group, and "shared" for shared memory segments. See `TritonServer.memory`.
+        groups: The name of the group of each process, by process id.
     """
     used = dict.fromkeys([*groups.values(), "shared"], 0)
     segments = set()

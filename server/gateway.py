@@ -98,11 +98,7 @@ class Gateway:
         return self._process.pid
 
     def wait_until_ready(self, ports: Sequence[int], timeout: float) -> None:
-        """Waits until nginx listens on all ports, `timeout` seconds at most.
-
-        Raises:
-            GatewayError: It has ended, or needs longer.
-        """
+        """Waits until nginx listens on all ports; GatewayError if it ends or needs more than `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not all(child.listens(self.pid, port) for port in ports):
             self.check()
