@@ -387,12 +387,16 @@ def test_gateway(sums: Path, tmp_path: Path) -> None:
     assert workers and not psutil.wait_procs(workers, 20)[1]
 
 
-def test_gateway_is_optional(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with launched(sums, program=["-c", WITHOUT_NGINX]) as launcher:
+@pytest.mark.parametrize(("mode", "risks"), [("auto", ["nginx", "0.0.0.0"]), ("external", [])])
+def test_gateway_is_optional(sums: Path, monkeypatch: pytest.MonkeyPatch, mode: str, risks: list[str]) -> None:
+    options = [f"--gateway={mode}", "--address=0.0.0.0"]
+    with launched(sums, *options, program=["-c", WITHOUT_NGINX]) as launcher:
         assert stand_in.ask(launcher.urls[0], CLIP)[0, 0] == 10
         launcher.process.terminate()
         assert launcher.process.wait(20) == 0
-        assert any(line.startswith("warning") and "nginx" in line for line in launcher.errors())
+        warnings = [line for line in launcher.errors() if "/dev/shm" not in line]
+        assert len(warnings) == len(risks)
+        assert all(risk in line for risk, line in zip(risks, warnings, strict=True))
     monkeypatch.setattr(gateway, "PLACES", ["no-such-nginx"])
     with pytest.raises(ServerError, match="nginx-light"):
         TritonServer(sums, device="cpu", limits=Limits(1, 1)).start()
