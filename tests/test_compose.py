@@ -295,7 +295,7 @@ def test_options_are_those_of_the_server(
     stand_in.write(tmp_path / "repository/ecapa")
     monkeypatch.setattr(child, "start", launch)
     monkeypatch.setattr("server.triton.cuda_gpus", lambda: (["a GPU"], ""))
-    monkeypatch.setattr("server.triton._cannot_use_cuda", lambda repository: "")
+    monkeypatch.setattr("server.triton.package_without_cuda", lambda models: "")
     with pytest.raises(ServerError, match="cannot run"):
         TritonServer(tmp_path / "repository", device="gpu" if name == "triton-gpu" else "cpu").start()
     server, flags = others(launched[0]), told(SERVICES[name])
