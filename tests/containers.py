@@ -74,9 +74,9 @@ class Process:
         return self.log.read_text(errors="replace")
 
 
-def nginx(configuration: Path) -> list[str]:
+def nginx(configuration: Path, binary: str | None = None) -> list[str]:
     """nginx's command; in the image its user is not root."""
-    return [gateway.find() or "nginx", "-c", str(configuration), "-g", f"user {getpass.getuser()};"]
+    return [binary or gateway.find() or "nginx", "-c", str(configuration), "-g", f"user {getpass.getuser()};"]
 
 
 def succeeds(command: list[str]) -> bool:
