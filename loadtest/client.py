@@ -298,7 +298,8 @@ def measure_ways(
     from ecapa_triton.protocol import GRPC_KEY_HEADER
 
     from server import Limits, gateway
-    from server.triton import TritonServer, choose_ports
+    from server.preflight import choose_ports
+    from server.triton import TritonServer
 
     from .local import model_files
 

@@ -15,7 +15,7 @@ from export import checkpoint, configs
 from export.__main__ import step
 from export.packed import GROUP, PackedEcapa
 from server import ServerError
-from server.triton import choose_device, cuda_gpus
+from server.preflight import choose_device, cuda_gpus
 
 from .clips import Array
 from .gpu_models import onnx_devices

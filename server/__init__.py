@@ -1,4 +1,4 @@
-"""Real Triton as a child process: `python -m server`, or TritonServer in code."""
+"""A real Triton as a child process: `python -m server`, or TritonServer in code."""
 
 from server.options import Limits, ServerError, Tls
 from server.triton import TritonServer

@@ -1,4 +1,8 @@
-"""Serves the model repository on real Triton: `python -m server --help`."""
+"""Serves the model repository on a real Triton: `python -m server --help`.
+
+On a bare host this launcher supervises the server: it restarts a tritonserver or gateway that died. In containers it
+runs with `--no-restart` and exits instead; compose or Kubernetes then restarts the container.
+"""
 
 import argparse
 import itertools
@@ -11,20 +15,20 @@ from types import FrameType
 from typing import NoReturn
 
 from server import gateway
-from server.options import ADMIN, GROUPS, Limits, ServerError, Tls, check_keys
+from server.options import ADMIN, DEFAULT_REQUESTS, GROUPS, Limits, ServerError, Tls, check_keys
 from server.triton import TritonServer
 
-# Seconds to wait before a server that died is started again: doubled each time that it has not lived for CALM.
+# Seconds before a restart: doubled each time, until the server has been up for CALM.
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class _Stop(BaseException):
-    """SIGTERM or SIGINT came."""
+    """A signal to stop has arrived."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the server until it is told to stop; one that dies is started again.
+    """Runs the server until a signal stops it.
 
     Args:
         arguments: The command line without the program's name.
@@ -36,21 +40,20 @@ def main(arguments: list[str]) -> int:
     limits = None
     if options.gateway == "on" or (options.gateway == "auto" and gateway.find()):
         limits = Limits(options.max_requests, options.max_request_mb or Limits.request_mb)
-    tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
     server = TritonServer(
         options.repository,
         device=options.device,
         gpus=options.gpus,
         precision=options.precision,
+        models=options.models,
+        threads=options.threads,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         address=options.address,
         metrics_address=options.metrics_address,
         limits=limits,
-        tls=tls,
-        models=options.models,
-        threads=options.threads,
+        tls=Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None,
         keys=dict(itertools.chain.from_iterable(options.keys)),
         extra=extra,
         log=options.log,
@@ -60,13 +63,11 @@ def main(arguments: list[str]) -> int:
     )
     warnings = []
     if limits is None and options.gateway == "auto":
-        warnings.append(
-            "nginx is not installed, so requests have no limits: trust their senders, or apt install nginx-light"
-        )
+        warnings.append("nginx is not installed, so requests have no limits: apt install nginx-light")
     for number in STOPPING:
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, _on_signal)
-    pause, ready = FIRST_PAUSE / 2, 0.0  # ready: when it last became so
+    pause, ready = FIRST_PAUSE / 2, 0.0  # ready: when the server last became so
     try:
         while True:
             try:
@@ -77,9 +78,9 @@ def main(arguments: list[str]) -> int:
                 if not ready or not options.restart:
                     raise
                 pause = FIRST_PAUSE if time.monotonic() - ready > CALM else min(2 * pause, LAST_PAUSE)
+                server.stop()
                 print(f"error: {error}; starting again in {pause:g} s", file=sys.stderr, flush=True)
-            server.stop()
-            time.sleep(pause)
+                time.sleep(pause)
     except _Stop:
         print(f"stopping: requests in flight have {options.exit_timeout:g} s", flush=True)
         if not server.stop():
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        server.stop()  # also when standard output has gone and a print failed
+        server.stop()  # also when standard output is closed and a print failed
     print("stopped")
     return 0
 
@@ -102,12 +103,11 @@ def _start(server: TritonServer, warnings: list[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     print(f"device {server.chosen}")
     if server.limits is not None:
-        print(f"limits {server.limits.requests} requests in work, {server.limits.request_mb} MB each, set by nginx")
+        print(f"limits {server.limits.requests} requests in flight of {server.limits.request_mb} MB each")
     if server.tls is not None:
-        who = "those with a certificate" if server.tls.client_ca else "all clients"
-        print(f"TLS for {who}")
+        print(f"TLS, client certificate {'required' if server.tls.client_ca else 'not required'}")
     if server.keys:
-        print(f"key needed for {', '.join(server.keys)}")
+        print(f"key required for {', '.join(server.keys)}")
     print(
         f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
         f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
@@ -123,39 +123,27 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         own, extra = arguments[:end], arguments[end + 1 :]
     parser = argparse.ArgumentParser(
         prog="python -m server",
-        description="Serves the model repository on real Triton, until SIGTERM or Ctrl-C.",
-        epilog="Options after -- are passed to tritonserver as they are, for example: -- --log-verbose=1",
+        description="Serves the model repository on a real Triton until SIGTERM or Ctrl-C.",
+        epilog="Options after -- are passed on to tritonserver, for example: -- --log-verbose=1",
     )
     argument = parser.add_argument
-    argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="%(default)s")
+    argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="default: %(default)s")
     argument(
-        "--models",
-        type=_names,
-        metavar="NAME,NAME",
-        help="serve only these models of the repository; each must be exported (default: all that are exported)",
+        "--models", type=_names, metavar="NAME,NAME", help="serve only these, each exported (default: all exported)"
     )
-    argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto takes a GPU if it can")
-    argument(
-        "--gpus",
-        type=_numbers,
-        metavar="N,N",
-        help="numbers of the GPUs to run on, one instance on each (all)",
-    )
-    argument(
-        "--threads",
-        type=_positive,
-        metavar="N",
-        help="threads of each model instance on the CPU: set it where the server may use fewer cores than the host has "
-        "(default: those of the configs, all cores)",
-    )
-    argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs")
+    argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): a GPU if one is usable")
+    argument("--gpus", type=_numbers, metavar="N,N", help="run on the GPUs with these numbers (default: all)")
+    argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs only")
+    argument("--threads", type=_positive, metavar="N", help="of each model instance on the CPU (default: all cores)")
     for api, port in ("http", 8000), ("grpc", 8001), ("metrics", 8002):
-        argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="%(default)s; 0: a free one")
-    argument("--address", default="127.0.0.1", help="where HTTP and gRPC listen (%(default)s)")
-    argument("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help="where the metrics are (%(default)s)")
-    argument("--tls-cert", type=Path, metavar="FILE", help="certificate of HTTP and gRPC, PEM; with --tls-key")
+        argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="default: %(default)s; 0: any free port")
+    argument("--address", default="127.0.0.1", help="of HTTP and gRPC (default: %(default)s)")
+    argument("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help="of the metrics (default: %(default)s)")
+    argument("--tls-cert", type=Path, metavar="FILE", help="certificate for HTTP and gRPC, PEM; with --tls-key")
     argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
-    argument("--tls-client-ca", type=Path, metavar="FILE", help="only clients with a certificate by one of these, PEM")
+    argument(
+        "--tls-client-ca", type=Path, metavar="FILE", help="require a client certificate of these authorities, PEM"
+    )
     argument(
         "--key-file",
         type=_key_file,
@@ -163,8 +151,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         default=[],
         dest="keys",
         metavar="GROUP,...=FILE",
-        help=f"clients need the key in the file for these groups of Triton's APIs: {', '.join(GROUPS)}; "
-        f"admin stands for the last {len(ADMIN)}, which are closed to everyone without a key",
+        help=f"require the key in this file for these groups of Triton's APIs: {', '.join(GROUPS)}; "
+        f"admin means the last {len(ADMIN)}, which are closed unless they have a key",
     )
     argument(
         "--key-env",
@@ -172,59 +160,36 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         action="append",
         dest="keys",
         metavar="GROUP,...=NAME",
-        help="as --key-file, with the key in the environment variable NAME; unset or empty: no key for these groups",
+        help="the same with the key in the environment variable NAME; unset or empty: no key for these groups",
     )
     argument(
         "--gateway",
         choices=["auto", "on", "off", "external"],
         default="auto",
-        help="start nginx in front of Triton for TLS and the limits below; auto: where nginx is installed; external: "
-        "another gateway protects this server, which then does not warn that its address is open (%(default)s)",
+        help="nginx in front of Triton, for TLS and the limits below; auto (default): where nginx is installed; "
+        "external: another gateway protects this server, so do not warn of an open address",
     )
-    argument(
-        "--max-requests",
-        type=_positive,
-        metavar="N",
-        help="inference requests in work at once; one more is refused with UNAVAILABLE (128 on a CPU, 1024 on GPUs)",
-    )
-    argument("--max-request-mb", type=_positive, metavar="MB", help=f"largest request ({Limits.request_mb})")
-    argument(
-        "--start-timeout",
-        type=float,
-        default=120,
-        metavar="SECONDS",
-        help="time to load and warm the models (%(default)s)",
-    )
-    argument(
-        "--exit-timeout",
-        type=float,
-        default=30,
-        metavar="SECONDS",
-        help="time that requests in flight have when the server stops (%(default)s)",
-    )
-    argument(
-        "--restart",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="start again on the same ports when tritonserver or a process of it dies (%(default)s)",
-    )
-    argument(
-        "--log",
-        type=Path,
-        metavar="FILE",
-        help="append Triton's log to this file, - is standard output (default: a temporary file, kept after failures)",
-    )
+    defaults = f"{DEFAULT_REQUESTS['CPU']} on a CPU, {DEFAULT_REQUESTS['GPU']} on GPUs"
+    text = f"limit of inference requests in flight; one more is rejected with UNAVAILABLE (default: {defaults})"
+    argument("--max-requests", type=_positive, metavar="N", help=text)
+    text = f"limit of the size of a request (default: {Limits.request_mb})"
+    argument("--max-request-mb", type=_positive, metavar="MB", help=text)
+    for name, seconds, purpose in ("start", 120, "to load and warm the models"), ("exit", 30, "for requests in flight"):
+        text = f"{purpose} (default: %(default)s)"
+        argument(f"--{name}-timeout", type=float, default=seconds, metavar="SECONDS", help=text)
+    text = "start again on the same ports when tritonserver or one of its processes dies (default: --restart)"
+    argument("--restart", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "append Triton's log here, - is standard output (default: a temporary file, kept only after a failure)"
+    argument("--log", type=Path, metavar="FILE", help=text)
     options = parser.parse_args(own)
-    no_nginx = options.gateway in ("off", "external")
-    if no_nginx and (options.max_requests or options.max_request_mb):
-        parser.error(f"--max-requests and --max-request-mb need nginx: leave out --gateway {options.gateway}")
+    if options.gateway in ("off", "external"):
+        if options.max_requests or options.max_request_mb or options.tls_cert:
+            parser.error(f"limits and TLS need nginx: leave out --gateway {options.gateway}")
     if (options.tls_cert is None) != (options.tls_key is None) or (options.tls_client_ca and not options.tls_cert):
         parser.error("--tls-cert and --tls-key go together, and --tls-client-ca with them")
     groups = [group for keys in options.keys for group, _ in keys]
     if twice := {group for group in groups if groups.count(group) > 1}:
-        parser.error(f"there are two keys for {', '.join(sorted(twice))}: give one")
-    if options.tls_cert and no_nginx:
-        parser.error(f"TLS needs nginx: leave out --gateway {options.gateway}")
+        parser.error(f"two keys for {', '.join(sorted(twice))}: expected one")
     if options.device == "cpu" and options.gpus is not None:
         parser.error("--gpus is for --device gpu or auto, not cpu")
     return options, extra
@@ -234,13 +199,13 @@ def _numbers(text: str) -> list[int] | None:
     if text == "all":
         return None
     if not all(number.isdecimal() for number in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected all, or numbers of GPUs such as 0 or 0,1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected all, or numbers of GPUs such as 0,1")
     return [int(number) for number in text.split(",")]
 
 
 def _names(text: str) -> list[str]:
     if not all(names := text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected names of models, such as ecapa,ecapa_torchscript")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names of models, such as ecapa")
     return names
 
 
@@ -250,11 +215,11 @@ def _key_file(text: str) -> list[tuple[str, str]]:
         raise argparse.ArgumentTypeError("expected groups and a file, such as inference=key.txt")
     try:
         return _keys(names, Path(path).read_text("utf-8-sig").strip())
-    # The path is not repeated: it may be the key itself, by mistake.
+    # The message omits the path: it may be the key itself, by mistake.
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{names}: {error.strerror}: expected a file with the key in it") from error
+        raise argparse.ArgumentTypeError(f"{names}: {error.strerror}: expected a file that holds the key") from error
     except UnicodeError as error:
-        raise argparse.ArgumentTypeError(f"{names}: the file is no text: expected one with the key in it") from error
+        raise argparse.ArgumentTypeError(f"{names}: the file is not text: expected one that holds the key") from error
 
 
 def _key_variable(text: str) -> list[tuple[str, str]]:
@@ -282,7 +247,7 @@ def _positive(text: str) -> int:
 
 def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
     for again in STOPPING:
-        signal.signal(again, signal.SIG_IGN)  # the first one is being obeyed
+        signal.signal(again, signal.SIG_IGN)  # the stop is under way
     raise _Stop
 
 

@@ -1,21 +1,25 @@
-"""Processes that end with the one that started them, however that ends."""
+"""Child processes that end with their parent, even when it is killed; whether they live, listen and use memory."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO
 
-# Runs first in the child, then becomes the command. Not `preexec_fn`: that forks, and a fork stops the gRPC servers and
-# clients of the process that forks. Signals that Python or the shell (nohup) ignores end the command as usual:
-# it has a session of its own. Each request in work takes up to two open files, and many shells allow 1024.
+import psutil  # type: ignore[import-untyped]
+
+# Runs first in the child, then becomes the command. Not `preexec_fn`: that forks, and a fork stops gRPC's threads in
+# the parent. The command gets a session of its own and default signals, also those that a shell (nohup) ignores. A
+# request in flight takes up to two open files, and many shells and container engines allow 1024.
 _FIRST = """
 import ctypes, os, resource, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end, in order, when the parent is killed
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: stop in order when the parent is killed
 if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -33,12 +37,12 @@ def start(command: Sequence[str], log: IO[bytes], environment: dict[str, str] | 
     """Starts a command in a process group of its own.
 
     Args:
-        command: What to run; the first is the path of the binary.
-        log: Where it writes.
+        command: The path of the binary and its arguments.
+        log: Receives standard output and error.
         environment: As `env` of `subprocess.Popen`.
 
     Raises:
-        OSError: The binary is not there, or may not be run.
+        OSError: The binary is missing or not executable.
     """
     if shutil.which(command[0]) is None:
         code = errno.EACCES if os.path.exists(command[0]) else errno.ENOENT
@@ -49,5 +53,49 @@ def start(command: Sequence[str], log: IO[bytes], environment: dict[str, str] | 
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # a Ctrl-C in the terminal comes to us alone
+        start_new_session=True,  # a Ctrl-C in the terminal reaches the parent alone
     )
+
+
+def ending(code: int) -> str:
+    """How a process with this return code ended, in words."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether this process holds the listening socket of the port: another one may have taken it."""
+    try:
+        sockets = psutil.Process(pid).net_connections("tcp4")
+    except psutil.Error:  # it has just ended
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
+
+
+def memory(groups: Mapping[int, str]) -> dict[str, int]:
+    """Resident bytes of processes.
+
+    Args:
+        groups: For each process id the name of the group that its memory counts in.
+
+    Returns:
+        Bytes by group, and "shared" for shared memory segments. See `TritonServer.memory`.
+    """
+    used = dict.fromkeys([*groups.values(), "shared"], 0)
+    segments = set()
+    for pid, group in groups.items():
+        with contextlib.suppress(psutil.Error):
+            maps = psutil.Process(pid).memory_maps()
+            segments |= {mapped.path for mapped in maps if mapped.path.startswith("/dev/shm/")}
+            used[group] += sum(mapped.pss for mapped in maps if not mapped.path.startswith("/dev/shm/"))
+    for segment in segments:
+        with contextlib.suppress(OSError):
+            used["shared"] += 512 * os.stat(segment).st_blocks
+    return used

@@ -1,8 +1,10 @@
-"""nginx in front of Triton, from `nginx.conf.template`: bounds the size and the number of the requests in work.
+"""The gateway: nginx in front of Triton, from `nginx.conf.template`. Limits size and number of the requests in flight.
 
-Triton takes a request of any size. Its own limit on waiting requests, the queue policy of a model's config, makes its
-scheduler miss requests for up to half a second, so the configs have none.
+Triton limits no size. Its own limit on waiting requests, the queue policy of a model's config, makes its scheduler miss
+requests for up to half a second, so the configs have none.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
@@ -10,19 +12,20 @@ import re
 import shutil
 import signal
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from server import child
-from server.options import Limits, Tls
+from server.options import Limits, ServerError, Tls
 
 TEMPLATES = [Path(__file__).parent / f"{name}.conf.template" for name in ("tls", "nginx")]
-_STOPPING = 3  # s until it is killed; Triton has ended before it, so there is little that it still has to send
 PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the PATH of root alone
+_STOP_TIMEOUT = 3  # s until nginx is killed; Triton has ended before, so few replies are left to pass on
 
 
-class GatewayError(Exception):
-    """nginx did not start. The message is one line."""
+class GatewayError(ServerError):
+    """nginx did not start or did not stay up. The message is one line."""
 
 
 def find() -> str | None:
@@ -31,7 +34,7 @@ def find() -> str | None:
 
 
 class Gateway:
-    """A running nginx, which passes gRPC and HTTP on to a Triton."""
+    """A running nginx that passes gRPC and HTTP on to a Triton."""
 
     def __init__(
         self,
@@ -47,12 +50,12 @@ class Gateway:
         Args:
             folder: An empty folder for its files.
             limits: What it lets through.
-            tls: How; None: in the clear.
-            grpc: Address and port that it listens on for gRPC, and those of Triton behind it; `http` likewise.
+            tls: Encryption; None: plain text.
+            grpc: For gRPC, the ADDRESS:PORT that it listens on, and that of Triton; `http` likewise.
             http: See `grpc`.
 
         Raises:
-            GatewayError: With one line on what is in the way.
+            GatewayError: nginx is missing, or rejects its configuration.
         """
         binary = find()
         if binary is None:
@@ -69,23 +72,23 @@ class Gateway:
             "MAX_REQUEST_MB": limits.request_mb,
             "SSL": "ssl" if tls else "",
             "TLS_CONF": folder / "tls.conf" if tls else os.devnull,
-            "CERTIFICATE": _readable(tls.certificate) if tls else "",
-            "CERTIFICATE_KEY": _readable(tls.key) if tls else "",
+            "CERTIFICATE": _quoted(tls.certificate) if tls else "",
+            "CERTIFICATE_KEY": _quoted(tls.key) if tls else "",
             "VERIFY_CLIENT": "on" if tls and tls.client_ca else "off",
-            "CLIENT_CA": _readable(tls.client_ca or tls.certificate) if tls else "",
+            "CLIENT_CA": _quoted(tls.client_ca or tls.certificate) if tls else "",
         }
         for template in TEMPLATES:
             configuration = folder / template.stem
             text = re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), template.read_text())
             configuration.write_text(text)
-        self._log = folder / "nginx.log"
         command = [binary, "-c", str(configuration), "-p", str(folder)]
-        # In a session of its own it has no terminal to ask for a pass phrase.
+        # In a session of its own nginx has no terminal to ask for a pass phrase.
         test = subprocess.run(
             [*command, "-t"], stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True
         )
         if test.returncode != 0:
-            raise GatewayError(f"nginx does not start: {_first(test.stderr)}")
+            raise GatewayError(f"nginx does not start: {_reason(test.stderr)}")
+        self._log = folder / "nginx.log"
         with self._log.open("wb") as log:
             self._process = child.start(command, log)
 
@@ -94,33 +97,42 @@ class Gateway:
         """Process id of nginx's master process."""
         return self._process.pid
 
+    def wait_until_ready(self, ports: Sequence[int], timeout: float) -> None:
+        """Waits until nginx listens on all ports, `timeout` seconds at most.
+
+        Raises:
+            GatewayError: It has ended, or needs longer.
+        """
+        deadline = time.monotonic() + timeout
+        while not all(child.listens(self.pid, port) for port in ports):
+            self.check()
+            if time.monotonic() > deadline:
+                raise GatewayError(f"nginx was not ready within {timeout:g} s")
+            time.sleep(0.01)
+
     def check(self) -> None:
-        """Raises GatewayError when it has ended."""
-        if self._process.poll() is not None:
-            self._end_workers()  # which would go on without it, and let clients in to a Triton that is being stopped
-            self._raise_ended()
+        """Raises GatewayError when nginx has ended."""
+        if (code := self._process.poll()) is not None:
+            self._kill_workers()  # they outlive the master and would pass clients on to a Triton that is stopping
+            reason = _reason(self._log.read_text(errors="replace"))
+            message = f"nginx in front of tritonserver {child.ending(code)}"
+            raise GatewayError(f"{message}: {reason}" if reason else message)
 
     def stop(self) -> None:
-        """Ends it once it has passed on what it was given."""
+        """Ends nginx after it has passed on the last replies."""
         self._process.send_signal(signal.SIGQUIT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOPPING)
-        self._end_workers()
+            self._process.wait(_STOP_TIMEOUT)
+        self._kill_workers()
         self._process.wait()
 
-    def _end_workers(self) -> None:
+    def _kill_workers(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def _raise_ended(self) -> NoReturn:
-        code = self._process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        words = _first(self._log.read_text(errors="replace"))
-        raise GatewayError(f"nginx in front of tritonserver {how}{': ' if words else ''}{words}")
 
-
-def _readable(path: Path) -> str:
-    """As nginx takes it."""
+def _quoted(path: Path) -> str:
+    """The path of a readable certificate or key, in nginx's syntax."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -128,13 +140,13 @@ def _readable(path: Path) -> str:
     if b"ENCRYPTED" in content:
         raise GatewayError(f"{path} is encrypted: expected a key without pass phrase (openssl pkey -in ... -out ...)")
     if "$" in str(path.absolute()):
-        raise GatewayError(f"{path}: nginx takes no path with a $ in it: put the file elsewhere")
+        raise GatewayError(f"{path} has a $ in its path, which nginx cannot open: move the file")
     escaped = re.sub(r'(["\\])', r"\\\1", str(path.absolute()))
     return f'"{escaped}"'
 
 
-def _first(log: str) -> str:
-    """The line of nginx's log that tells best of a failure; it has alerts on log files that it may not write."""
+def _reason(log: str) -> str:
+    """The most severe line of nginx's log. Alerts come last: some only say that a default log is not writable."""
     for level in "emerg", "crit", "alert":
         if found := re.search(rf"\[{level}\] (?:\d+#\d+: )?(.*)", log):
             return found[1].strip()

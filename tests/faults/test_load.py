@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server import triton
+from server import wheel
 from server.gateway import Limits
 from server.triton import TritonServer
 
@@ -122,7 +122,7 @@ def test_timeout_parameter_where_the_config_obeys_it(
     text = config.read_text()
     assert text.count("dynamic_batching {") == 1
     config.write_text(text.replace("dynamic_batching {", f"dynamic_batching {{ default_queue_policy {{ {policy} }}"))
-    monkeypatch.setattr(triton, "_BACKENDS", gate.backends)
+    monkeypatch.setattr(wheel, "BACKENDS", gate.backends)
     with TritonServer(repository_copy, device="cpu") as server:
         for outcome, clip in zip(hasty_outcomes(Urls.of(server), gate, short, tally), short, strict=True):
             assert tally.check(clip, outcome) == "refused"

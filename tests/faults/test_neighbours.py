@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server import triton
+from server import wheel
 from server.triton import TritonServer, find_installed
 
 from .harness import (
@@ -151,7 +151,7 @@ def test_the_client_asks_again_where_it_gets_nan(
 ) -> None:
     """With a backend that leaves empty clips where they are, as that of the container does, good ones get NaN."""
     backends = changed_backend(tmp_path, "TritonPythonModel.execute = TritonPythonModel._run\n")
-    monkeypatch.setattr(triton, "_BACKENDS", backends)
+    monkeypatch.setattr(wheel, "BACKENDS", backends)
     spoiled = threading.Semaphore(0)
 
     def check(clip: Clip, outcome: Outcome) -> str:
@@ -194,7 +194,7 @@ TritonPythonModel.run = _run_spoiled
 def test_one_nan_is_asked_about_again(
     repository: Path, short: list[Clip], tally: Tally, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton, "_BACKENDS", changed_backend(tmp_path, EVERY_SECOND_BATCH_IS_NAN))
+    monkeypatch.setattr(wheel, "BACKENDS", changed_backend(tmp_path, EVERY_SECOND_BATCH_IS_NAN))
     with TritonServer(repository, device="cpu") as server:
         with GrpcSender(server.grpc_url) as raw, ClientSender(server.grpc_url, retries=1) as client:
             verdicts = [tally.check(clip, raw.ask(clip.waveform)) for clip in short[:4]]

@@ -1,0 +1,247 @@
+"""Checks before the start: the model repository, device and GPUs, addresses and ports, shared memory, exposure."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from export import configs
+from server.options import Device, Precision, ServerError, Tls
+
+SHM = Path("/dev/shm")
+# Bytes. Batches pass through shared memory on their way to a stub, and Triton limits no request. Where a batch does not
+# fit, all its clips fail, and the leftover requests delay the server's stop.
+ENOUGH_SHM = 1 << 30
+
+
+def models_to_serve(repository: Path, names: Sequence[str] | None = None) -> list[Path]:
+    """The model folders to serve.
+
+    Args:
+        repository: The model repository.
+        names: Of the models to serve; None: all that have a model file (or all, if none has one).
+
+    Raises:
+        ServerError: There is no such repository or model.
+    """
+    if not repository.is_dir():
+        raise ServerError(f"model repository {repository} is not a folder: give its path with --repository")
+    models = all_models(repository)
+    if not models:
+        raise ServerError(f"model repository {repository} has no models: expected a folder {repository}/ecapa")
+    if names is None:
+        return [model for model in models if _is_exported(model)] or models
+    if unknown := sorted(set(names) - {model.name for model in models}):
+        raise ServerError(
+            f"model repository {repository} has no model {', '.join(unknown)}: "
+            f"expected some of {', '.join(model.name for model in models)}"
+        )
+    return [model for model in models if model.name in names]
+
+
+def check_repository(repository: Path, config_name: str, names: Sequence[str] | None = None) -> dict[str, str]:
+    """Checks the files that the models' configs name.
+
+    A model of this project is rejected when its file is damaged, was changed since the export, lacks a guard against
+    bad input, or disagrees with its config.
+
+    Args:
+        repository: The model repository.
+        config_name: Of the configs that replace `config.pbtxt` where a model has them: "cpu", for example.
+        names: As for `models_to_serve`.
+
+    Returns:
+        The backend of each model to serve, by the model's name.
+    """
+    backends = {}
+    for model in models_to_serve(repository, names):
+        path = config_path(model, config_name)
+        try:
+            config = configs.read(path)
+            files = _served_files(model, config)
+            if configs.is_ours(config):
+                for file in files:
+                    configs.check(path, configs.ModelFile.read(file), model.name)
+        except (configs.ConfigError, configs.ModelFileError) as error:
+            raise ServerError(str(error)) from error
+        backends[model.name] = str(config.backend)
+    return backends
+
+
+def config_path(model: Path, config_name: str) -> Path:
+    """The config that Triton reads of a model folder, with the option `--model-config-name`."""
+    for path in model / "configs" / f"{config_name}.pbtxt", model / "config.pbtxt":
+        if path.is_file():
+            return path
+    raise ServerError(f"model {model} has no config: expected {path}")
+
+
+def all_models(repository: Path) -> list[Path]:
+    """The model folders of a repository."""
+    return sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _is_exported(model: Path) -> bool:
+    """Whether it has a model file; models of other projects are not judged."""
+    kind = next((kind for kind in configs.FORMATS.values() if kind.folder == model.name), None)
+    return kind is None or any((model / "1" / name).exists() for name in (kind.file, kind.half_file))
+
+
+def _served_files(model: Path, config: Any) -> list[Path]:
+    """The model files that Triton would load, for the backends that are known here."""
+    usual = "model.onnx" if configs.is_ours(config) else ""  # a model of this project is not served unchecked
+    filename = config.default_model_filename or configs.USUAL_FILES.get(config.backend, usual)
+    if not filename:
+        return []
+    names = (path.name for path in model.iterdir() if path.is_dir())
+    versions = sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]*", name))
+    if config.version_policy.WhichOneof("policy_choice") in (None, "latest"):
+        versions = versions[-(config.version_policy.latest.num_versions or 1) :]
+    files = [file for version in versions if (file := model / str(version) / filename).exists()]
+    if not files:
+        raise ServerError(
+            f"{model / str(versions[-1] if versions else 1) / filename} is missing: write it with `python -m export`"
+            f"{', or correct default_model_filename in the config' if config.default_model_filename else ''}"
+        )
+    return files
+
+
+def cuda_gpus() -> tuple[list[str], str]:
+    """Asks the CUDA driver, which also obeys CUDA_VISIBLE_DEVICES.
+
+    Returns:
+        The names of the usable GPUs and, if there are none, the reason.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return [], "no NVIDIA driver (libcuda.so.1) was found"
+    if code := cuda.cuInit(0):
+        return [], f"the NVIDIA driver finds no usable GPU (cuInit returned {code})"
+    count = ctypes.c_int()
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    names = []
+    for index in range(count.value):
+        name = ctypes.create_string_buffer(100)
+        cuda.cuDeviceGetName(name, len(name), index)
+        names.append(name.value.decode())
+    return names, "" if names else "the NVIDIA driver shows no GPU"
+
+
+def choose_gpus(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
+    """The names of the GPUs with these numbers.
+
+    Raises:
+        ServerError: A number is not that of a GPU, or is given twice.
+    """
+    for number in numbers:
+        if not 0 <= number < len(names) or numbers.count(number) > 1:
+            available = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
+            raise ServerError(f"gpus {','.join(map(str, numbers))}: expected different numbers of {available}")
+    return [names[number] for number in numbers]
+
+
+def choose_device(
+    device: Device, gpus: Sequence[str], no_gpu: str, precision: Precision = "fp32"
+) -> tuple[str, str, str]:
+    """Chooses between the configs for CPU and GPU.
+
+    Args:
+        device: The option.
+        gpus: Names of the usable GPUs.
+        no_gpu: Why there are none.
+        precision: Of the models on a GPU.
+
+    Returns:
+        "CPU" or "GPU", the choice and its reason in words, and the name of the configs.
+    """
+    if device == "cpu" and precision == "fp16":
+        raise ServerError("precision fp16 is for GPUs, on a CPU it only costs accuracy: use --precision fp32")
+    if device == "cpu":
+        return "CPU", "CPU, as requested", "cpu"
+    if gpus:
+        half = precision == "fp16"
+        chosen = f"GPU{', as requested' if device == 'gpu' else ''}: {', '.join(gpus)}{', in float16' if half else ''}"
+        return "GPU", chosen, "gpu_fp16" if half else "gpu"
+    if device == "gpu":
+        raise ServerError(f"device gpu: {no_gpu}; use --device cpu, or auto for a GPU where there is one")
+    return "CPU", f"CPU{', in float32' if precision == 'fp16' else ''}: {no_gpu}", "cpu"
+
+
+def gpu_environment(device: str, gpus: Sequence[int] | None) -> dict[str, str]:
+    """Environment variables that give a process its GPUs, by number among the visible ones; None: all of them."""
+    if device == "CPU":
+        return {"CUDA_VISIBLE_DEVICES": ""}  # else Triton takes some memory of every GPU
+    # For backends without a setting in the config: TF32 keeps 10 of 23 bits, too few for the promised accuracy.
+    variables = {"NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE", "0")}
+    if gpus is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else list(map(str, range(max(gpus) + 1)))
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in gpus)
+    return variables
+
+
+def resolve(address: str) -> str:
+    """Finds the IPv4 address of a name; Triton's HTTP server accepts no names."""
+    try:
+        if not address:
+            raise OSError("it is empty")
+        return str(socket.getaddrinfo(address, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError) as error:
+        raise ServerError(
+            f"address {address!r} cannot be used ({getattr(error, 'strerror', None) or error}): "
+            "give an IPv4 address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
+        ) from error
+
+
+def choose_ports(wanted: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
+    """Checks that a server can listen on each address and port, and finds a free port for each that is 0."""
+    sockets: list[socket.socket] = []
+    chosen: dict[str, tuple[str, int]] = {}
+    try:
+        for api, (address, port) in wanted.items():
+            listener = socket.socket(socket.AF_INET)
+            sockets.append(listener)  # all stay open until the end, so that no port is chosen twice
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((address, port))
+                listener.listen()
+            except (OSError, OverflowError) as error:
+                why = error.strerror if isinstance(error, OSError) else "a port is 0 to 65535"
+                raise ServerError(
+                    f"cannot listen on {address} port {port} for {api}: {why}; "
+                    f"choose another with --{api}-port (0: any free port) or --address"
+                ) from error
+            chosen[api] = (address, listener.getsockname()[1])
+    finally:
+        for listener in sockets:
+            listener.close()
+    return chosen
+
+
+def shm_warning() -> str:
+    """A warning where shared memory is short; empty where there is enough."""
+    try:
+        free = shutil.disk_usage(SHM).free
+    except OSError as error:
+        return f"{SHM} cannot be used ({error.strerror}): tritonserver passes clips to the model through it"
+    if free >= ENOUGH_SHM:
+        return ""
+    return (
+        f"{SHM} has {free / 1e6:.0f} MB free, so large requests and the clips in their batches will fail: "
+        f"give it {ENOUGH_SHM >> 30} GB or more (docker run --shm-size={ENOUGH_SHM >> 30}g)"
+    )
+
+
+def exposure_warning(address: str, tls: Tls | None, keys: Mapping[str, str]) -> str:
+    """A warning where other machines reach the server without TLS and keys; else empty."""
+    if tls is not None or keys or ipaddress.IPv4Address(address).is_loopback:
+        return ""
+    return f"every host that reaches {address} is served, unencrypted: use --tls-cert and --key-file"
