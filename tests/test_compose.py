@@ -205,6 +205,13 @@ def test_launcher_rejects(
     assert reason in process.text() and KEY not in process.text()
 
 
+def test_image_with_models_needs_a_whole_one(image: Path, repository: Path, tmp_path: Path) -> None:
+    (command,) = (json.loads(line) for line in containers.instruction("server/Dockerfile", "RUN") if "/models" in line)
+    for models, built in (repository, True), (damage(repository, tmp_path), False), (ROOT / "samples", False):
+        words = [word.replace("/models", str(models)) for word in command]
+        assert (python(image, *words[1:]).returncode == 0) == built
+
+
 # --- the server and its gateway, running ---
 
 

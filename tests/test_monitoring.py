@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
@@ -25,11 +24,12 @@ import pytest
 import stand_in
 import yaml
 from conftest import ROOT, entry_point
+from containers import Process
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from monitoring.gateway_metrics import Counts
-from server import TritonServer, child, gateway
+from server import TritonServer, gateway
 
 FOLDER = ROOT / "monitoring"
 PROMETHEUS = FOLDER / "prometheus"
@@ -83,23 +83,6 @@ def test_each_alert_has_a_test_in_which_it_fires() -> None:
     tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
     samples = [sample for test in tests for one in test["promql_expr_test"] for sample in one["exp_samples"]]
     assert {name for sample in samples for name in re.findall(r'alertname="(\w+)"', sample["labels"])} == set(ALERTS)
-
-
-def test_alerts_are_complete() -> None:
-    for rule in RULES:
-        assert rule["labels"]["severity"] in {"critical", "warning"}, rule["alert"]
-        assert set(rule["annotations"]) == {"summary", "description"}, rule["alert"]
-
-
-def test_panels_are_distinct_described_and_do_not_overlap() -> None:
-    cells: set[tuple[int, int]] = set()
-    for panel in PANELS:
-        assert panel["description"], panel["title"]
-        at = panel["gridPos"]
-        own = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert at["x"] + at["w"] <= 24 and not cells & own, panel["title"]
-        cells |= own
-    assert all(len({panel[key] for panel in PANELS}) == len(PANELS) for key in ("id", "title"))
 
 
 def test_units_fit_the_queries() -> None:
@@ -168,7 +151,7 @@ class Plant:
 
     def __init__(self, folder: Path, triton: TritonServer) -> None:
         self.triton = triton
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._running: dict[str, Process] = {}
         self._folder = folder
         ports = containers.free_ports(["grpc", "http", "counter", "blackbox", "prometheus"])
         places = {
@@ -193,17 +176,14 @@ class Plant:
         self._start("prometheus", shutil.which("prometheus"), *self._prometheus(places))
 
     def stop(self, name: str) -> None:
-        process = self._running.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)  # nginx's worker, too
-        process.wait()
+        self._running.pop(name).stop(signal.SIGKILL)
 
     def close(self) -> None:
         for name in list(self._running):
             self.stop(name)
 
     def _start(self, name: str, *command: object) -> None:
-        with (self._folder / f"{name}.log").open("wb") as log:
-            self._running[name] = child.start([str(part) for part in command], log)
+        self._running[name] = Process([str(part) for part in command], {}, self._folder / f"{name}.log")
 
     def _nginx(self) -> Path:
         values = {
@@ -278,7 +258,7 @@ def tensors(clip: np.ndarray) -> list[InferInput]:
     return list(both)
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = 90) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -294,9 +274,10 @@ def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
 def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     folder = tmp_path_factory.mktemp("plant")
     stand_in.write(folder / "repository/sums", delay=20_000)
+    stand_in.write(folder / "repository/slow", delay=5_000_000)
     stand_in.write(folder / "repository/broken")
     (folder / "repository/broken/1/model.onnx").write_bytes(b"no model")
-    extra = ["--model-control-mode=explicit", "--load-model=sums"]
+    extra = ["--model-control-mode=explicit", "--load-model=sums", "--load-model=slow"]
     keys = {"model-repository": KEY}
     with TritonServer(folder / "repository", device="cpu", keys=keys, extra=extra, exit_timeout=2) as triton:
         plant = Plant(folder, triton)
@@ -355,7 +336,7 @@ def test_requests_at_the_gateway_are_counted_by_outcome(plant: Plant) -> None:
             with pytest.raises(InferenceServerException):
                 client.infer("sums", bad)
         with pytest.raises(InferenceServerException):
-            client.infer("sums", tensors(clip), client_timeout=0.005)
+            client.infer("slow", tensors(clip), client_timeout=1)
         client.is_server_ready()  # not an inference
     assert over_http(json.dumps({"inputs": inputs}).encode()) == 200
     assert over_http(json.dumps({"inputs": inputs[:1]}).encode()) == 400
@@ -372,7 +353,7 @@ def test_requests_at_the_gateway_are_counted_by_outcome(plant: Plant) -> None:
         "http failed": 1,
         "http too_large": 1,
     }
-    assert eventually(lambda: plant.results() == expected, 5), plant.results()
+    assert eventually(lambda: plant.results() == expected), plant.results()
 
 
 @needs_plant
@@ -391,7 +372,7 @@ def test_bytes_give_the_seconds_of_audio(plant: Plant) -> None:
         for _ in range(20):
             client.infer("sums", [tensors(clips)[0], scale])
     audio = 20 * 4 * 900 / 16000
-    assert eventually(lambda: seconds() - before >= audio, 5)
+    assert eventually(lambda: seconds() - before >= audio)
     assert seconds() - before == pytest.approx(audio, rel=0.05)  # 300 bytes around each 14,400
 
 
