@@ -136,7 +136,6 @@ class TritonServer:
         self._start_timeout = start_timeout
         self._exit_timeout = exit_timeout
         self._warn_exposed = warn_exposed
-        self._keep_log = False
         self._process: subprocess.Popen[bytes] | None = None
         self._gateway: Gateway | None = None
 
@@ -199,7 +198,7 @@ class TritonServer:
         try:
             self._launch(installed, config_name, listen)
             self._wait_until_ready(_url(listen["http"]))
-            self._stubs = psutil.Process(self.pid).children(recursive=True)  # of the wheel's Python backend
+            self._stubs = psutil.Process(self.pid).children()  # of the wheel's Python backend
             if self.limits is not None:
                 self._open_gateway(self.limits, listen)
             self.version = self._version(_url(listen["http"]))
@@ -390,13 +389,10 @@ def _url(place: Place) -> str:
 
 
 def _get(url: str, path: str, headers: dict[str, str]) -> bytes:
-    connection = http.client.HTTPConnection(url, timeout=5)
-    try:
+    with contextlib.closing(http.client.HTTPConnection(url, timeout=5)) as connection:
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         body = response.read()
-    finally:
-        connection.close()
     if response.status != http.HTTPStatus.OK:
         raise http.client.HTTPException(f"status {response.status}")
     return body

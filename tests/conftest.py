@@ -1,4 +1,4 @@
-"""What the tests share: the small trained model, exported once, served once, and SpeechBrain's word on it."""
+"""Shared by the tests: the small trained model, exported once and served once, and SpeechBrain as its reference."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from server.triton import TritonServer
 ROOT = Path(__file__).parent.parent
 SOURCES = ".py", ".pbtxt", ".yaml", ".ckpt"
 
-# The same examples every time; pytest --hypothesis-profile=more draws others, and many more of them.
+# The same examples every time; pytest --hypothesis-profile=more draws many new ones.
 QUICK = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeatable", QUICK)
 settings.register_profile("more", QUICK, derandomize=False, max_examples=2000, print_blob=True)
 settings.load_profile("repeatable")
 
-# Where the tests run in the background it is ignored, and so would it be in what they start.
+# In the background it is ignored, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -43,14 +43,14 @@ def copy_configs(folder: Path) -> Path:
 
 
 def entry_point(template: str, environment: Mapping[str, object]) -> str:
-    """What 20-envsubst-on-templates.sh of nginx's image makes of a template: only defined variables are replaced."""
+    """Fills a template as the entry point of nginx's image does: only defined variables are replaced."""
     pattern = r"\$(?:\{(\w+)\}|(\w+))"
     return re.sub(pattern, lambda found: str(environment.get(found[1] or found[2], found[0])), template)
 
 
 @pytest.fixture(autouse=True)
 def lazy_modules_stay_lazy() -> None:
-    """Hypothesis asks each module for its file, at which SpeechBrain's lazy ones would import what is not installed."""
+    """Hypothesis reads `__file__` of each module; SpeechBrain's lazy ones would then import missing packages."""
     for name, module in list(sys.modules.items()):
         if name.startswith("speechbrain"):
             vars(module).setdefault("__file__", None)
@@ -69,7 +69,7 @@ def mini() -> checkpoint.Checkpoint:
 
 @pytest.fixture(scope="session")
 def both_formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with the small trained model, exported by the code under test. Not to be changed."""
+    """A model repository with the small trained model, exported by the code under test. Read only."""
     exported = _exported_once()
     folder = copy_configs(tmp_path_factory.mktemp("both"))
     for model in "ecapa", "ecapa_torchscript":
@@ -78,9 +78,9 @@ def both_formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _exported_once() -> Path:
-    """The export takes most of a minute: all test processes share one, as long as what it is made of stays the same."""
-    made_of = [path for name in ("export", "model_repository") for path in sorted((ROOT / name).rglob("*"))]
-    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in made_of if path.suffix in SOURCES]
+    """All test processes share one export, which takes most of a minute, until its sources change."""
+    sources = [path for name in ("export", "model_repository") for path in sorted((ROOT / name).rglob("*"))]
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources if path.suffix in SOURCES]
     versions = [version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime", "speechbrain")]
     key = hashlib.sha256("".join([*sums, *versions, sys.version]).encode()).hexdigest()[:16]
     folder = ROOT / "build/tests" / key
@@ -96,7 +96,7 @@ def _exported_once() -> Path:
 
 @pytest.fixture(scope="session")
 def repository(both_formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the ONNX model alone. Not to be changed."""
+    """The same with the ONNX model alone. Read only."""
     folder = copy_configs(tmp_path_factory.mktemp("repository"))
     shutil.copytree(both_formats / "ecapa/1", folder / "ecapa/1", dirs_exist_ok=True)
     return folder

@@ -1,18 +1,22 @@
-"""`python -m server` as a process on free ports."""
+"""`python -m server` as a process on free ports, and what a server has counted."""
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
+import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import ROOT
+from tritonclient.grpc import InferenceServerClient
 
 FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
 SOON = 30  # s
@@ -81,3 +85,35 @@ def wait_until(condition: Callable[[], object], seconds: float = SOON) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def batches(triton: InferenceServerClient, model: str) -> Counter[int]:
+    """The number of batches of each size that the server has counted."""
+    (statistics,) = triton.get_inference_statistics(model).model_stats
+    return Counter({batch.batch_size: batch.compute_infer.count for batch in statistics.batch_stats})
+
+
+def new_batches(triton: InferenceServerClient, model: str, before: Counter[int], items: int) -> Counter[int]:
+    """The batches since `before`, as soon as they have so many items: Triton counts just after it replied."""
+    wait_until(lambda: sum(size * count for size, count in (batches(triton, model) - before).items()) == items)
+    return batches(triton, model) - before
+
+
+def http_status(
+    url: str,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    context: ssl.SSLContext | None = None,
+) -> int:
+    """The status of the reply to one request, over TLS with `context`."""
+    if context is None:
+        connection = http.client.HTTPConnection(url, timeout=20)
+    else:
+        connection = http.client.HTTPSConnection(url, timeout=20, context=context)
+    try:
+        connection.request(method, path, body, dict(headers or {}))
+        return connection.getresponse().status
+    finally:
+        connection.close()

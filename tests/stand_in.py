@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import InferenceServerClient, InferInput
 
+PATH = "/v2/models/sums/infer"
+JSON = [
+    {"name": "clip", "datatype": "FP32", "shape": [1, 5], "data": [1, 1, 1, 1, 1]},
+    {"name": "scale", "datatype": "FP32", "shape": [1, 1], "data": [1]},
+]
+BODY = json.dumps({"inputs": JSON}).encode()  # of an HTTP request
 LONGEST = 1000  # samples; a longer clip makes the model fail at run time
 
 

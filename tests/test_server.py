@@ -6,14 +6,12 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.request import urlopen
 
 import numpy as np
@@ -23,11 +21,9 @@ import stand_in
 from launcher import launched, wait_until
 from tritonclient.utils import InferenceServerException
 
-from export import seal
-from server import ServerError, TritonServer, __main__, child, gateway, preflight
-from server.options import Limits, Tls
-from server.preflight import check_repository, choose_device, choose_gpus, choose_ports, exposure_warning, resolve
-from server.wheel import assemble_wheel, find_installed, package_without_cuda
+from server import Limits, ServerError, TritonServer, child, gateway
+from server.preflight import choose_ports
+from server.wheel import assemble_wheel, find_installed
 
 CLIP = np.ones((1, 10), np.float32)
 needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
@@ -90,11 +86,6 @@ def assert_named_log(error: str) -> None:
     assert log.stat().st_size > 0
     log.unlink()
     log.parent.rmdir()
-
-
-def replace(model: Path, old: str, new: str, name: str = "config.pbtxt") -> None:
-    config = model / name
-    config.write_text(config.read_text().replace(old, new))
 
 
 # --- start ---
@@ -214,14 +205,47 @@ def test_timeouts_are_checked(sums: Path, seconds: float) -> None:
             TritonServer(sums, device="cpu", **{name: seconds}).start()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("visible", "expected"), [("", "1,0"), ("4,GPU-abc", "GPU-abc,4")])
+def test_gpus_are_those_that_are_visible(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, expected: str
+) -> None:
+    """Environment and options of a tritonserver on two GPUs; a script stands in for it."""
+    seen = tmp_path / "seen"
+    binary = tmp_path / "tritonserver/bin/tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $NVIDIA_TF32_OVERRIDE $@" > {seen}\nexit 1\n')
+    binary.chmod(0o755)
+    monkeypatch.setattr("server.triton.find_installed", lambda: binary)
+    monkeypatch.setattr("server.triton.cuda_gpus", lambda: (["A", "B"], ""))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    server = TritonServer(sums, device="gpu", gpus=[1, 0], precision="fp16", log=tmp_path / "log")
+    with pytest.raises(ServerError):
+        server.start()
+    assert "B, A" in server.chosen
+    assert seen.read_text().startswith(f"{expected} 0 --") and "--model-config-name=gpu_fp16 " in seen.read_text()
+
+
+@needs_wheel
 @pytest.mark.parametrize(
-    "option", ["--max-requests=0", "--max-request-mb=x", "--gpus=0,", "--max-requests=²", "--models=a,,b"]
+    ("old", "new", "facts"),
+    [
+        ("dims", "dimensions", "config.pbtxt"),
+        ("ITEM_SHAPE", "ELEMENT_COUNT", "BATCH_ITEM_SHAPE"),
+        ('"length" data_type: TYPE_FP32 dims: [ 1', '"length" data_type: TYPE_FP32 dims: [ 2', "length [2] [1]"),
+        ('"sum" data_type: TYPE_FP32', '"sum" data_type: TYPE_FP64', "sum TYPE_FP64 tensor(float)"),
+        ('"scale"', '"gain"', "gain clip, scale, samples"),
+        ('input { name: "scale" data_type: TYPE_FP32 dims: [ 1 ] }', "", "scale"),
+    ],
 )
-def test_options_are_checked(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        __main__.main([option])
-    message = capsys.readouterr().err
-    assert all(part in message for part in option.split("="))
+def test_a_config_that_does_not_fit_its_model(sums: Path, old: str, new: str, facts: str) -> None:
+    config = sums / "sums/config.pbtxt"
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(ServerError) as info:
+        TritonServer(sums, device="cpu").start()
+    message = str(info.value)
+    assert_named_log(message)
+    assert "\n" not in message and "model sums" in message
+    assert all(fact in message for fact in facts.split(" ")), message
 
 
 # --- stop and supervision ---
@@ -390,217 +414,3 @@ from server import __main__, gateway
 gateway.PLACES = ["no-such-nginx"]
 sys.exit(__main__.main(sys.argv[1:]))
 """
-
-
-@needs_nginx
-def test_gateway_that_does_not_start(sums: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tls, nginx = gateway.TEMPLATES
-    template = tmp_path / nginx.name
-    template.write_text(nginx.read_text() + "nonsense;")
-    monkeypatch.setattr(gateway, "TEMPLATES", [tls, template])
-    with pytest.raises(ServerError, match='"nonsense"'):
-        TritonServer(sums, device="cpu", limits=Limits(1, 1)).start()
-
-
-# --- checks before the start ---
-
-
-def test_exposure_is_reported(tmp_path: Path) -> None:
-    tls = Tls(tmp_path / "cert", tmp_path / "key")
-    for address in "0.0.0.0", "192.0.2.1":
-        assert address in exposure_warning(address, None, {})
-        assert not exposure_warning(address, None, {"inference": "x" * 20}) and not exposure_warning(address, tls, {})
-    assert not exposure_warning("127.0.0.2", None, {})
-
-
-def test_little_shared_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "ENOUGH_SHM", 0)
-    assert preflight.shm_warning() == ""
-    monkeypatch.setattr(preflight, "ENOUGH_SHM", 1 << 60)
-    assert re.search(r"/dev/shm has \d+ MB", preflight.shm_warning())
-    monkeypatch.setattr(preflight, "SHM", Path("/dev/nowhere"))
-    assert "/dev/nowhere" in preflight.shm_warning()
-
-
-def test_names_stand_for_addresses() -> None:
-    assert resolve("localhost").startswith("127.")
-    for address in "", "::1", "no.such.host.invalid":
-        with pytest.raises(ServerError, match=repr(address)):
-            resolve(address)
-
-
-def test_choice_of_ports() -> None:
-    chosen = choose_ports(dict.fromkeys(["http", "grpc", "metrics"], ("127.0.0.1", 0)))
-    assert len(set(chosen.values())) == 3
-    assert choose_ports(chosen) == chosen
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        for place in ("127.0.0.1", 70000), ("no.such.host.invalid", 0), other.getsockname():
-            with pytest.raises(ServerError, match=f"{place[0]} port {place[1]} for http"):
-                choose_ports({"http": place})
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "gpus", "chosen", "configs"),
-    [
-        ("auto", "fp32", ["NVIDIA L4"], "GPU", "gpu"),
-        ("auto", "fp16", ["NVIDIA L4"], "GPU", "gpu_fp16"),
-        ("auto", "fp32", [], "CPU", "cpu"),
-        ("auto", "fp16", [], "CPU", "cpu"),
-        ("cpu", "fp32", ["NVIDIA L4"], "CPU", "cpu"),
-        ("gpu", "fp32", ["A", "B"], "GPU", "gpu"),
-        ("gpu", "fp32", [], None, ""),
-        ("cpu", "fp16", [], None, ""),
-    ],
-)
-def test_choice_of_device(device: str, precision: str, gpus: list[str], chosen: str | None, configs: str) -> None:
-    if chosen is None:
-        with pytest.raises(ServerError, match=precision if device == "cpu" else "no driver"):
-            choose_device(device, gpus, "no driver", precision)  # type: ignore[arg-type]
-        return
-    found, words, name = choose_device(device, gpus, "no driver", precision)  # type: ignore[arg-type]
-    assert (found, name) == (chosen, configs)
-    assert all(gpu in words for gpu in gpus) or chosen == "CPU"
-
-
-def test_choice_of_gpus() -> None:
-    assert choose_gpus(["A", "B", "C"], [2, 0]) == ["C", "A"]
-    for wrong in [3], [-1], [1, 1]:
-        with pytest.raises(ServerError, match=r"0 \(A\), 1 \(B\), 2 \(C\)"):
-            choose_gpus(["A", "B", "C"], wrong)
-
-
-@pytest.mark.parametrize(("visible", "expected"), [("", "1,0"), ("4,GPU-abc", "GPU-abc,4")])
-def test_gpus_are_those_that_are_visible(
-    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, expected: str
-) -> None:
-    """Environment and options of a tritonserver on two GPUs; a script stands in for it."""
-    seen = tmp_path / "seen"
-    binary = tmp_path / "tritonserver/bin/tritonserver"
-    binary.parent.mkdir(parents=True)
-    binary.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $NVIDIA_TF32_OVERRIDE $@" > {seen}\nexit 1\n')
-    binary.chmod(0o755)
-    monkeypatch.setattr("server.triton.find_installed", lambda: binary)
-    monkeypatch.setattr("server.triton.cuda_gpus", lambda: (["A", "B"], ""))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    server = TritonServer(sums, device="gpu", gpus=[1, 0], precision="fp16", log=tmp_path / "log")
-    with pytest.raises(ServerError):
-        server.start()
-    assert "B, A" in server.chosen
-    assert seen.read_text().startswith(f"{expected} 0 --") and "--model-config-name=gpu_fp16 " in seen.read_text()
-
-
-def test_a_package_without_cuda_is_named(both_formats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def find_spec(name: str) -> SimpleNamespace:
-        return SimpleNamespace(origin=str(tmp_path / name / "__init__.py"))
-
-    monkeypatch.setattr("importlib.util.find_spec", find_spec)
-    models = [both_formats / "ecapa", both_formats / "ecapa_torchscript"]
-    for package, library in ("onnxruntime", "capi/libonnxruntime_providers_cuda.so"), ("torch", "lib/libtorch_cuda.so"):
-        assert package_without_cuda(models) == package
-        (tmp_path / package / library).parent.mkdir(parents=True)
-        (tmp_path / package / library).touch()
-    assert package_without_cuda(models) == ""
-
-
-# --- the model repository ---
-
-
-def test_repository_is_checked_for_the_device(tmp_path: Path) -> None:
-    for missing in tmp_path, tmp_path / "nowhere":
-        with pytest.raises(ServerError, match=str(missing)):
-            check_repository(missing, "cpu")
-    stand_in.write(tmp_path / "sums")
-    (tmp_path / ".git").mkdir()
-    assert check_repository(tmp_path, "cpu") == {"sums": "onnxruntime"}
-    (tmp_path / "sums/configs").mkdir()
-    (tmp_path / "sums/configs/gpu.pbtxt").write_text('# model.onnx\nbackend: "pytorch"\n')
-    assert check_repository(tmp_path, "cpu") == {"sums": "onnxruntime"}
-    with pytest.raises(ServerError, match=r"sums/1/model\.pt"):
-        check_repository(tmp_path, "gpu")
-    (tmp_path / "sums/config.pbtxt").unlink()
-    with pytest.raises(ServerError, match=r"sums/config\.pbtxt"):
-        check_repository(tmp_path, "cpu")
-
-
-def test_models_are_those_that_are_named_or_exported(repository: Path) -> None:
-    """In this repository the ONNX model alone was exported."""
-    assert check_repository(repository, "cpu") == check_repository(repository, "cpu", ["ecapa"])
-    for name, fact in ("ecapa_torchscript", r"1/model\.pt"), ("another", "ecapa, ecapa_torchscript"):
-        with pytest.raises(ServerError, match=fact):
-            check_repository(repository, "cpu", ["ecapa", name])
-
-
-def test_the_version_that_is_served_is_checked(repository: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(repository / "ecapa", tmp_path / "ecapa"))
-    shutil.copytree(model / "1", model / "10")
-    shutil.copytree(model / "1", model / "9")
-    (model / "\N{SUPERSCRIPT TWO}").mkdir()  # a digit, but no version
-    flip_a_bit(model / "9/model.onnx")
-    assert check_repository(tmp_path, "cpu") == {"ecapa": "onnxruntime"}
-    replace(model, "latest { num_versions: 1 }", "latest { num_versions: 2 }", "configs/cpu.pbtxt")
-    with pytest.raises(ServerError, match=r"ecapa/9/model\.onnx"):
-        check_repository(tmp_path, "cpu")
-    shutil.rmtree(model / "9")
-    replace(model, "dims: [ 192 ]", "dims: [ 191 ]", "configs/cpu.pbtxt")
-    with pytest.raises(ServerError, match=r"cpu\.pbtxt line \d+: .*191"):
-        check_repository(tmp_path, "cpu")
-    assert check_repository(tmp_path, "gpu") == {"ecapa": "onnxruntime"}
-    replace(model, 'backend: "onnxruntime"', 'platform: "onnxruntime_onnx"')
-    (model / "configs/cpu.pbtxt").unlink()
-    with pytest.raises(ServerError, match=r"config\.pbtxt .*backend"):
-        check_repository(tmp_path, "cpu")
-    replace(model, "torn,", "", "configs/gpu.pbtxt")
-    with pytest.raises(ServerError, match=r"gpu\.pbtxt line \d+: .*required_guards"):
-        check_repository(tmp_path, "gpu")
-
-
-def guarded(model: Path) -> None:
-    with (model / "config.pbtxt").open("a") as config:
-        config.write('parameters { key: "required_guards" value: { string_value: "torn,empty" } }')
-
-
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def sealed(model: Path) -> Path:
-    guarded(model)
-    seal.seal(model / "1/model.onnx")
-    return model / "1/model.onnx"
-
-
-@needs_wheel
-@pytest.mark.parametrize(
-    ("damage", "facts"),
-    [
-        (lambda model: (model / "1/model.onnx").write_bytes(b"no model"), "1/model.onnx"),
-        (lambda model: replace(model, "dims", "dimensions"), "config.pbtxt"),
-        (lambda model: replace(model, "ITEM_SHAPE", "ELEMENT_COUNT"), "BATCH_ITEM_SHAPE"),
-        (
-            lambda model: replace(
-                model, '"length" data_type: TYPE_FP32 dims: [ 1', '"length" data_type: TYPE_FP32 dims: [ 2'
-            ),
-            "length [2] [1]",
-        ),
-        (
-            lambda model: replace(model, '"sum" data_type: TYPE_FP32', '"sum" data_type: TYPE_FP64'),
-            "sum TYPE_FP64 tensor(float)",
-        ),
-        (lambda model: replace(model, '"scale"', '"gain"'), "gain clip, scale, samples"),
-        (lambda model: replace(model, 'input { name: "scale" data_type: TYPE_FP32 dims: [ 1 ] }', ""), "scale"),
-        (guarded, "1/model.onnx checksum"),
-        (sealed, "1/model.onnx empty, torn"),
-        (lambda model: flip_a_bit(sealed(model)), "1/model.onnx checksum"),
-    ],
-)
-def test_model_that_does_not_load(sums: Path, damage: object, facts: str) -> None:
-    assert callable(damage)
-    damage(sums / "sums")
-    with pytest.raises(ServerError) as info:
-        TritonServer(sums, device="cpu").start()
-    message = str(info.value)
-    assert_named_log(message)
-    assert "\n" not in message and "model sums" in message
-    assert all(fact in message for fact in facts.split(" ")), message

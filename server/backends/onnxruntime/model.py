@@ -1,10 +1,10 @@
-"""Stand-in for Triton's C++ ONNX Runtime backend, for a tritonserver that comes without it.
+"""Stand-in for Triton's C++ ONNX Runtime backend, for a tritonserver without it.
 
-A Python-based backend: Triton runs this file for every model whose config says `backend: "onnxruntime"`.
-Beyond what `ragged_batch.py` says, names, types and dimensions of inputs and outputs must be those of the model file,
-and the parameters `intra_op_thread_count`, `inter_op_thread_count`, `enable_mem_arena`, `enable_mem_pattern`,
+A Python-based backend: Triton runs this file for every model with `backend: "onnxruntime"` in its config. In addition
+to `ragged_batch.py`, it checks names, types and dimensions of inputs and outputs against the model file, and obeys the
+parameters `intra_op_thread_count`, `inter_op_thread_count`, `enable_mem_arena`, `enable_mem_pattern`,
 `memory.enable_memory_arena_shrinkage`, `gpu_mem_limit`, `arena_extend_strategy` and those of the `cuda` execution
-accelerator are obeyed.
+accelerator.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class TritonPythonModel(RaggedBatchModel):
         parameters = instance.parameters
         self._session = ort.InferenceSession(path, _session_options(parameters), providers=_providers(instance))
         if instance.device != "cpu" and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise pb_utils.TritonModelException("the instance is KIND_GPU and CUDA could not be initialised")
+            raise pb_utils.TritonModelException("the instance is KIND_GPU, but CUDA could not be initialised")
         _check_tensors(instance.config, self._session)
         self._run_options = ort.RunOptions()
         if shrink := parameters.get("memory.enable_memory_arena_shrinkage"):
@@ -49,7 +49,7 @@ class TritonPythonModel(RaggedBatchModel):
 
 
 def _check_tensors(config: dict[str, Any], session: Any) -> None:
-    """The config must speak of the model's own inputs and outputs; their first axis is Triton's batch axis."""
+    """Checks the config's inputs and outputs against the model's, whose first axis is Triton's batch axis."""
     for what, declared, found in (
         ("input", [*config["input"], *batch_inputs(config)], session.get_inputs()),
         ("output", config["output"], session.get_outputs()),
@@ -91,7 +91,7 @@ def _providers(instance: Instance) -> list[Any]:
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise pb_utils.TritonModelException(
-            "the instance is KIND_GPU and the installed onnxruntime has no CUDA: install onnxruntime-gpu"
+            "the instance is KIND_GPU, but the installed onnxruntime has no CUDA: install onnxruntime-gpu"
         )
     if hasattr(ort, "preload_dlls"):  # since 1.21
         ort.preload_dlls()  # CUDA and cuDNN as installed by pip

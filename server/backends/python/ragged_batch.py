@@ -1,18 +1,18 @@
-"""What the stand-ins for Triton's C++ backends have in common: the layout of a batch, and whose rows are whose.
+"""Batching for the stand-in backends: packs requests into one batch and gives each request its own rows back.
 
-It knows no model. What a config means to a C++ backend it means here, so one repository serves on both:
+It works with any model, and reads a config as Triton's C++ backends do, so one repository serves on both:
 
-- the requests of a batch are concatenated in their order; of ragged inputs the samples, end to end
-- `batch_input` of kind BATCH_ITEM_SHAPE: one row per item, so a request of shape [2, L] gives two rows L
+- a batch is the concatenation of its requests in order; ragged inputs are concatenated along the samples
+- `batch_input` of kind BATCH_ITEM_SHAPE gives one row per item: a request of shape [2, L] gives two rows L
 - the outputs are split by the number of items in each request
 - `default_model_filename` and the instance's device are obeyed
 
-It differs in three things, so that nobody pays for another's request. When a batch fails, its requests run again one
-by one, and only the culprit fails. Requests with an empty ragged input go behind the others of their batch. And where
-the config has a parameter `required_guards`, the model file must be as it was exported and must name those guards in
-its metadata, or it is not loaded: not at the start, and not when it is replaced under a running server.
+It differs from them in three ways, so that no request harms another. When a batch fails, its requests run again one by
+one, and only those at fault fail. Requests with an empty ragged input go last in their batch. And where the config has
+a parameter `required_guards`, a model file is loaded, at the start or later, only if its seal is intact and its
+metadata names those guards.
 
-Triton's Python stubs find this file beside themselves.
+Triton's Python stubs import this file from their own folder.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ Array = NDArray[Any]
 
 
 class Instance(NamedTuple):
-    """What Triton says of an instance: its device (`cuda:0`, for example), the config and the config's parameters."""
+    """An instance of a model: its device (`cuda:0`, for example), the config and the config's parameters."""
 
     device: str
     config: dict[str, Any]
@@ -40,9 +40,9 @@ class Instance(NamedTuple):
 
 
 class RaggedBatchModel(ABC):
-    """One instance of one model. A backend says how its kind of file is loaded and run."""
+    """One instance of one model. A backend implements how its kind of file is loaded and run."""
 
-    usual_file: str  # what is loaded where the config names no file
+    usual_file: str  # loaded where the config names no file
 
     @abstractmethod
     def load(self, path: Path, instance: Instance) -> dict[str, str]:
@@ -89,25 +89,25 @@ class RaggedBatchModel(ABC):
                 seal.check_guards(path, metadata, guards.split(","))
         except seal.SealError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        # Reading and repacking the weights leaves as much again in freed heap, which glibc would keep.
+        # Loading frees as much heap as the weights take, and glibc would keep it.
         ctypes.CDLL(None).malloc_trim(0)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answers the requests of one batch, each with its own rows or its own error."""
-        # An empty clip goes last: a model may have no answer for what lies behind one.
+        """Replies to the requests of one batch, each with its own rows or its own error."""
+        # An empty clip goes last: a model may fail on the clips behind one.
         order = sorted(range(len(requests)), key=lambda number: self._is_empty(requests[number]))
-        answers = dict(zip(order, self._answer([requests[number] for number in order]), strict=True))
-        return [answers[number] for number in range(len(requests))]
+        replies = dict(zip(order, self._reply([requests[number] for number in order]), strict=True))
+        return [replies[number] for number in range(len(requests))]
 
     def _is_empty(self, request: Any) -> bool:
         return any(0 in pb_utils.get_input_tensor_by_name(request, name).shape() for name in self._ragged)
 
-    def _answer(self, requests: list[Any]) -> list[Any]:
+    def _reply(self, requests: list[Any]) -> list[Any]:
         try:
             return self._run(requests)
         except Exception as error:
             if len(requests) > 1:
-                return [response for request in requests for response in self._answer([request])]
+                return [response for request in requests for response in self._reply([request])]
             return [_failure(str(error))]
 
     def _run(self, requests: list[Any]) -> list[Any]:
@@ -137,13 +137,13 @@ class RaggedBatchModel(ABC):
 
 
 def batch_inputs(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Name and type of each tensor that `batch_input` adds."""
+    """Name and type of each tensor that `batch_input` adds to the inputs."""
     entries = config["batch_input"]
     return [{"name": name, "data_type": entry["data_type"]} for entry in entries for name in entry["target_name"]]
 
 
 def is_true(value: str) -> bool:
-    """As Triton's C++ backends read a parameter."""
+    """Reads a parameter as Triton's C++ backends do."""
     return value.lower() in ("1", "true")
 
 

@@ -1,10 +1,9 @@
-"""Stand-in for Triton's C++ PyTorch backend (LibTorch), for a tritonserver that comes without it.
+"""Stand-in for Triton's C++ PyTorch backend (LibTorch), for a tritonserver without it.
 
-A Python-based backend: Triton runs this file for every model whose config says `backend: "pytorch"`.
-Beyond what `ragged_batch.py` says, inputs are those arguments of `forward` that have their names, or `NAME__INDEX`;
-outputs have the order of the config, or `NAME__INDEX`; and the parameters `DISABLE_OPTIMIZED_EXECUTION`,
-`INFERENCE_MODE`, `INTRA_OP_THREAD_COUNT` and `INTER_OP_THREAD_COUNT` are obeyed. The metadata is in the archive's
-extra file `metadata.json`.
+A Python-based backend: Triton runs this file for every model with `backend: "pytorch"` in its config. In addition to
+`ragged_batch.py`, it matches inputs to the arguments of `forward` by name, or by `NAME__INDEX`; takes outputs in the
+config's order, or by `NAME__INDEX`; and obeys the parameters `DISABLE_OPTIMIZED_EXECUTION`, `INFERENCE_MODE`,
+`INTRA_OP_THREAD_COUNT` and `INTER_OP_THREAD_COUNT`. Metadata comes from the archive's extra file `metadata.json`.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ class TritonPythonModel(RaggedBatchModel):
         parameters, config = instance.parameters, instance.config
         if instance.device != "cpu" and not torch.cuda.is_available():
             raise pb_utils.TritonModelException(
-                f"the instance is KIND_GPU and the installed torch {torch.__version__} cannot use it"
+                f"the instance is KIND_GPU, but the installed torch {torch.__version__} has no CUDA"
             )
         for key, set_threads in (
             ("INTRA_OP_THREAD_COUNT", torch.set_num_threads),
