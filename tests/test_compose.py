@@ -395,24 +395,27 @@ def test_export_runs_on_what_its_image_has(tmp_path: Path) -> None:
 
 @needs_curl
 def test_locust_runs_on_what_its_image_has(image: Path, repository: Path, tmp_path: Path) -> None:
-    ports = free_ports(APIS)
+    """Through its web page's API, as the service starts it."""
+    ports = free_ports([*APIS, "web"])
     (entry,) = map(json.loads, containers.instruction("loadtest/Dockerfile", "ENTRYPOINT"))
-    command = replace(SERVICES["locust"]["command"], {"gateway:8001": f"127.0.0.1:{ports['grpc']}"})
+    places = {"gateway:8001": f"127.0.0.1:{ports['grpc']}", "0.0.0.0": "127.0.0.1"}
+    command = replace(SERVICES["locust"]["command"], places) + [f"--web-port={ports['web']}", "--autostart"]
     folder = containers.build("loadtest/Dockerfile", tmp_path / "loadtest")
+
+    def sent() -> dict[str, int]:
+        try:
+            with urlopen(f"http://127.0.0.1:{ports['web']}/stats/requests", timeout=20) as reply:
+                return json.load(reply)["stats"][-1]  # type: ignore[no-any-return]
+        except OSError:  # it has not started yet
+            return {"num_requests": 0}
+
     with triton(SERVICES["triton-cpu"], image, repository, tmp_path, ports):
-        before = answered(ports)
-        words = [sys.executable, "-m", *entry, *command, "--headless", "--json", "--scenario=single"]
-        with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as locust:
-            while locust.poll() is None and answered(ports) < before + 5:
-                time.sleep(0.1)
-            locust.terminate()
-            sent = json.loads(locust.communicate(timeout=60)[0])
-    assert sum(line["num_requests"] for line in sent) > 0 == sum(line["num_failures"] for line in sent)
-
-
-def answered(ports: Mapping[str, int]) -> int:
-    with urlopen(f"http://127.0.0.1:{ports['metrics']}/metrics", timeout=20) as page:
-        return int(re.search(rb'nv_inference_request_success\{model="ecapa",version="1"\} (\d+)', page.read())[1])
+        locust = Process(["python", "-m", *entry, *command], {}, tmp_path / "locust.log", folder)
+        try:
+            locust.wait_until(lambda: sent()["num_requests"] > 0)
+            assert sent()["num_failures"] == 0
+        finally:
+            locust.stop()
 
 
 @functools.cache
