@@ -1,11 +1,9 @@
-"""Monitoring with the real thing: Prometheus, its alerts and the dashboard, on a tritonserver behind nginx."""
+"""Prometheus, its alerts and the dashboard's queries, on a real tritonserver behind nginx."""
 
 from __future__ import annotations
 
-import getpass
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
@@ -20,17 +18,18 @@ from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
+import containers
 import numpy as np
 import pytest
 import stand_in
 import yaml
 from conftest import ROOT, entry_point
+from containers import Process
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from monitoring import gateway_metrics
-from server import TritonServer, child, gateway
-from server.triton import choose_ports
+from monitoring.gateway_metrics import Counts
+from server import TritonServer, gateway
 
 FOLDER = ROOT / "monitoring"
 PROMETHEUS = FOLDER / "prometheus"
@@ -38,7 +37,7 @@ RULES = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"][0]["ru
 ALERTS = [rule["alert"] for rule in RULES]
 DASHBOARD = json.loads((FOLDER / "grafana/dashboards/ecapa-triton.json").read_text())
 PANELS = DASHBOARD["panels"]
-# Without a GPU the only ones that are allowed to have no data.
+# Only these may have no data without a GPU.
 GPU_SERIES = {
     "nv_gpu_utilization",
     "nv_gpu_memory_total_bytes",
@@ -54,12 +53,12 @@ MISSING += [] if gateway.find() else ["nginx-light"]
 needs_plant = pytest.mark.skipif(bool(MISSING), reason=f"apt install {' '.join(MISSING)}")
 
 KEY = "of-administrators"
-LIMIT = 2  # requests in work
-MEGABYTE = np.zeros((1, (1 << 20) // 4), np.float32)  # the largest that the gateway takes, but for its header
+LIMIT = 2  # requests in flight
+MEGABYTE = np.zeros((1, (1 << 20) // 4), np.float32)  # with its header, larger than the gateway accepts
 
 
 def selectors(expression: str) -> dict[str, str]:
-    """The series that an expression asks for, by name, with their labels."""
+    """The series of an expression, by name, with their labels."""
     return {found[1]: found[0] for found in re.finditer(r"\b([a-z]+_[a-z_]+|up)\b(?:\{[^}]*\})?(?![\w(])", expression)}
 
 
@@ -86,52 +85,31 @@ def test_each_alert_has_a_test_in_which_it_fires() -> None:
     assert {name for sample in samples for name in re.findall(r'alertname="(\w+)"', sample["labels"])} == set(ALERTS)
 
 
-def test_alerts_say_what_and_what_to_do() -> None:
-    for rule in RULES:
-        assert rule["labels"]["severity"] in {"critical", "warning"}, rule["alert"]
-        assert set(rule["annotations"]) == {"summary", "description"}, rule["alert"]
-
-
-def test_panels_are_named_have_units_and_do_not_overlap() -> None:
-    for key in "id", "title":
-        assert len({panel[key] for panel in PANELS}) == len(PANELS)
-    places: set[tuple[int, int]] = set()
-    for panel in PANELS:
-        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
-        assert panel["description"], panel["title"]
-        at = panel["gridPos"]
-        assert at["x"] + at["w"] <= 24, panel["title"]
-        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert not places & cells, panel["title"]
-        places |= cells
-
-
-def test_units_fit_what_is_asked_for() -> None:
+def test_units_fit_the_queries() -> None:
     for panel in PANELS:
         unit = panel["fieldConfig"]["defaults"]["unit"]
         for expression in [target["expr"] for target in panel["targets"]]:
             names = set(selectors(expression))
-            if any(name.endswith("_us") for name in names):
-                assert unit == "µs", panel["title"]
-            if any(name.startswith("nv_") and name.endswith("_bytes") for name in names):
-                assert unit == "bytes", panel["title"]
+            expected = {"µs" for name in names if name.endswith("_us")}
+            expected |= {"bytes" for name in names if name.startswith("nv_") and name.endswith("_bytes")}
+            assert expected <= {unit}, panel["title"]
             assert "rate(" in expression or unit != "reqps", panel["title"]
             assert "$__rate_interval" in expression or "rate(" not in expression, panel["title"]
 
 
-def test_every_panel_asks_the_provisioned_datasource() -> None:
+def test_every_panel_uses_the_provisioned_datasource() -> None:
     provisioning = FOLDER / "grafana/provisioning"
     datasources = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
     wanted = {"type": "prometheus", "uid": datasources[0]["uid"]}
     for panel in PANELS:
         assert panel["datasource"] == wanted, panel["title"]
         assert [target["datasource"] for target in panel["targets"]] == [wanted] * len(panel["targets"])
-    # $__rate_interval is four times what the datasource says: it must be what Prometheus does.
+    # Grafana computes $__rate_interval from it.
     interval = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["global"]["scrape_interval"]
     assert datasources[0]["jsonData"]["timeInterval"] == interval
 
 
-# --- what nginx tells ---
+# --- the log lines of nginx ---
 
 
 @pytest.mark.parametrize(
@@ -150,35 +128,32 @@ def test_every_panel_asks_the_provisioned_datasource() -> None:
         ("http too_large 413 - - 64210", "http", "too_large"),
     ],
 )
-def test_a_line_of_nginx_is_counted_once(line: str, api: str, result: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in "requests", "answered_bytes":
-        monkeypatch.setattr(gateway_metrics, name, getattr(gateway_metrics, name).copy())
-    gateway_metrics.count(b"<190>Nov 23 07:00:00 host nginx: request " + line.encode())
-    text = gateway_metrics.metrics()
-    assert f'gateway_requests_total{{api="{api}",result="{result}"}} 1\n' in text
-    assert len(re.findall(" 1$", text, re.MULTILINE)) == 1
-    assert (f'gateway_answered_bytes_total{{api="{api}"}} 64210\n' in text) == (result == "ok")
+def test_a_line_of_nginx_is_counted_once(line: str, api: str, result: str) -> None:
+    counts = Counts()
+    counts.add(b"<190>Nov 23 07:00:00 host nginx: request " + line.encode())
+    assert f'gateway_requests_total{{api="{api}",result="{result}"}} 1\n' in counts.text()
+    assert sum(counts.requests.values()) == 1
+    assert counts.answered_bytes[api] == (64210 if result == "ok" else 0)
 
 
-def test_what_is_no_line_of_nginx_is_passed_over() -> None:
-    before = gateway_metrics.metrics()
+def test_other_datagrams_are_ignored() -> None:
+    counts = Counts()
     for datagram in b"", b"\xff\xfe", b"request", b"request smtp - 200 - 0 1", b"x" * 5000:
-        gateway_metrics.count(datagram)
-    assert gateway_metrics.metrics() == before
+        counts.add(datagram)
+    assert counts.text() == Counts().text()
 
 
 # --- all of it, running ---
 
 
 class Plant:
-    """Triton, nginx, what counts its requests, the blackbox exporter and Prometheus, each on a free port."""
+    """Triton, nginx, the counter of its requests, the blackbox exporter and Prometheus, each on a free port."""
 
     def __init__(self, folder: Path, triton: TritonServer) -> None:
         self.triton = triton
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._running: dict[str, Process] = {}
         self._folder = folder
-        wanted = ["grpc", "http", "counter", "blackbox", "prometheus"]
-        ports = {name: port for name, (_, port) in choose_ports({name: ("127.0.0.1", 0) for name in wanted}).items()}
+        ports = containers.free_ports(["grpc", "http", "counter", "blackbox", "prometheus"])
         places = {
             "triton:8000": triton.http_url,
             "gateway:8000": f"127.0.0.1:{ports['http']}",
@@ -196,32 +171,28 @@ class Plant:
             f"--port={ports['counter']}",
             f"--socket={folder / 'requests'}",
         )
-        # As in its image, where nobody is root: the socket's folder is this user's.
-        user = f"user {getpass.getuser()};"
-        self._start("nginx", gateway.find(), "-c", self._nginx(ports), "-p", folder, "-g", user)
+        self._start("nginx", *containers.nginx(self._nginx()), "-p", folder)
         self._start("blackbox", shutil.which("prometheus-blackbox-exporter"), *self._blackbox(places["blackbox:9115"]))
         self._start("prometheus", shutil.which("prometheus"), *self._prometheus(places))
 
     def stop(self, name: str) -> None:
-        process = self._running.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)  # nginx's worker, too
-        process.wait()
+        self._running.pop(name).stop(signal.SIGKILL)
 
     def close(self) -> None:
         for name in list(self._running):
             self.stop(name)
 
     def _start(self, name: str, *command: object) -> None:
-        with (self._folder / f"{name}.log").open("wb") as log:
-            self._running[name] = child.start([str(part) for part in command], log)
+        self._running[name] = Process([str(part) for part in command], {}, self._folder / f"{name}.log")
 
-    def _nginx(self, ports: dict[str, int]) -> Path:
+    def _nginx(self) -> Path:
         values = {
             "FOLDER": self._folder,
             "GRPC": self.grpc_url,
             "HTTP": self.http_url,
             "GRPC_BEHIND": self.triton.grpc_url,
             "HTTP_BEHIND": self.triton.http_url,
+            "RESOLVER": "127.0.0.1",
             "MAX_REQUESTS": LIMIT,
             "MAX_REQUEST_MB": 1,
             "SSL": "",
@@ -233,18 +204,18 @@ class Plant:
         return path
 
     def _blackbox(self, address: str) -> list[str]:
-        """With the two modules of the configuration that its image brings."""
+        """With the two modules that we use of its image's configuration."""
         path = self._folder / "blackbox.yml"
         path.write_text("modules: {http_2xx: {prober: http}, tcp_connect: {prober: tcp}}")
         return [f"--config.file={path}", f"--web.listen-address={address}"]
 
     def _prometheus(self, places: dict[str, str]) -> list[str]:
-        """With our configuration, but here, every second, and alerts that wait for nothing."""
+        """With our configuration, but local targets, every second, and alerts that fire at once."""
         config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         for job in config["scrape_configs"]:
             for found in job.pop("dns_sd_configs", []):
-                # What the name of the compose service would resolve to, were it the one for GPUs.
+                # As the name of the compose service for GPUs would resolve.
                 place = self.triton.metrics_url.removeprefix("http://").removesuffix("/metrics")
                 job["static_configs"] = [{"targets": [place], "labels": {"__meta_dns_name": found["names"][0]}}]
         text = yaml.safe_dump(config)
@@ -267,13 +238,13 @@ class Plant:
             return json.load(response)["data"]
 
     def values(self, expression: str) -> list[float]:
-        """The values of an expression now, those that are a number."""
+        """The current values of an expression that are numbers."""
         expression = expression.replace("$__rate_interval", "10s")
         found = [float(one["value"][1]) for one in self.ask("query", query=expression)["result"]]
         return [value for value in found if value == value]
 
     def results(self) -> dict[str, int]:
-        """What came of the requests over both APIs, as it is counted now."""
+        """The number of requests by API and outcome."""
         with urlopen(self.counter_url, timeout=10) as response:
             text = response.read().decode()
         found = re.findall(r'^gateway_requests_total\{api="(\w+)",result="(\w+)"\} (\d+)$', text, re.MULTILINE)
@@ -287,13 +258,13 @@ def tensors(clip: np.ndarray) -> list[InferInput]:
     return list(both)
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = 90) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
             if holds():
                 return True
-        except (URLError, OSError):  # it has not started yet
+        except OSError:  # it has not started yet
             pass
         time.sleep(0.3)
     return False
@@ -303,9 +274,10 @@ def eventually(holds: Callable[[], bool], seconds: float = 30) -> bool:
 def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     folder = tmp_path_factory.mktemp("plant")
     stand_in.write(folder / "repository/sums", delay=20_000)
+    stand_in.write(folder / "repository/slow", delay=5_000_000)
     stand_in.write(folder / "repository/broken")
     (folder / "repository/broken/1/model.onnx").write_bytes(b"no model")
-    extra = ["--model-control-mode=explicit", "--load-model=sums"]
+    extra = ["--model-control-mode=explicit", "--load-model=sums", "--load-model=slow"]
     keys = {"model-repository": KEY}
     with TritonServer(folder / "repository", device="cpu", keys=keys, extra=extra, exit_timeout=2) as triton:
         plant = Plant(folder, triton)
@@ -318,7 +290,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
 
 @pytest.fixture
 def load(plant: Plant) -> Iterator[None]:
-    """Clients, one more than may be at once, whose requests succeed, fail, are given up and are refused."""
+    """Clients, one above the limit, whose requests succeed, fail, are given up and are rejected."""
     over = threading.Event()
 
     def work() -> None:
@@ -343,7 +315,7 @@ def load(plant: Plant) -> Iterator[None]:
 
 
 @needs_plant
-def test_requests_at_the_gateway_are_counted_by_what_came_of_them(plant: Plant) -> None:
+def test_requests_at_the_gateway_are_counted_by_outcome(plant: Plant) -> None:
     clip = np.ones((1, 5), np.float32)
 
     def over_http(body: bytes) -> int:
@@ -364,7 +336,7 @@ def test_requests_at_the_gateway_are_counted_by_what_came_of_them(plant: Plant) 
             with pytest.raises(InferenceServerException):
                 client.infer("sums", bad)
         with pytest.raises(InferenceServerException):
-            client.infer("sums", tensors(clip), client_timeout=0.005)
+            client.infer("slow", tensors(clip), client_timeout=1)
         client.is_server_ready()  # not an inference
     assert over_http(json.dumps({"inputs": inputs}).encode()) == 200
     assert over_http(json.dumps({"inputs": inputs[:1]}).encode()) == 400
@@ -381,11 +353,11 @@ def test_requests_at_the_gateway_are_counted_by_what_came_of_them(plant: Plant) 
         "http failed": 1,
         "http too_large": 1,
     }
-    assert eventually(lambda: plant.results() == expected, 5), plant.results()
+    assert eventually(lambda: plant.results() == expected), plant.results()
 
 
 @needs_plant
-def test_bytes_tell_the_seconds_of_audio(plant: Plant) -> None:
+def test_bytes_give_the_seconds_of_audio(plant: Plant) -> None:
     def seconds() -> float:
         with urlopen(plant.counter_url) as response:
             found = re.search(r'answered_bytes_total\{api="grpc"\} (\d+)', response.read().decode())
@@ -393,23 +365,23 @@ def test_bytes_tell_the_seconds_of_audio(plant: Plant) -> None:
         return int(found[1]) / 64000
 
     before = seconds()
-    clips = np.ones((4, 900), np.float32)  # as much as the stand-in takes, and far shorter than a clip
+    clips = np.ones((4, 900), np.float32)  # near the limit of the stand-in, and far shorter than a clip
     scale = InferInput("scale", (4, 1), "FP32")
     scale.set_data_from_numpy(np.ones((4, 1), np.float32))
     with InferenceServerClient(plant.grpc_url) as client:
         for _ in range(20):
             client.infer("sums", [tensors(clips)[0], scale])
     audio = 20 * 4 * 900 / 16000
-    assert eventually(lambda: seconds() - before >= audio, 5)
+    assert eventually(lambda: seconds() - before >= audio)
     assert seconds() - before == pytest.approx(audio, rel=0.05)  # 300 bytes around each 14,400
 
 
 @needs_plant
-def test_all_that_is_asked_for_is_there(plant: Plant, load: None) -> None:
+def test_every_query_has_data(plant: Plant, load: None) -> None:
     asked = {target["expr"] for panel in PANELS for target in panel["targets"]}
-    for rule in RULES:  # which have a value only when they fire, so it is their series that must be there
+    for rule in RULES:  # a rule has a value only when it fires, so its series are checked
         asked |= {selector for name, selector in selectors(rule["expr"]).items()}
-    assert eventually(lambda: "ALERTS" in str(plant.ask("label/__name__/values")))  # one panel shows what fires
+    assert eventually(lambda: "ALERTS" in str(plant.ask("label/__name__/values")))  # for the panel of firing alerts
     missing = {one for one in asked if not set(selectors(one)) & GPU_SERIES}
     assert len(missing) > 30
 
@@ -420,7 +392,7 @@ def test_all_that_is_asked_for_is_there(plant: Plant, load: None) -> None:
     assert eventually(found), missing
     for one in asked - missing:
         if set(selectors(one)) & GPU_SERIES:
-            assert plant.values(one) == []  # a question that Prometheus understands
+            assert plant.values(one) == []  # Prometheus accepts the query
 
 
 @needs_plant
@@ -428,8 +400,8 @@ def test_alerts_fire(plant: Plant, load: None) -> None:
     def firing() -> set[str]:
         return {alert["labels"]["alertname"] for alert in plant.ask("alerts")["alerts"]}
 
-    # The target is called one with GPUs, and this server has none.
-    assert eventually(lambda: firing() >= {"CpuInsteadOfGpu", "RequestsFail", "RequestsRefused"}), firing()
+    # The target has the name of the service for GPUs, and this server has none.
+    assert eventually(lambda: firing() >= {"CpuInsteadOfGpu", "RequestsFail", "RequestsRejected"}), firing()
     assert not firing() & {"TritonDown", "TritonNotReady", "GatewayDown", "MonitoringBlind"}
 
     request = Request(f"http://{plant.triton.http_url}/v2/repository/models/broken/load", b"{}", {"api-key": KEY})
@@ -448,5 +420,5 @@ def test_alerts_fire(plant: Plant, load: None) -> None:
     assert "GatewayDown" not in firing()  # nginx does without
     plant.stop("nginx")
     assert eventually(lambda: "GatewayDown" in firing()), firing()
-    words = json.dumps([alert["annotations"] for alert in plant.ask("alerts")["alerts"]])
-    assert "error" not in words.replace("errors", ""), words  # as Prometheus puts it into a template that fails
+    # Every template of the annotations was filled in: Prometheus puts "error expanding" where one fails.
+    assert "<error" not in json.dumps([alert["annotations"] for alert in plant.ask("alerts")["alerts"]])
