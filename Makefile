@@ -11,7 +11,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 demo: $(BIN)/installed ## export, serve on real Triton, tell the voices of samples/ apart
-	@$(BIN)/python -m samples.demo
+	@$(BIN)/python -m examples.demo
 
 # The fault tests have the machine to themselves: they tell how much a server can do.
 test: $(BIN)/installed lint ## lint, types and tests, the served ones against a real tritonserver

@@ -16,22 +16,17 @@ from conftest import ROOT
 from server import TritonServer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    (page.name, language, block)
-    for page in PAGES
-    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-]
-# Exports have tests of their own, too.
-LINES = [
-    pytest.param(line, marks=[pytest.mark.slow] if line.startswith("python -m export") else [], id=f"{page}: {line}")
-    for page, line in dict.fromkeys(
-        (page, line.partition("  #")[0].strip())
-        for page, language, block in BLOCKS
-        if language == "sh"
-        for line in block.splitlines()
-        if line.strip()
-    )
-]
+EXPORT = "python -m export --source"  # takes its time: in `make test-slow`
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each code block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(block: str) -> list[str]:
+    """The lines of a shell block, without their remarks."""
+    return [line.partition("  #")[0].strip() for line in block.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +45,43 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize(
-    "code", [pytest.param(block, id=page) for page, language, block in BLOCKS if language == "python"]
-)
-def test_python_block(code: str, checkout: Path, server: TritonServer) -> None:
-    code = code.replace("127.0.0.1:8001", server.grpc_url)
-    run = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_run(page: Path, checkout: Path, server: TritonServer) -> None:
+    for language, block in blocks(page):
+        if language == "python":
+            code = block.replace("127.0.0.1:8001", server.grpc_url)
+            done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+            assert done.returncode == 0, f"{block}\n{done.stderr}"
+        elif language == "sh":
+            for command in commands(block):
+                if not command.startswith(EXPORT):
+                    run(command, checkout, server)
+        else:
+            assert language == "text"
 
 
-@pytest.mark.parametrize("command", LINES)
-def test_shell_line(command: str, checkout: Path, server: TritonServer) -> None:
+@pytest.mark.slow
+def test_exports_run(checkout: Path, server: TritonServer) -> None:
+    found = {line for page in PAGES for kind, block in blocks(page) if kind == "sh" for line in commands(block)}
+    for command in sorted(line for line in found if line.startswith(EXPORT)):
+        run(f"{command} --no-fp16", checkout, server)  # whose files are made and tested elsewhere
+
+
+def run(command: str, checkout: Path, server: TritonServer) -> None:
     if command.startswith("python -m server"):
         return serve(command, checkout)
+    adapted = command.replace("http://127.0.0.1:8000", f"http://{server.http_url}")
     if command.startswith("make "):  # the targets have tests of their own: here, that they exist
-        command = command.replace("make ", "make -n ", 1)
+        adapted = command.replace("make ", "make -n ", 1)
     elif command.startswith("python -m loadtest"):
-        command = re.sub(r"(loadtest \w+).*", r"\1 --help", command)
+        adapted = re.sub(r"(loadtest \w+).*", r"\1 --help", command)
     elif command.startswith("locust"):
-        command = f"locust --headless --users 1 --run-time 5s --scenario single --host grpc://{server.grpc_url}"
-    elif command.startswith("python -m export --source"):
-        command += " --no-fp16"  # whose files are made and tested elsewhere
-    elif command.startswith("ecapa-triton"):
-        command = re.sub(r"^(ecapa-triton \w+)", rf"\1 --url {server.grpc_url}", command)
-    command = command.replace("http://127.0.0.1:8000", f"http://{server.http_url}")
-    run = subprocess.run(
-        command, shell=True, cwd=checkout, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    different = "verify samples/anna_1.flac samples/berta" in command.replace(f" --url {server.grpc_url}", "")
-    assert run.returncode == (1 if different else 0), run.stderr
+        adapted = f"locust --headless --users 1 --run-time 5s --scenario single --host grpc://{server.grpc_url}"
+    else:
+        adapted = re.sub(r"(ecapa-triton \w+)(?= )", rf"\1 --url {server.grpc_url}", adapted)
+    done = subprocess.run(adapted, shell=True, cwd=checkout, env=environment(), capture_output=True, text=True)
+    different = command == "ecapa-triton verify samples/anna_1.flac samples/berta_1.flac"
+    assert done.returncode == (1 if different else 0), f"{command}\n{done.stderr}"
 
 
 def environment() -> dict[str, str]:
