@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.words = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
-        importlib.import_module(f"loadtest.{options.command}").run(options)
+        name = {"report": "load_report"}.get(options.command, options.command)
+        importlib.import_module(f"loadtest.{name}").run(options)
     except _errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -39,7 +40,7 @@ def _errors() -> tuple[type[Exception], ...]:
         "loadtest.clips": "ClipsError",
         "loadtest.gpu_models": "GpuError",
         "loadtest.load": "LoadError",
-        "loadtest.report": "ReportError",
+        "loadtest.load_report": "ReportError",
         "loadtest.soak": "SoakError",
         "loadtest.target": "TargetError",
     }

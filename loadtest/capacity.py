@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from . import report
+from . import load_report as report
 
 Row = dict[str, Any]
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import load, machine, report, scenarios
+from . import load, load_report, machine, scenarios
 from .clips import MAX_ERROR, Array, Clips, compare, speech
 from .gpu_page import reason
 from .load import LoadError, Round, Timing
@@ -309,8 +309,8 @@ def run(options: argparse.Namespace) -> None:
     paths = [options.out / f"{name}.json", options.out / f"{name}.csv"]
     paths[0].write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     _write_raw(paths[1], session.raw)
-    paths += report.write([data], options.out, name)
-    print(f"\n{report.summary([data])}\n\n" + "\n".join(map(str, paths)))
+    paths += load_report.write([data], options.out, name)
+    print(f"\n{load_report.summary([data])}\n\n" + "\n".join(map(str, paths)))
     if wrong := sum(row.get("wrong", 0) for row in data["rows"] if row["contender"] == OURS):
         raise LoadError(f"{wrong} replies were WRONG: see {paths[0]}")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from loadtest import report
-from loadtest.report import ALONE as ONE
-from loadtest.report import GPU, IN_PROCESS, MEASURED, OURS, PADDED, Measured, ReportError
+from loadtest import load_report as report
+from loadtest.load_report import ALONE as ONE
+from loadtest.load_report import GPU, IN_PROCESS, MEASURED, OURS, PADDED, Measured, ReportError
 
 Row = dict[str, Any]
 

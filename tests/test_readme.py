@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from loadtest import client, report
+from loadtest import client
+from loadtest import load_report as report
 from server.triton import TritonServer
 
 README = (ROOT / "README.md").read_text()
