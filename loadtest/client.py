@@ -38,8 +38,8 @@ from tritonclient.utils import InferenceServerException
 
 from . import load, machine
 from .clips import MAX_ERROR, SAMPLE_RATE, SAMPLES, Array, Clips, Deck, distances, speech
-from .gpu_page import reason
 from .load import LoadError, Round, Sent, Timing
+from .machine import reason
 from .run import first_replies
 from .scenarios import Level
 from .target import OURS, Target, TargetError, link, reach

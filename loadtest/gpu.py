@@ -45,7 +45,8 @@ from .gpu_models import (
     torchscript,
     write_models,
 )
-from .gpu_page import Row, reason
+from .gpu_page import Row
+from .machine import reason
 
 PRODUCT_TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
 SPEECHBRAIN, CPU = "SpeechBrain", "CPU"

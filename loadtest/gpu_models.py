@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .gpu_page import reason
+from .machine import reason
 
 Array: TypeAlias = NDArray[np.float32]
 Embed: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # waveform [S] and int32 lengths [B, 1] to float32 [B, E]

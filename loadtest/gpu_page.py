@@ -223,13 +223,3 @@ def faults(data: Row) -> list[str]:
     found = [f"{TITLES[name]}: {part['failed']}" for name, part in data["sections"].items() if "failed" in part]
     wrong = sum(row.get("wrong", 0) for row in data["sections"].get("served", {"rows": []})["rows"])
     return [*found, *([f"{wrong} replies of the server were WRONG"] if wrong else [])]
-
-
-def reason(error: BaseException) -> str:
-    """One line on what went wrong."""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name.partition('.')[0]} is not installed"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if any(words in str(error).lower() for words in ("out of memory", "failed to allocate memory")):
-        return "out of memory"
-    return lines[-1 if "TorchScript interpreter" in lines[0] else 0][:200]  # its traceback comes first

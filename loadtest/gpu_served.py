@@ -18,7 +18,8 @@ import numpy as np
 
 from . import machine
 from .clips import Array, Clips
-from .gpu_page import Row, reason
+from .gpu_page import Row
+from .machine import reason
 from .target import gauges, link, statistics
 
 Precision: TypeAlias = Literal["fp32", "fp16"]

@@ -24,8 +24,8 @@ import numpy as np
 
 from . import load, load_report, machine, scenarios
 from .clips import MAX_ERROR, Array, Clips, compare, speech
-from .gpu_page import reason
 from .load import LoadError, Round, Timing
+from .machine import reason
 from .scenarios import Level
 from .target import BASELINES, OURS, Target, TargetError, reach
 

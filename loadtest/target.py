@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from .gpu_page import reason
+from .machine import reason
 
 if TYPE_CHECKING:  # a GPU host may have little more than torch
     from ecapa_triton import protocol

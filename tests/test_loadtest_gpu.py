@@ -19,7 +19,7 @@ import torch
 from export import artifacts, checkpoint, configs
 from export.packed import PackedEcapa
 from export.verify import BOUNDS
-from loadtest import gpu, gpu_models, gpu_page, gpu_served, model
+from loadtest import gpu, gpu_models, gpu_page, gpu_served, machine, model
 from loadtest.__main__ import main
 from server.triton import TritonServer
 from tests.conftest import ROOT
@@ -195,7 +195,7 @@ def test_what_runs_out_of_memory_is_told_and_the_rest_measured(scripted: Path) -
     ],
 )
 def test_a_reason_is_one_line(error: Exception, told: str) -> None:
-    assert gpu_page.reason(error) == told
+    assert machine.reason(error) == told
 
 
 def test_products_are_counted_as_by_the_benchmark(scripted: Path, mini: checkpoint.Checkpoint) -> None:
