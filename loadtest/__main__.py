@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from . import bench
 from .scenarios import SCENARIOS
 
 
@@ -38,7 +39,7 @@ def _errors() -> tuple[type[Exception], ...]:
         "server.gateway": "GatewayError",
         "server.triton": "ServerError",
         "loadtest.clips": "ClipsError",
-        "loadtest.gpu_models": "GpuError",
+        "loadtest.machine": "MeasureError",
         "loadtest.load": "LoadError",
         "loadtest.load_report": "ReportError",
         "loadtest.soak": "SoakError",
@@ -82,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_client(commands.add_parser("client", help="the bulk command beside a load generator, and ways to Triton"))
 
-    bench = commands.add_parser("model", help="speed of the model in process, on the CPU")
-    bench.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default: %(default)s)")
-    bench.add_argument("--threads", type=int, default=0, help="of every contender (default: all cores)")
+    bench.add_arguments(
+        commands.add_parser("bench", help="the model in process: agreement, speed, memory, kernels; CPU and GPU")
+    )
 
     load = commands.add_parser("soak", help="the server under mixed and hostile load: right embeddings, level memory")
     load.add_argument("--minutes", type=_positive, default=10.0, help="of load (default: %(default)g)")
@@ -94,19 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--repository", type=Path, metavar="DIR", help="serve what is exported there, not --source")
     load.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over time there, a PNG")
 
-    gpu = commands.add_parser("gpu", help="everything on a host with a GPU: agreement, speed, kernels, serving, goals")
-    gpu.add_argument(
-        "--out", type=Path, default=Path("loadtest/results"), metavar="FOLDER", help="default: %(default)s"
-    )
-    gpu.add_argument("--repository", type=Path, metavar="DIR", help="model files exported there, not --source")
-    gpu.add_argument("--speech", type=Path, metavar="FOLDER", help="of WAV and FLAC, up to 100 (default: samples/)")
-    gpu.add_argument("--quick", action="store_true", help="fewer rounds and shorter loads")
-    gpu.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # all of it on a CPU, very small
-
-    for command, source in (bench, "random"), (load, "mini"), (gpu, "random"):
+    for command, source in ((load, "mini"),):
         command.add_argument("--source", default=source, help="as for python -m export (default: %(default)s)")
         command.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
-    for command in bench, load:
+    for command in (load,):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser
 

@@ -18,7 +18,7 @@ from server import ServerError
 from server.triton import choose_device, cuda_gpus
 
 from .clips import Array
-from .gpu_models import onnx_devices
+from .contenders import onnx_devices
 from .soak import made_from
 from .target import Device, Precision, Target, TargetError, add_baselines, link, serve
 
