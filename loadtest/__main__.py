@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import math
 import re
@@ -42,7 +43,6 @@ def _errors() -> tuple[type[Exception], ...]:
         "loadtest.machine": "MeasureError",
         "loadtest.load": "LoadError",
         "loadtest.load_report": "ReportError",
-        "loadtest.soak": "SoakError",
         "loadtest.target": "TargetError",
     }
     errors: list[type[Exception]] = [OSError]
@@ -87,19 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("bench", help="the model in process: agreement, speed, memory, kernels; CPU and GPU")
     )
 
-    load = commands.add_parser("soak", help="the server under mixed and hostile load: right embeddings, level memory")
-    load.add_argument("--minutes", type=_positive, default=10.0, help="of load (default: %(default)g)")
-    load.add_argument("--clients", type=_count, default=8, help="that send at once (default: %(default)s)")
-    load.add_argument("--hostile", type=_share, default=0.05, help="share of what they do (default: %(default)s)")
-    load.add_argument("--device", choices=["auto", "cpu", "gpu"], default="cpu", help="default: %(default)s")
-    load.add_argument("--repository", type=Path, metavar="DIR", help="serve what is exported there, not --source")
-    load.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over time there, a PNG")
-
-    for command, source in ((load, "mini"),):
-        command.add_argument("--source", default=source, help="as for python -m export (default: %(default)s)")
-        command.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
-    for command in (load,):
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    with contextlib.suppress(ModuleNotFoundError):  # not installed on a GPU host
+        soak = importlib.import_module("loadtest.soak")
+        soak.add_arguments(commands.add_parser("soak", help="the server under mixed and hostile load, its memory"))
     return parser
 
 
