@@ -217,7 +217,7 @@ class Local:
         for device in dict.fromkeys(options.local):
             try:
                 repository, contenders = self._repository(device)
-                precision = options.precision if device == "gpu" else "fp32"
+                precision: Precision = options.precision if device == "gpu" else "fp32"
                 with step(f"start the server on the {device.upper()}"):
                     self.servers.append(stack.enter_context(_serve(device, repository, contenders, precision)))
             except _CannotServe as error:
@@ -293,7 +293,7 @@ class Local:
         ours = server.contenders[0]
         folder = self._folder / f"{server.name}-alone"
         _link(folder, ours.model, model_files(server.local.repository / ours.model))
-        precision = self._options.precision if device == "gpu" else "fp32"
+        precision: Precision = self._options.precision if device == "gpu" else "fp32"
         with _serve(device, folder, [ours], precision, max(4, math.ceil(capacity * QUEUE))) as alone:
             yield alone
 
@@ -350,7 +350,9 @@ def _made_from(file: Path) -> Checkpoint:
     metadata = configs.ModelFile.read(file).metadata
     loaded = checkpoint.load_again(metadata["origin"])
     if loaded.sha256 != (made := metadata["weights_sha256"]):
-        raise MeasureError(f"{file} was made from weights {made[:12]}, its source has {loaded.sha256[:12]}: export again")
+        raise MeasureError(
+            f"{file} was made from weights {made[:12]}, its source has {loaded.sha256[:12]}: export again"
+        )
     return loaded
 
 
