@@ -25,7 +25,8 @@ import torch
 
 from . import bench_page, contenders, machine
 from .bench_page import TITLES, Row
-from .contenders import PADDED, PRECISIONS, SPEECHBRAIN, Array, Batch, Contender, Shape
+from .clips import MAX_ERROR, Array, compare
+from .contenders import PADDED, PRECISIONS, SPEECHBRAIN, Batch, Contender, Shape
 from .machine import MeasureError, reason
 
 DEVICES = {"cpu": ["cpu"], "gpu": ["cuda"], "all": ["cpu", "cuda"]}  # torch's names
@@ -275,45 +276,33 @@ def load(bench: Bench) -> Iterator[Row]:
 def agreement(bench: Bench) -> Iterator[Row]:
     """Embeddings of speech, each clip alone and among others, against those of the float32 TorchScript file on the CPU.
 
-    Ours beyond the bounds of the export's verification is measured no further. SpeechBrain one by one is judged on the
+    Ours beyond the bound of the export's verification is measured no further. SpeechBrain one by one is judged on the
     CPU, and so is the file; on a GPU its convolutions may use TF32.
     """
     clips = [clip for clip in bench.speech if len(clip) >= int(bench.metadata["min_samples"])]
     reference = contenders.torchscript(bench.files["TorchScript", "fp32"], "cpu")
     expected = np.stack([reference(*contenders.pack([clip]))[0].numpy() for clip in clips])
-    bounds: Any = {}
-    with contextlib.suppress(ModuleNotFoundError):
-        from export.verify import BOUNDS as bounds
     seen = set()
     for contender in list(bench.contenders):
         exact = contender.ours or (contender.name, contender.device) == (SPEECHBRAIN, "cpu")
-        judged = bounds.get(contender.precision) if exact else None
+        bound = MAX_ERROR.get(contender.precision) if exact else None
         for how, size in ("alone", 1), ("together", TOGETHER):
             parts = [contender.batches(clips[at : at + size]) for at in range(0, len(clips), size)]
             same = contender.embed, tuple(map(len, parts))
             if same in seen or (how == "together" and len(parts[0]) == min(size, len(clips))):
                 continue
             seen.add(same)
-            row = {"device": contender.device, "contender": contender.name, "embedded": how, "clips": len(clips)}
+            row: Row = {"device": contender.device, "contender": contender.name, "embedded": how, "clips": len(clips)}
             try:
                 got = torch.cat([rows.cpu() for batches in parts for rows in contender.run(batches)]).numpy()
             except Exception as error:
                 yield row | {"failed": reason(error)}
                 continue
             row |= compare(got, expected)
-            if judged and not (row["largest_error"] <= judged.max_error and row["least_cosine"] >= judged.min_cosine):
-                row["wrong"] = f"{contender.name} on {contender.device}, clips {how}: error {row['largest_error']:.1e}"
+            if bound and not row["error"] <= bound:
+                row["wrong"] = f"{contender.name} on {contender.device}, clips {how}: error {row['error']:.1e}"
                 bench.contenders = [other for other in bench.contenders if other.embed is not contender.embed]
             yield row
-
-
-def compare(got: Array, expected: Array) -> dict[str, float]:
-    """Least cosine and largest relative L2 error of embeddings `[n, E]`; NaN where one is not finite."""
-    a, b = got.astype(np.float64), expected.astype(np.float64)
-    norms = np.linalg.norm(b, axis=1)
-    with np.errstate(invalid="ignore"):  # of zeros: NaN
-        cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * norms)
-    return {"least_cosine": float(cosine.min()), "largest_error": float((np.linalg.norm(a - b, axis=1) / norms).max())}
 
 
 def products(bench: Bench) -> Iterator[Row]:

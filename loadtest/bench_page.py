@@ -18,7 +18,7 @@ TITLES = {
 }
 COLUMNS = {  # keys of a section's rows, with formats; a title is a key without underscores
     "contenders": "device contender model_mb:.1f",
-    "agreement": "device contender embedded clips least_cosine:.7f largest_error:.1e",
+    "agreement": "device contender embedded clips cosine:.7f error:.1e",
     "products": "device precision size tflops:.3g",
     "speed": "device clips contender ms:.2f fastest_ms:.2f slowest_ms:.2f with_copy_ms:.2f times_real_time:,.0f "
     "ratio_to_one_by_one:.2f ratio_to_padded:.2f ratio_to_cpu:.1f tflops:.3g of_best_product:.2f own_products:.2f "

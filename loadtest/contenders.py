@@ -20,17 +20,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .clips import Array
 from .machine import ROOT, MeasureError, reason
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
 
-Array: TypeAlias = NDArray[np.float32]
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Embed: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # a batch to float32 [B, E]
 Files: TypeAlias = dict[tuple[str, str], Path]  # by format and precision

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from ecapa_triton.audio import SAMPLE_RATE as SECOND  # samples
 
-from .judge import PATIENCE, Array, Clip, GrpcSender, HttpSender, Outcome, Urls, http_request, infer_request
+from .clips import Array
+from .judge import PATIENCE, Clip, GrpcSender, HttpSender, Outcome, Urls, http_request, infer_request
 
 Reference: TypeAlias = Callable[[Array], Array]  # SpeechBrain's embedding [E] of a clip [samples] alone
 Http: TypeAlias = tuple[bytes, bytes, str, dict[str, str]]  # header, body, path, further header fields

@@ -26,6 +26,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from export.verify import MAX_ERROR, difference
 
+from .clips import Array
 from .machine import MeasureError
 
 PATIENCE = 120  # s, after which anything counts as stuck
@@ -36,8 +37,6 @@ CHANNEL = [
     ("grpc.use_local_subchannel_pool", 1),  # each client has its own connection
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
-
-Array: TypeAlias = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,10 @@ Nothing but the standard library is imported: a GPU host may have little more th
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -32,21 +29,6 @@ def reason(error: BaseException) -> str:
         return "out of memory"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "TorchScript interpreter" in lines[0] else 0][:200]  # TorchScript's traceback comes first
-
-
-def number(expected: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """A type of argparse: a number that is `allowed`, an int where it is whole; `expected` goes into the error."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-            if math.isfinite(value) and allowed(value):
-                return int(value) if value.is_integer() else value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-
-    return parse
 
 
 def describe(packages: tuple[str, ...], **more: Any) -> dict[str, Any]:

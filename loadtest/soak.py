@@ -37,10 +37,12 @@ from export.verify import Reference, clip_groups
 from server import TritonServer
 
 from . import hostile, machine
+from .arguments import count, positive, share
+from .clips import Array
 from .contenders import made_from
 from .hostile import LONGEST, Hostile
-from .judge import Array, ClientSender, Clip, GrpcSender, Outcome, Rejection, Sender, Tally, Urls, check_apart
-from .machine import MeasureError, number
+from .judge import ClientSender, Clip, GrpcSender, Outcome, Rejection, Sender, Tally, Urls, check_apart
+from .machine import MeasureError
 
 REPOSITORY = Path(__file__).parent.parent / "model_repository"
 LENGTHS = 300
@@ -95,11 +97,8 @@ def judge_memory(samples: Sequence[tuple[float, float]]) -> Verdict:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m loadtest soak`."""
-    positive = number("a number above 0", lambda value: value > 0)
-    whole = number("a whole number of 1 or more", lambda value: value >= 1 and value == int(value))
-    share = number("0 or more and less than 1", lambda value: 0 <= value < 1)
     parser.add_argument("--minutes", type=positive, default=10.0, help="of load (default: %(default)g)")
-    parser.add_argument("--clients", type=whole, default=8, help="that send at once (default: %(default)s)")
+    parser.add_argument("--clients", type=count, default=8, help="that send at once (default: %(default)s)")
     parser.add_argument("--hostile", type=share, default=0.05, help="share of the requests (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="cpu", help="default: %(default)s")
     parser.add_argument("--repository", type=Path, metavar="DIR", help="serve the model exported there, not --source")
@@ -144,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
                 device=server.device,
                 model=loaded.source,
                 model_bytes=path.stat().st_size,
-                clients=int(options.clients),
+                clients=options.clients,
                 hostile=options.hostile,
             )
             print(
@@ -328,17 +327,14 @@ def watch(server: TritonServer, load: Load, seconds: float, clients: int) -> tup
 
 
 def by_minute(samples: Sequence[Row]) -> list[Row]:
-    """Requests and median bytes of each minute."""
-    groups = itertools.groupby(samples, key=lambda sample: int(sample["seconds"] // 60))
-    minutes = [(minute, list(group)) for minute, group in groups]
-    return [
-        {
-            "minute": minute,
-            "requests": group[-1]["requests"] - group[0]["requests"],
-            "bytes": round(statistics.median(sample["bytes"] for sample in group)),
-        }
-        for minute, group in minutes
-    ]
+    """Replies and median bytes of each minute."""
+    minutes, replies = [], 0
+    for minute, group in itertools.groupby(samples, key=lambda sample: int(sample["seconds"] // 60)):
+        *_, last = found = list(group)
+        middle = statistics.median(sample["bytes"] for sample in found)
+        minutes.append({"minute": minute, "requests": last["requests"] - replies, "bytes": round(middle)})
+        replies = last["requests"]
+    return minutes
 
 
 def _say(sample: Row, load: Load) -> None:
@@ -351,7 +347,8 @@ def _say(sample: Row, load: Load) -> None:
 
 
 def _conclude(report: Row, verdict: Verdict) -> None:
-    good, bad = Counter(report["good_requests"]), Counter(report["hostile_requests"])
+    good: Counter[str] = Counter(report["good_requests"])
+    bad: Counter[str] = Counter(report["hostile_requests"])
     print(
         f"in {verdict.seconds:.0f} s {good['requests']} good requests: {good['right']} right, {good['wrong']} wrong, "
         f"{good['rejected']} rejected ({', '.join(report['rejections']['good']) or 'none'}); {bad['faults']} hostile "
