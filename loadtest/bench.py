@@ -1,14 +1,13 @@
 """The model in process, without a server: agreement, speed, memory and kernels, on the CPU and on a GPU.
 
-Our model files (ONNX Runtime and TorchScript; on a GPU in float32, TF32 and float16) take turns with SpeechBrain and
-with bare matrix products. Rows are written as they are measured, so an interrupted run keeps them. Whatever is not
-installed is left out, and a row says why; torch and numpy are enough for files exported elsewhere (--repository).
+Our model files (ONNX Runtime and TorchScript; on a GPU in float32, TF32 and float16) take turns with SpeechBrain, and
+square matrix products are the yardstick. Rows are written as they are measured, so an interrupted run keeps them. A row
+says why something was left out; torch and numpy are enough for files exported elsewhere (--repository).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
@@ -18,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ import torch
 from . import bench_page, contenders, machine
 from .bench_page import TITLES, Row
 from .clips import MAX_ERROR, Array, compare
-from .contenders import PADDED, PRECISIONS, SPEECHBRAIN, Batch, Contender, Shape
+from .contenders import PADDED, PRECISIONS, SPEECHBRAIN, Batch, Contender
 from .machine import MeasureError, reason
 
 DEVICES = {"cpu": ["cpu"], "gpu": ["cuda"], "all": ["cpu", "cuda"]}  # torch's names
@@ -309,7 +307,7 @@ def products(bench: Bench) -> Iterator[Row]:
     """Square matrix products, the best of which is the measure of a model's work."""
     for plan in bench.plans:
         for precision, size in itertools.product(plan.precisions, plan.squares):
-            call = contenders.product((size, size, size), plan.device, precision)
+            call = contenders.product(size, plan.device, precision)
             rate = size**3 / statistics.median(plan.time(call) for _ in range(5))
             key = plan.device, precision
             bench.best[key] = max(rate, bench.best.get(key, 0.0))
@@ -324,14 +322,14 @@ def speed(bench: Bench) -> Iterator[Row]:
 
 
 class _Turns:
-    """One row: every contender and matrix product in turn within each round."""
+    """One row: all contenders in turn within each round."""
 
     def __init__(self, bench: Bench, plan: Plan, name: str, seconds: Sequence[float]) -> None:
         self._bench, self._plan, self._seconds, self._name = bench, plan, seconds, name
         self._clips = bench.noise(seconds)
         self._path = bench.files["TorchScript", "fp32"]
-        self._calls: dict[Any, Callable[[], object]] = {}
-        self._times: dict[Any, list[float]] = {}
+        self._calls: dict[tuple[str, str], Callable[[], object]] = {}
+        self._times: dict[tuple[str, str], list[float]] = {}
         self._rows: dict[str, Row] = {}
 
     def measure(self) -> Iterator[Row]:
@@ -351,26 +349,22 @@ class _Turns:
             row = {"device": contender.device, "clips": self._name, "seconds": list(self._seconds), "contender": name}
             self._rows[name] = row
             self._attempt(name, lambda c=contender, b=batches: self._warm_up(c, b))  # type: ignore[misc]
-        ours = {c.precision: len(batches) for c, batches in reversed(chosen.values()) if c.ours}
-        own = {precision: self._add_products(precision, count) for precision, count in ours.items()}
         for turn in range(self._plan.rounds):
             order = [key for key in self._calls if turn < CPU_ROUNDS or key[0] != REFERENCE]
             first = turn % max(1, len(order))  # the order of contenders differs between rounds
             for key in order[first:] + order[:first]:
                 self._attempt(key[0], lambda k=key: self._time(k))  # type: ignore[misc]
-        for name, (contender, batches) in chosen.items():
+        for name, (contender, _) in chosen.items():
             if "failed" not in self._rows[name]:
-                known = contender.ours and ours[contender.precision] == len(batches)
-                self._rows[name] |= self._figures(contender, own[contender.precision] if known else None)
+                self._rows[name] |= self._figures(contender)
             yield self._rows[name]
 
-    def _attempt(self, name: Any, action: Callable[[], None]) -> None:
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
         """Do something for a contender; one that fails takes no more turns."""
         try:
             action()
         except Exception as error:
-            if name in self._rows:
-                self._rows[name]["failed"] = reason(error)
+            self._rows[name]["failed"] = reason(error)
             self._calls = {key: call for key, call in self._calls.items() if key[0] != name}
             if self._plan.device == "cuda":
                 torch.cuda.empty_cache()
@@ -390,25 +384,15 @@ class _Turns:
         if on_gpu:
             self._calls[contender.name, "copied"] = lambda: contender.run(batches)
 
-    def _add_products(self, precision: str, batches: int) -> Counter[Shape]:
-        """The model's own matrix products on clips that fill a mean batch each."""
-        samples = round(sum(map(len, self._clips)) / batches)
-        found = contenders.count_products(self._path, samples)
-        for shape in found:
-            with contextlib.suppress(RuntimeError):  # out of memory: there is no such figure
-                call = contenders.product(shape, self._plan.device, precision)
-                self._calls[(precision, shape), "resident"] = call
-        return Counter({shape: count * batches for shape, count in found.items()})
-
-    def _time(self, key: Any) -> None:
+    def _time(self, key: tuple[str, str]) -> None:
         self._times.setdefault(key, []).append(self._plan.time(self._calls[key]))
 
-    def _figures(self, contender: Contender, own: Counter[Shape] | None) -> Row:
+    def _figures(self, contender: Contender) -> Row:
         """Medians, and medians of the ratios within a round."""
         mine = self._times[contender.name, "resident"]
         median = statistics.median(mine)
         audio = sum(self._seconds)
-        macs = sum(contenders.count_macs(contenders.count_products(self._path, len(clip))) for clip in self._clips)
+        macs = sum(contenders.count_macs(self._path, len(clip)) for clip in self._clips)
         figures: Row = {
             "ms": median * 1e3,
             "fastest_ms": min(mine) * 1e3,
@@ -426,11 +410,6 @@ class _Turns:
             figures["tflops"] = 2 * macs / median / 1e12
             if best := self._bench.best.get((contender.device, contender.precision)):
                 figures["of_best_product"] = macs / median / best
-        if own is not None:
-            times = {shape: self._times.get(((contender.precision, shape), "resident")) for shape in own}
-            if all(times.values()):
-                total = sum(statistics.median(found) * own[shape] for shape, found in times.items() if found)
-                figures["own_products"] = total / median
         return figures
 
 

@@ -255,19 +255,20 @@ class ClientSender(AbstractContextManager["ClientSender"]):
 
     def ask(self, clip: Array) -> Outcome:
         """Send a clip `[samples]` and wait for the reply."""
-        return self.ask_many([clip])[0]
+        try:
+            return self._outcome(self._client.embed(clip, long="truncate"))
+        except EcapaError as error:
+            return self._outcome(error)
 
     def ask_many(self, clips: Sequence[Array]) -> list[Outcome]:
         """Send clips `[samples]`, in flight together, and wait for the replies."""
-        replies = self._client.embed_many(clips, long="truncate", return_exceptions=True)
-        return [_client_outcome(reply) for reply in replies]
+        return [self._outcome(reply) for reply in self._client.embed_many(clips, return_exceptions=True)]
 
-
-def _client_outcome(reply: Array | EcapaError) -> Outcome:
-    if isinstance(reply, EcapaError):
-        return Rejection(type(reply).__name__, str(reply))
-    assert np.isfinite(reply).all(), "SpeakerClient handed out an embedding that is not finite"
-    return np.asarray(reply[np.newaxis])
+    def _outcome(self, reply: Array | EcapaError) -> Outcome:
+        if isinstance(reply, EcapaError):
+            return Rejection(type(reply).__name__, str(reply))
+        assert np.isfinite(reply).all(), "SpeakerClient handed out an embedding that is not finite"
+        return np.asarray(reply[np.newaxis])
 
 
 Sender: TypeAlias = GrpcSender | HttpSender | ClientSender

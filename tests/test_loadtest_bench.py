@@ -110,7 +110,6 @@ def test_everything_is_measured(scripted: Path, repository: Path, tmp_path: Path
                 row["tflops"]
                 / next(p["tflops"] for p in rows["products"] if p["precision"] == row["contender"][-4:].lower())
             )
-            assert row["own_products"] > 0
     by_row = [(row["clips"], row["contender"]) for row in rows["speed"]]
     assert by_row == [
         *((ROW, name) for name in [*ours, contenders.SPEECHBRAIN]),
@@ -231,7 +230,7 @@ def test_products_are_those_of_the_layers(scripted: Path, mini: checkpoint.Check
     with torch.inference_mode():
         packed(torch.zeros(16000), torch.tensor([[16000]], dtype=torch.int32))
     macs += frames * (packed.features.basis.numel() + packed.features.mel.numel())
-    assert contenders.count_macs(contenders.count_products(scripted / "model.pt", 16000)) == macs
+    assert contenders.count_macs(scripted / "model.pt", 16000) == macs
 
 
 def test_kernels_are_told_from_a_trace() -> None:
