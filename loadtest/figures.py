@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from .machine import MeasureError
 from .report import MISSING, Page, Section, Strong, Table
 from .report import write as write_page
-from .scenarios import MIX, SCENARIOS, Level
+from .scenarios import SCENARIOS, Level
 from .servers import BASELINES, OURS, PADDED
 
 Row: TypeAlias = dict[str, Any]
@@ -126,6 +126,51 @@ def write(results: Sequence[Row], folder: Path, name: str) -> list[Path]:
     return [*write_page(make_page(every, plots), folder / name), *(folder / plot for plot in plots.values())]
 
 
+def _number(value: float) -> str:
+    """Three significant digits."""
+    size = abs(value)
+    if size == 0 or size >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}" if size >= 0.9995 else f"{value:.3g}"
+
+
+def _tiny(value: float) -> str:
+    return f"{value:.2g}" if value == 0 or value >= 1e-3 else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else _number(value)
+
+
+def _span(values: Sequence[float]) -> str:
+    ends = f"{min(values):.3g}", f"{max(values):.3g}"
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+# Columns of a scenario's table: the figure's title, its text, and which one of a level is the best.
+COLUMNS: dict[str, tuple[str, Callable[[float], str], Callable[[Sequence[float]], float] | None]] = {
+    "clips_per_s": ("clips/s", _number, max),
+    "audio_per_s": ("s of audio/s", _number, max),
+    **{f"p{n}_ms": (f"p{n}, ms", _number, min) for n in (50, 90, 95, 99)},
+    "speed_up": (f"{OURS} / this", _times, None),
+    "mean_batch": ("mean batch", _number, None),
+    "queue_ms": ("queue, ms", _number, None),
+    "compute_ms": ("compute, ms", _number, None),
+    "rejected": ("rejected", "{:,}".format, None),
+    "failures": ("failed", "{:,}".format, None),
+    "wrong": ("wrong", "{:,}".format, None),
+    "cpu": ("CPU", _percent, None),
+    "memory_mb": ("memory, MB", _number, None),
+    "gpu": ("GPU", _percent, None),
+    "gpu_memory_mb": ("GPU memory, MB", _number, None),
+    "generator_cpu": ("generator, of a core", _percent, None),
+}
+
+
 @dataclass(frozen=True)
 class Results:
     """One or several results together.
@@ -183,9 +228,13 @@ class Results:
 LEVEL = ("scenario", "seconds", "batch", "users", "share")
 
 
+def _level(row: Row) -> Level:
+    return Level(**{key: row[key] for key in LEVEL})
+
+
 def setting(row: Row) -> str:
     """The level of a row within its scenario."""
-    text = str(Level(**{key: row[key] for key in LEVEL})).partition(", ")[2]
+    text = str(_level(row)).partition(", ")[2]
     return f"{text}: {_number(row['offered'])} clips/s" if row.get("offered") else text
 
 
@@ -275,7 +324,7 @@ def _facts_of(result: Row) -> dict[str, str]:
     rows = [row for row in result["rows"] if "failed" not in row]
     loops = sorted({row["share"] is not None for row in rows})
     present = {row["contender"] for row in rows}
-    total = sum(MIX.values())
+    mix = conditions["mix"]
     bounds = ", ".join(f"{_tiny(bound)} for {precision}" for precision, bound in conditions["bound"].items())
     compared = f"{conditions['references']}; largest relative L2 error: {bounds}"
     if PADDED in present:
@@ -295,7 +344,7 @@ def _facts_of(result: Row) -> dict[str, str]:
         "versions": ", ".join(f"{package} {version}" for package, version in packages.items()),
         "weights": conditions["source"] or "those of the servers",
         "clips": conditions["clips"],
-        "mix": ", ".join(f"{seconds:g} s {count / total:.0%}" for seconds, count in MIX.items()),
+        "mix": ", ".join(f"{seconds} s {_percent(count / sum(mix.values()))}" for seconds, count in mix.items()),
         "warm-up": f"{conditions['warm_up_s']:g} s before each measurement, whose latencies do not count",
         "measured": measured,
         "loop": "; ".join(LOOPS[loop] for loop in loops),
@@ -321,81 +370,46 @@ def _servers(every: Results) -> Table:
     return Table(header, [[str(cell or MISSING) for cell in row] for row in rows])
 
 
-class Column(NamedTuple):
-    """Of the table of a scenario: the text of a figure, which one of a level is best, and which are suspect."""
-
-    title: str
-    value: Callable[[Row], float | None]
-    text: Callable[[float], str]
-    best: Callable[[Sequence[float]], float] | None = None
-    suspect: Callable[[float], bool] = lambda value: False
-
-
-def _columns(every: Results) -> list[Column]:
-    def of(key: str) -> Callable[[Row], float | None]:
-        return lambda row: row.get(key)
-
-    def speed_up(row: Row) -> float | None:
-        ours = every.find(row, contender=OURS)
-        return ratio(ours, row) if ours else None
-
-    return [
-        Column("clips/s", of("clips_per_s"), _number, max),
-        Column("s of audio/s", of("audio_per_s"), _number, max),
-        *(Column(f"p{n}, ms", of(f"p{n}_ms"), _number, min) for n in (50, 90, 95, 99)),
-        Column(f"{OURS} / this", speed_up, _times),
-        Column("mean batch", of("mean_batch"), _number),
-        Column("queue, ms", of("queue_ms"), _number),
-        Column("compute, ms", of("compute_ms"), _number),
-        Column("rejected", of("rejected"), "{:,}".format),
-        Column("failed", lambda row: sum(row["errors"].values()), "{:,}".format),
-        Column("wrong", of("wrong"), "{:,}".format, suspect=lambda value: value > 0),
-        Column("CPU", of("cpu"), _percent),
-        Column("memory, MB", of("memory_mb"), _number),
-        Column("GPU", of("gpu"), _percent),
-        Column("GPU memory, MB", of("gpu_memory_mb"), _number),
-        Column("generator, of a core", of("generator_cpu"), _percent, suspect=lambda value: value > BUSY),
-    ]
-
-
 def _scenario(every: Results, scenario: str, plot: str | None) -> Section:
-    rows = [row for row in every.rows if row["scenario"] == scenario]
+    rows = [row | _derived(every, row) for row in every.rows if row["scenario"] == scenario]
     failed = [row for row in every.failed if row["scenario"] == scenario]
     several, named = len({row["contender"] for row in rows}) > 1, len(every.servers) > 1
-    columns = [column for column in _columns(every) if any(column.value(row) is not None for row in rows)]
+    columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     if not several:
-        columns = [column for column in columns if column.text is not _times]
-    order = [server["name"] for server in every.servers], list(CONTENDERS)
-    levels = list(dict.fromkeys(setting(row) for row in rows + failed))
+        columns = [key for key in columns if key != "speed_up"]
+    settings = list(dict.fromkeys(setting(row) for row in rows + failed))
+    servers = [server["name"] for server in every.servers]
     cells = []
-    for row in sorted(rows + failed, key=lambda row: (levels.index(setting(row)), order[0].index(row["server"]))):
+    for row in sorted(rows + failed, key=lambda row: (settings.index(setting(row)), servers.index(row["server"]))):
         peers = [one for one in rows if (one["server"], setting(one)) == (row["server"], setting(row))]
-        figures = [MISSING] * len(columns) if row in failed else [_cell(column, row, peers) for column in columns]
+        figures = [MISSING if row in failed else _cell(key, row, peers) for key in columns]
         cells.append([setting(row), *[row["server"]] * named, row["contender"], *figures])
     text = f"{SCENARIOS[scenario].capitalize()}." + " Bold: the best contender on a server at a level." * several
     notes = [f"{_where(row)}: {row['failed']}" for row in failed]
     notes += [f"{_where(row)}: {count:,} x {error}" for row in rows for error, count in row["errors"].items()]
     usual = {server["name"]: server["max_requests"] for server in every.servers}
-    limits = {(row["server"], row["max_requests"]) for row in rows}
-    notes += [
-        f"{name}: a limit of {n} requests in flight at these levels"
-        for name, n in sorted(limits, key=str)
-        if n and n != usual[name]
-    ]
-    if notes:
-        text += "\n\n" + "\n".join(f"- {note}" for note in notes)
-    header = ["setting", *["server"] * named, "contender", *(column.title for column in columns)]
+    limits = {(row["server"], row["max_requests"]) for row in rows if row["max_requests"]} - set(usual.items())
+    notes += [f"{name}: a limit of {limit} requests in flight at these levels" for name, limit in sorted(limits)]
+    text += "\n\n" * bool(notes) + "\n".join(f"- {note}" for note in notes)
+    header = ["setting", *["server"] * named, "contender", *(COLUMNS[key][0] for key in columns)]
     return Section(f"Scenario {scenario}", text, Table(header, cells), plot)
 
 
-def _cell(column: Column, row: Row, peers: list[Row]) -> str:
-    value = column.value(row)
+def _derived(every: Results, row: Row) -> Row:
+    """Figures of a row that the JSON has not: failed requests, and the speed-up of our model over it."""
+    ours = every.find(row, contender=OURS)
+    return {"failures": sum(row["errors"].values()), "speed_up": ratio(ours, row) if ours else None}
+
+
+def _cell(key: str, row: Row, peers: list[Row]) -> str:
+    value = row.get(key)
     if value is None:
         return MISSING
-    every = [found for peer in peers if (found := column.value(peer)) is not None]
-    best = column.best is not None and len(every) > 1 and value == column.best(every)
-    text = column.text(value)
-    return Strong(text) if best or column.suspect(value) else text
+    _, text, best = COLUMNS[key]
+    values = [peer[key] for peer in peers if peer.get(key) is not None]
+    bold = best is not None and len(values) > 1 and value == best(values)
+    doubtful = value > {"wrong": 0, "generator_cpu": BUSY}.get(key, float("inf"))
+    return Strong(text(value)) if bold or doubtful else text(value)
 
 
 def _where(row: Row) -> str:
@@ -427,39 +441,36 @@ def _devices(every: Results) -> Section:
     for cpu in every.on("CPU"):
         for gpu in every.on("GPU"):
             for one, other, value in _compared(every, cpu, gpu):
-                pair = [_number(row[key]) if row[key] else MISSING for key in PAIRED for row in (one, other)]
+                pair = [
+                    _number(row[key]) if row[key] else MISSING
+                    for key in ("clips_per_s", "p95_ms")
+                    for row in (one, other)
+                ]
                 rows.append([f"{one['scenario']}, {setting(one)}", cpu, gpu, *pair, _times(value)])
     header = ["setting", "CPU", "GPU", "CPU, clips/s", "GPU, clips/s", "CPU, p95 in ms", "GPU, p95 in ms", "GPU / CPU"]
     return Section(title, f"{OURS} on both, in the closed loop at the same levels.", Table(header, rows))
 
 
-PAIRED = ("clips_per_s", "p95_ms")
-
-
 def _compared(every: Results, cpu: str, gpu: str) -> list[tuple[Row, Row, float]]:
     """Rows of our model on a CPU and on a GPU at the same level, and the ratio of throughputs."""
-    ours = [row for row in every.rows if (row["server"], row["contender"]) == (cpu, OURS)]
-    rows = [row for row in ours if row["scenario"] not in ("arrivals", "ramp")]
-    pairs = [(row, other) for row in rows if (other := every.find(row, server=gpu))]
+    ours = [row for row in every.rows if (row["server"], row["contender"]) == (cpu, OURS) and not _level(row).alone]
+    pairs = [(row, other) for row in ours if (other := every.find(row, server=gpu))]
     return [(one, other, other["audio_per_s"] / one["audio_per_s"]) for one, other in pairs if one["audio_per_s"]]
 
 
 def _limits(every: Results) -> str:
     """What a reader must not conclude from the page."""
-    texts = ["Another machine, or the same one on another day."]
-    if any(server["local"] for server in every.servers):
-        texts.append(
-            "A network between client and server: here both share a machine, and the load generator uses a part of "
-            "its cores."
-        )
-    texts.append(
+    texts = [
+        "Another machine, or the same one on another day.",
+        "Accuracy: the clips are few and say nothing of how well speakers are told apart.",
         "Clients that do not wait: in the closed loop a slow reply delays the next request, which hides waiting time; "
-        "the open loop (arrivals) shows it."
-    )
+        "the open loop (arrivals) shows it.",
+    ]
+    if any(server["local"] for server in every.servers):
+        texts.append("A network: client and server share a machine, and the load generator uses a part of its cores.")
     if every.rows:
         shortest = min(row["duration_s"] for row in every.rows)
         texts.append(f"Hours of load: the shortest row has {_number(shortest)} s, so p99 rests on few requests.")
-    texts.append("Accuracy: the clips are few and say nothing of how well speakers are told apart.")
     if any("random" in (result["conditions"]["source"] or "") for result in every.results):
         texts.append("Trained weights: these are random, which is as fast.")
     if any(result["conditions"]["references"] != "SpeechBrain" for result in every.results):
@@ -479,7 +490,8 @@ def draw(every: Results, folder: Path, name: str) -> dict[str, str]:
         series: dict[tuple[str, str], list[Row]] = {}
         for row in every.rows:
             if row["scenario"] == scenario:
-                points = row.get("windows", [row | {"rejected_percent": 100 * rejected_share(row)}])
+                sent = row["requests"] + row["wrong"] + row["rejected"] + sum(row["errors"].values())
+                points = row.get("windows", [row | {"rejected_percent": 100 * row["rejected"] / max(sent, 1)}])
                 series.setdefault((row["server"], row["contender"]), []).extend(points)
         if not series:
             continue
@@ -515,34 +527,3 @@ def draw(every: Results, folder: Path, name: str) -> dict[str, str]:
             few = Image.open(file).convert("RGB").quantize(64, dither=Image.Dither.NONE)  # the file is kept in git
             few.save(folder / drawn[scenario], optimize=True)
     return drawn
-
-
-def rejected_share(row: Row) -> float:
-    """Rejected requests of all requests of a row, 0 to 1."""
-    total = row["requests"] + row["wrong"] + row["rejected"] + sum(row["errors"].values())
-    return float(row["rejected"] / total) if total else 0.0
-
-
-def _number(value: float) -> str:
-    """Three significant digits."""
-    size = abs(value)
-    if size == 0 or size >= 99.95:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}" if size >= 0.9995 else f"{value:.3g}"
-
-
-def _tiny(value: float) -> str:
-    return f"{value:.2g}" if value == 0 or value >= 1e-3 else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}" if value < 9.995 else _number(value)
-
-
-def _span(values: Sequence[float]) -> str:
-    ends = f"{min(values):.3g}", f"{max(values):.3g}"
-    return ends[0] if ends[0] == ends[1] else " to ".join(ends)

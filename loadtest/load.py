@@ -25,11 +25,13 @@ LOCUSTFILE = Path(__file__).parent / "locustfile.py"
 LOOK = 1.0  # s, between two readings of Triton's metrics
 DRAIN = 60  # s, at most, for requests in flight at the end
 STARTING = 60.0  # s, at most, for Locust to start
-FIRST = 0.6  # s of Locust's run time until its first request
+FIRST = 0.6  # s of Locust's run time until its first request, on an idle machine
+LATE = 0.05  # of the measured time, at most, that may lie after the last reply; else the level is measured again
+ATTEMPTS = 3
 WINDOW = 2.0  # s, of a point of the ramp
 LONGER = {"arrivals": 4, "ramp": 4}  # factor of the seconds of a level
-# Of a row: the mean of what is busy, the largest of what is used.
-GAUGES: dict[str, Callable[[list[float]], float]] = {
+# From samples of a gauge to the figure of a row: the mean load, the largest use of memory.
+REDUCE: dict[str, Callable[[list[float]], float]] = {
     "cpu": statistics.fmean,
     "memory_mb": max,
     "gpu": statistics.fmean,
@@ -122,7 +124,7 @@ def measured(level: Level, rounds: list[Round]) -> dict[str, Any]:
             if sent.result.startswith("WrongReply") or one.begin <= sent.start < one.end:
                 outcomes[sent.result] += 1
     samples = [sample for one in rounds for sample in one.samples]
-    gauges = {key: [sample[key] for sample in samples if key in sample] for key in GAUGES}
+    gauges = {key: [sample[key] for sample in samples if key in sample] for key in REDUCE}
     row = {
         "duration_s": sum(one.end - one.begin for one in rounds),
         "requests": requests,
@@ -139,7 +141,7 @@ def measured(level: Level, rounds: list[Round]) -> dict[str, Any]:
         "queue_ms": counts["queue_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "compute_ms": counts["compute_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "generator_cpu": max((one.busy for one in rounds if one.busy is not None), default=None),
-        **{key: GAUGES[key](values) for key, values in gauges.items() if values},
+        **{key: REDUCE[key](values) for key, values in gauges.items() if values},
     }
     if level.scenario == "ramp":
         row["windows"] = windows(rounds[0])
@@ -193,7 +195,27 @@ def drive(
     log = clips.parent / "requests.csv"
     seconds, warm_up = timing.of(level)
     command = _command(level, server, model, max_error, clips, log, timing, rate)
-    before = server.statistics(model)
+    run_time = seconds + warm_up + FIRST
+    for _ in range(ATTEMPTS):
+        before = server.statistics(model)
+        requests, busy, samples = _locust(command, run_time, log, server)
+        counts = server.statistics(model)
+        counts.subtract(before)
+        begin = min((request.start for request in requests), default=0.0) + warm_up
+        end = begin + seconds
+        missing = end - max((request.end for request in requests), default=0.0)
+        if missing <= LATE * seconds:
+            break
+        run_time += missing + 1  # Locust started late, on a busy machine
+    if not requests:
+        raise MeasureError(f"Locust sent no request in {run_time:.0f} s")
+    return Round(begin, end, requests, counts, [gauges for at, gauges in samples if begin <= at < end], busy)
+
+
+def _locust(
+    command: list[str], run_time: float, log: Path, server: Server
+) -> tuple[list[Sent], float | None, list[tuple[float, dict[str, float]]]]:
+    """Run Locust: its requests, the share of a core of its busiest process, and the server's gauges over time."""
     samples: list[tuple[float, dict[str, float]]] = []
     over = threading.Event()
 
@@ -203,11 +225,12 @@ def drive(
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
+    words = [*command, "--run-time", f"{math.ceil(run_time)}s"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        output, _ = process.communicate(timeout=seconds + warm_up + DRAIN + STARTING)
+        output, _ = process.communicate(timeout=run_time + DRAIN + STARTING)
     except subprocess.TimeoutExpired as error:
         raise MeasureError("Locust did not stop in time") from error
     finally:
@@ -223,20 +246,16 @@ def drive(
         requests, busy = read_requests(files)
         for file in files:
             file.unlink()
-    if process.returncode != 0 or not requests:
+    if process.returncode != 0:
         errors = [line.strip() for line in output.splitlines() if "rror" in line]
-        raise MeasureError(f"Locust: {errors[0] if errors else f'exit status {process.returncode}, no requests'}")
-    counts = server.statistics(model)
-    counts.subtract(before)
-    begin = min(request.start for request in requests) + warm_up
-    end = begin + seconds
-    return Round(begin, end, requests, counts, [gauges for at, gauges in samples if begin <= at < end], busy)
+        raise MeasureError(f"Locust: {errors[0] if errors else f'exit status {process.returncode}'}")
+    return requests, busy, samples
 
 
 def _command(
     level: Level, server: Server, model: str, max_error: float, clips: Path, log: Path, timing: Timing, rate: float
 ) -> list[str]:
-    """The command line of Locust; `rate` is of all clips in an open loop."""
+    """The command line of Locust without its run time; `rate` is of all clips in an open loop."""
     seconds = sum(timing.of(level))
     users = timing.processes if level.users is None else level.users
     options: dict[str, object] = {
@@ -249,7 +268,6 @@ def _command(
         "max-error": max_error,
         "users": users,
         "spawn-rate": users / seconds if level.scenario == "ramp" else users,
-        "run-time": f"{math.ceil(seconds + FIRST)}s",
         "stop-timeout": DRAIN,
         "exit-code-on-error": 0,
         "loglevel": "ERROR",

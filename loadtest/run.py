@@ -29,7 +29,7 @@ from .infer import CallFailed, Rejected, WrongReply, first_replies
 from .load import Round, Timing
 from .machine import MeasureError
 from .scenarios import SCENARIOS, Level
-from .servers import MODEL, OURS, PADDED, Contender, Local, Server, reach
+from .servers import MODEL, OURS, PADDED, Local, Server, reach
 
 PACKAGES = "locust", "grpcio", "tritonclient", "nvidia-pytriton", "onnxruntime", "onnxruntime-gpu", "torch"
 COLUMNS = ["server", "contender", "level", "round", "start_s", "latency_ms", "clips", "audio_s", "users", "result"]
@@ -122,7 +122,8 @@ class Turn:
 
     Attributes:
         name: of its server in the report.
-        contender: the model.
+        contender: its name in the report.
+        model: its name on the server.
         server: to load; in the open loop perhaps not the usual one.
         rate: clips per second that arrive, in the open loop.
         rounds: the measurements.
@@ -130,7 +131,8 @@ class Turn:
     """
 
     name: str
-    contender: Contender
+    contender: str
+    model: str
     server: Server
     rate: float | None = None
     rounds: list[Round] = field(default_factory=list)
@@ -155,6 +157,8 @@ class Session:
             names = ["mixed", *names]  # it tells the capacity
         every = [level for scenario in names for level in scenarios.levels(scenario)]
         self.levels = [level for level in every if (level.users or 0) <= options.max_clients]
+        if not self.levels:
+            raise MeasureError(f"no level of {','.join(names)} has at most {options.max_clients} clients")
         batches: dict[float | None, int] = {}
         for level in self.levels:
             batches[level.seconds] = max(level.batch, batches.get(level.seconds, 1))
@@ -162,9 +166,7 @@ class Session:
             seconds: speech(scenarios.lengths(seconds, batch), seed=number)
             for number, (seconds, batch) in enumerate(batches.items())
         }
-        self._about: list[dict[str, Any]] = []
-        self._most: dict[tuple[str, str], int] = {}  # clips in a request, by server and model
-        self._bounds: dict[tuple[str, str], float] = {}
+        self._about: dict[str, dict[str, Any]] = {}  # by server
 
     def prepare(self, stack: ExitStack) -> None:
         """Reach or start every server, and write the clips for each with the expected embeddings."""
@@ -179,16 +181,17 @@ class Session:
             raise MeasureError("; ".join(f"{name}: {why}" for name, why in self.local.missing.items()))
         if len(set(names)) < len(names):
             raise MeasureError(f"two servers have one name: {', '.join(names)}")
-        for server in self.servers:
-            for one in server.contenders:
-                served = server.deployments()[one.model]
-                self._most[server.name, one.model] = served.max_batch
-                # Padding changes embeddings, however right the baseline is served.
-                bound = math.inf if one.name == PADDED else MAX_ERROR["fp16" if served.precision == "fp16" else "fp32"]
-                self._bounds[server.name, one.model] = bound
-        self._expect()
         loaded = self.local.checkpoint if self.local else None
-        self._about = [server.describe(loaded.sha256 if loaded and server.local else None) for server in self.servers]
+        for server in self.servers:
+            self._about[server.name] = server.describe(loaded.sha256 if loaded and server.local else None)
+        self._expect()
+
+    def _bound(self, server: str, model: str) -> float:
+        """Largest relative L2 error of a right embedding."""
+        about = self._about[server]["models"][model]
+        if about["contender"] == PADDED:  # padding changes embeddings
+            return math.inf
+        return MAX_ERROR["fp16" if about["precision"] == "fp16" else "fp32"]
 
     def _expect(self) -> None:
         """Compare the servers' replies to each clip alone, and write the expected embeddings."""
@@ -200,8 +203,8 @@ class Session:
             reference = self.local.reference(every)
             known.append(("SpeechBrain", reference, 0.0))
         for server in self.servers:
-            model = server.contenders[0].model
-            name, bound = f"{server.name}/{model}", self._bounds[server.name, model]
+            model = server.models[OURS]
+            name, bound = f"{server.name}/{model}", self._bound(server.name, model)
             print(f"{name}: each clip alone ...", flush=True)
             try:
                 alone = first_replies(server.url, model, every)
@@ -229,32 +232,30 @@ class Session:
     def measure(self) -> None:
         """Every level, every round, every contender in turn."""
         rounds = {level: max(level.rounds, self.options.rounds) for level in self.levels}
-        everybody = [(server, one) for server in self.servers for one in server.contenders]
-        ours = [(server, one) for server, one in everybody if one.name == OURS]
-        alone = ("arrivals", "ramp")
-        total = sum(rounds[level] * len(ours if level.scenario in alone else everybody) for level in self.levels)
+        every = [(server, name) for server in self.servers for name in server.models]
+        pairs = {level: [one for one in every if one[1] == OURS or not level.alone] for level in self.levels}
+        total = sum(rounds[level] * len(pairs[level]) for level in self.levels)
         done, begun = 0, time.monotonic()
         for level in self.levels:
             with ExitStack() as stack:
-                pairs = ours if level.scenario in alone else everybody
-                turns = [self._turn(level, server, one, stack) for server, one in pairs]
+                turns = [self._turn(level, server, name, stack) for server, name in pairs[level]]
                 try:
                     for number in range(rounds[level]):
-                        first = number % len(turns)  # each follows each other
+                        first = number % len(turns)  # no contender always follows the same other
                         for turn in turns[first:] + turns[:first]:
                             text = self._take(level, turn)
                             done += 1
                             left = (time.monotonic() - begun) / done * (total - done) / 60
-                            about = f"{turn.name}, {turn.contender.name}: {level}: {text}"
+                            about = f"{turn.name}, {turn.contender}: {level}: {text}"
                             print(f"[{done:3d}/{total}, {left:.0f} min left] {about}", flush=True)
                 finally:  # also the figures before Ctrl-C
                     for turn in turns:
                         self._add(level, turn)
 
-    def _turn(self, level: Level, server: Server, one: Contender, stack: ExitStack) -> Turn:
+    def _turn(self, level: Level, server: Server, contender: str, stack: ExitStack) -> Turn:
         """A contender at a level; `stack` stops a server that the level needs."""
-        turn = Turn(server.name, one, server)
-        most = self._most[server.name, one.model]
+        turn = Turn(server.name, contender, server.models[contender], server)
+        most = self._about[server.name]["models"][turn.model]["max_batch"]
         if level.batch > most:
             turn.failed = f"{level.batch} clips in a request, its config takes {most}"
         if level.share is not None:
@@ -276,10 +277,9 @@ class Session:
     def _take(self, level: Level, turn: Turn) -> str:
         """Measure a contender once; the figures in a line."""
         if not turn.failed:
-            bound = self._bounds[turn.name, turn.contender.model]
-            deck = self._deck(turn.name, level.seconds)
+            bound, deck = self._bound(turn.name, turn.model), self._deck(turn.name, level.seconds)
             try:
-                found = load.drive(level, turn.server, turn.contender.model, bound, deck, self.timing, turn.rate or 0.0)
+                found = load.drive(level, turn.server, turn.model, bound, deck, self.timing, turn.rate or 0.0)
             except MeasureError as error:  # costs the rows of this server only
                 turn.failed = str(error)
             else:
@@ -294,12 +294,12 @@ class Session:
 
     def _add(self, level: Level, turn: Turn) -> None:
         """Keep the figures of a contender at a level, and the requests themselves."""
-        one = turn.contender
-        about = {"server": turn.name, "contender": one.name, "model": one.model, **asdict(level)}
+        about = {"server": turn.name, "contender": turn.contender, "model": turn.model, **asdict(level)}
         del about["rounds"]
         row = about | {"offered": turn.rate, "max_requests": turn.server.max_requests}
         if turn.rounds:
             row |= load.measured(level, turn.rounds)
+            row["errors"] |= {turn.failed: 1} if turn.failed else {}
         elif turn.failed:
             row["failed"] = turn.failed
         else:  # interrupted before its turn
@@ -309,7 +309,7 @@ class Session:
             for sent in found.requests:
                 times = [round(sent.start - found.begin, 4), round(sent.latency * 1e3, 2)]
                 sizes = [sent.clips, round(sent.audio, 3), sent.users]
-                self.raw.append([turn.name, one.name, str(level), number, *times, *sizes, sent.result])
+                self.raw.append([turn.name, turn.contender, str(level), number, *times, *sizes, sent.result])
 
     def result(self, took: float) -> dict[str, Any]:
         """The result, as `python -m loadtest report` reads it."""
@@ -328,11 +328,12 @@ class Session:
                 "source": checkpoint.source if checkpoint else None,
                 "references": "SpeechBrain" if self.local and self.local.servers else "first replies",
                 "clips": f"{decks}; speech of samples/ under faint noise",
+                "mix": {f"{seconds:g}": number for seconds, number in scenarios.MIX.items()},
                 "warm_up_s": self.timing.warm_up,
                 "processes": self.timing.processes,
                 "bound": MAX_ERROR,
             },
-            "servers": self._about,
+            "servers": list(self._about.values()),
             "missing": self.local.missing if self.local else {},
             "rows": self.rows,
             "agreement": self.agreement,

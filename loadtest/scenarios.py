@@ -48,6 +48,11 @@ class Level:
     share: float | None = None
     rounds: int = 1
 
+    @property
+    def alone(self) -> bool:
+        """Whether our model is measured alone, without the baselines."""
+        return self.scenario in ("arrivals", "ramp")
+
     def __str__(self) -> str:
         clips = "mix" if self.seconds is None else f"{self.seconds:g} s"
         if self.batch > 1:

@@ -10,7 +10,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -46,19 +46,6 @@ GAUGES = {
 }
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A model under load.
-
-    Attributes:
-        name: `OURS` or one of `BASELINES`.
-        model: its name on the server.
-    """
-
-    name: str
-    model: str
-
-
 @dataclass(eq=False)
 class Server:
     """A server under load.
@@ -67,14 +54,14 @@ class Server:
         name: in the report.
         url: of its gRPC API, `grpc://HOST:PORT`.
         metrics_url: of its metrics.
-        contenders: the models to measure, ours first.
+        models: to measure, by contender, ours first.
         local: the server, if it was started here.
     """
 
     name: str
     url: str
     metrics_url: str
-    contenders: list[Contender]
+    models: dict[str, str]
     local: TritonServer | None = None
 
     @contextmanager
@@ -93,21 +80,17 @@ class Server:
         """Its limit of requests in flight, if it was started here and has one."""
         return self.local.limits.requests if self.local and self.local.limits else None
 
-    def deployments(self) -> dict[str, protocol.Deployment]:
-        """How each model is served, by its config."""
-        with self.client() as triton:
-            return {
-                one.model: protocol.read_config(triton.get_model_config(one.model, client_timeout=TIMEOUT).config)
-                for one in self.contenders
-            }
-
     def describe(self, sha256: str | None) -> dict[str, Any]:
-        """For the report; `sha256` is that of our model's weights, if it is known."""
+        """Facts for the report; `sha256` is that of our model's weights, if it is known."""
         with self.client() as triton:
             version = triton.get_server_metadata(client_timeout=TIMEOUT).version
-        served = self.deployments()
-        instances = [instance for one in served.values() for instance in one.instances]
-        kinds = {"GPU" if "GPU" in instance else "CPU" for instance in instances}
+            configs = [triton.get_model_config(model, client_timeout=TIMEOUT) for model in self.models.values()]
+        served = [protocol.read_config(found.config) for found in configs]
+        kinds = {"GPU" if "GPU" in instance else "CPU" for one in served for instance in one.instances}
+        about = {
+            model: {"contender": name, **asdict(one), "sha256": sha256 if name == OURS else None}
+            for (name, model), one in zip(self.models.items(), served, strict=True)
+        }
         return {
             "name": self.name,
             "url": self.url,
@@ -116,18 +99,7 @@ class Server:
             "version": version,
             "gpus": [gpu.uuid for gpu in protocol.read_gpus(_metrics(self.metrics_url))],
             "max_requests": self.max_requests,
-            "models": {
-                one.model: {
-                    "contender": one.name,
-                    "backend": served[one.model].backend,
-                    "file": served[one.model].file,
-                    "instances": list(served[one.model].instances),
-                    "precision": served[one.model].precision,
-                    "max_batch": served[one.model].max_batch,
-                    "sha256": sha256 if one.name == OURS else None,
-                }
-                for one in self.contenders
-            },
+            "models": about,
         }
 
     def statistics(self, model: str) -> Counter[str]:
@@ -177,12 +149,11 @@ def reach(name: str, url: str, model: str, metrics_url: str = "") -> Server:
     if not port or not 0 < int(port[1]) < 1 << 16:
         raise MeasureError(f"target {name}={url}: expected {SCHEME}HOST:PORT, such as {SCHEME}127.0.0.1:8001")
     host = url.removeprefix(SCHEME).rpartition(":")[0]
-    server = Server(name, url, metrics_url or f"http://{host}:{METRICS_PORT}/metrics", [Contender(OURS, model)])
+    server = Server(name, url, metrics_url or f"http://{host}:{METRICS_PORT}/metrics", {OURS: model})
     with server.client() as triton:
         if not triton.is_model_ready(model, client_timeout=TIMEOUT):
             raise MeasureError(f"target {name}: {url} has no model {model} that is ready: choose one with --model")
-        there = [baseline for baseline in BASELINES if triton.is_model_ready(baseline, client_timeout=TIMEOUT)]
-    server.contenders += [Contender(baseline, baseline) for baseline in there]
+        server.models |= {name: name for name in BASELINES if triton.is_model_ready(name, client_timeout=TIMEOUT)}
     return server
 
 
@@ -216,16 +187,15 @@ class Local:
             raise MeasureError(f"--local: {reason(error)}: pip install -e '.[export,server,loadtest]'") from error
         for device in dict.fromkeys(options.local):
             try:
-                repository, contenders = self._repository(device)
-                precision: Precision = options.precision if device == "gpu" else "fp32"
+                models = self._prepare(device)
                 with step(f"start the server on the {device.upper()}"):
-                    self.servers.append(stack.enter_context(_serve(device, repository, contenders, precision)))
+                    self.servers.append(stack.enter_context(self._serve(device, folder / device, models)))
             except _CannotServe as error:
                 self.missing[device] = str(error)
                 print(f"{device}: not measured: {error}", flush=True)
 
-    def _repository(self, device: Device) -> tuple[Path, list[Contender]]:
-        """A model repository with our model and the baselines."""
+    def _prepare(self, device: Device) -> dict[str, str]:
+        """Make a model repository; return its models by contender."""
         from server import ServerError
         from server.triton import choose_device, cuda_gpus
 
@@ -239,7 +209,7 @@ class Local:
         files, loaded = self._files(model)
         _link(self._folder / device, model, files)
         baselines = install(self._folder / device, loaded.origin) if self._options.baselines else []
-        return self._folder / device, [Contender(OURS, model), *(Contender(name, name) for name in baselines)]
+        return {OURS: model} | {name: name for name in baselines}
 
     def _files(self, model: str) -> tuple[list[Path], Checkpoint]:
         """The files of a model and their checkpoint: of `--repository`, or written here.
@@ -290,35 +260,33 @@ class Local:
             yield server
             return
         device: Device = "gpu" if server.local.device == "GPU" else "cpu"
-        ours = server.contenders[0]
-        folder = self._folder / f"{server.name}-alone"
-        _link(folder, ours.model, model_files(server.local.repository / ours.model))
-        precision: Precision = self._options.precision if device == "gpu" else "fp32"
-        with _serve(device, folder, [ours], precision, max(4, math.ceil(capacity * QUEUE))) as alone:
+        folder, model = self._folder / f"{server.name}-alone", server.models[OURS]
+        _link(folder, model, model_files(server.local.repository / model))
+        with self._serve(device, folder, {OURS: model}, max(4, math.ceil(capacity * QUEUE))) as alone:
             yield alone
+
+    @contextmanager
+    def _serve(
+        self, device: Device, folder: Path, models: dict[str, str], max_requests: int | None = None
+    ) -> Iterator[Server]:
+        """A server; where nginx is installed, with a limit of requests in flight (None: the default of `server`)."""
+        from server import Limits, ServerError, TritonServer, gateway
+
+        limits = Limits(max_requests) if gateway.find() else None
+        precision: Precision = self._options.precision if device == "gpu" else "fp32"
+        running = TritonServer(folder, device=device, precision=precision, limits=limits)
+        try:
+            running.start()
+        except (ServerError, gateway.GatewayError) as error:
+            raise _CannotServe(str(error)) from error
+        try:
+            yield Server(device, SCHEME + running.grpc_url, running.metrics_url, models, running)
+        finally:
+            running.stop()
 
 
 class _CannotServe(MeasureError):
     """A server cannot be started on a device."""
-
-
-@contextmanager
-def _serve(
-    device: Device, folder: Path, contenders: list[Contender], precision: Precision, max_requests: int | None = None
-) -> Iterator[Server]:
-    """A server; where nginx is installed, with a limit of requests in flight (None: the default of `server`)."""
-    from server import Limits, ServerError, TritonServer, gateway
-
-    limits = Limits(max_requests) if gateway.find() else None
-    running = TritonServer(folder, device=device, precision=precision, limits=limits)
-    try:
-        running.start()
-    except (ServerError, gateway.GatewayError) as error:
-        raise _CannotServe(str(error)) from error
-    try:
-        yield Server(device, SCHEME + running.grpc_url, running.metrics_url, contenders, running)
-    finally:
-        running.stop()
 
 
 def _link(folder: Path, model: str, files: list[Path]) -> None:

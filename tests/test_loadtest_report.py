@@ -221,6 +221,7 @@ def make_result(*servers: str, **given: Any) -> Row:
             "source": "random (seed 0, channels 1024)",
             "references": "SpeechBrain",
             "clips": "9 of each length",
+            "mix": {"1": 1, "5": 3},
             "warm_up_s": 1.0,
             "processes": 1,
             "bound": {"fp32": 1e-4, "fp16": 5e-3},
@@ -268,7 +269,7 @@ def test_a_full_report_names_its_conditions_and_has_every_plot(tmp_path: Path) -
         assert path.read_bytes().startswith(PNG[:8]) and path.stat().st_size < 100e3
     text, html = (path.read_text() for path in paths[:2])
     assert re.findall(r"\]\((.*?)\)", text) == plots and len(Parsed(html).links) == len(plots)
-    for fact in ("AMD EPYC", "4f32f0e", "locust 2.47.0", "--local cpu gpu", "raw.json", "abababababab"):
+    for fact in ("AMD EPYC", "4f32f0e", "locust 2.47.0", "--local cpu gpu", "raw.json", "abababababab", "5 s 75 %"):
         assert fact in text
 
 

@@ -27,10 +27,11 @@ from conftest import ROOT
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from export.verify import BOUNDS
-from loadtest import load, scenarios
+from loadtest import load, scenarios, servers
 from loadtest import run as load_run
 from loadtest.__main__ import main
 from loadtest.clips import MAX_ERROR, Clips, Deck, compare, speech
+from loadtest.scenarios import Level
 from loadtest.servers import BASELINES, OURS, PADDED
 from server import TritonServer, gateway
 
@@ -89,6 +90,7 @@ def test_scenarios_have_different_levels_and_the_mix_its_weights() -> None:
         (["--target=x=grpc://127.0.0.1:9"], "grpc://127.0.0.1:9"),
         (["--local=cpu", "--model=nope"], "ecapa, ecapa_torchscript"),
         (["--local=cpu", "--repository=/nowhere"], "/nowhere"),
+        (["--local=cpu", "--scenario=mixed", "--max-clients=4"], "4 clients"),
     ],
 )
 def test_a_run_that_cannot_start_writes_nothing(
@@ -280,6 +282,18 @@ def test_locust_counts_wrong_replies(server: TritonServer, clips: Clips, tmp_pat
         file.unlink()
         assert requests and busy and all(one.result.startswith("right" if right else "WrongReply") for one in requests)
         assert result.returncode == (0 if right else 1)
+
+
+def test_a_level_is_measured_again_if_locust_started_late(
+    server: TritonServer, clips: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips.save(tmp_path / "clips.npz")
+    reached = servers.reach("a", f"grpc://{server.grpc_url}", "ecapa", server.metrics_url)
+    monkeypatch.setattr(load, "FIRST", -2.0)  # as if the first request took 2 s longer
+    level, timing = Level("single", 1.0), load.Timing(seconds=3.0, warm_up=0.0)
+    one = load.drive(level, reached, "ecapa", 1e-4, tmp_path / "clips.npz", timing)
+    assert max(sent.end for sent in one.requests) >= one.end - load.LATE * timing.seconds
+    assert one.counts["requests"] == len(one.requests)
 
 
 HELD = 12  # more requests than gevent's usual ten threads
