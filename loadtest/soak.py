@@ -47,7 +47,7 @@ from .machine import MeasureError
 REPOSITORY = Path(__file__).parent.parent / "model_repository"
 LENGTHS = 300
 EVERY = 2.0  # s, between samples of the memory
-SAY = 10.0  # s, between lines of progress
+PROGRESS = 10.0  # s, between lines of progress
 IDLE = 3.0  # s, without load before the last sample
 # Of a request [n, samples], where the config takes as many: a minute is 3.8 MB, and a batch of 200 MB in the model.
 MOST_CLIPS, MOST_SAMPLES = 8, 60 * SAMPLE_RATE
@@ -55,8 +55,9 @@ SHORTEST_JUDGED = 180.0  # s; a shorter run may lack the largest batches
 # Memory is level when its median grows by no more than the larger of these from the second third of the load to the
 # last: room for random clips, and a leak of 6 MB a minute shows within ten minutes.
 GROWTH, GROWTH_BYTES = 0.05, 20e6
+# Codes of rejections that a good clip may get; any other is a fault.
 EXPECTED = "NaN", "EmbeddingError", "OverloadedError", "DeadlineError", "DEADLINE_EXCEEDED", "TimeoutError"
-BREAKS = "cancelled", "closed", "disconnected"  # hostile too: the client ends while its request is in flight
+BREAKS = "cancelled", "closed", "disconnected"  # hostile too: the client leaves while its request is in flight
 Row: TypeAlias = dict[str, Any]
 
 PROCESSES = "tritonserver", "model"  # as TritonServer.memory names them; on a C++ backend the model has none
@@ -150,8 +151,8 @@ def run(options: argparse.Namespace) -> None:
                 f"{report['cpu']}, {report['cores']} cores; {server.chosen}; {loaded.source}, "
                 f"{report['model_bytes'] / 1e6:.0f} MB; {report['clients']} clients"
             )
-            load = Load(Urls.of(server), pool, bad, options.hostile)
-            samples, figures = watch(server, load, 60 * options.minutes, report["clients"])
+            traffic = MixedTraffic(Urls.of(server), pool, bad, options.hostile)
+            samples, figures = watch(server, traffic, 60 * options.minutes, report["clients"])
     verdict = judge_memory([(sample["seconds"], sample["bytes"]) for sample in samples])
     report |= figures | {
         "second_third_bytes": verdict.second_third,
@@ -194,7 +195,7 @@ def make_clips(classifier: Any, shortest: int, longest: int, lengths: int) -> li
     return pool
 
 
-class Load:
+class MixedTraffic:
     """Clients of every kind, and tallies of their good and hostile requests.
 
     Args:
@@ -280,7 +281,7 @@ class Load:
         return self.pool[random.integers(len(self.pool))]
 
 
-def watch(server: TritonServer, load: Load, seconds: float, clients: int) -> tuple[list[Row], Row]:
+def watch(server: TritonServer, traffic: MixedTraffic, seconds: float, clients: int) -> tuple[list[Row], Row]:
     """Run the clients and sample the memory; Ctrl-C ends the load early. Returns the samples and figures."""
     begun = time.monotonic()
     samples: list[Row] = []
@@ -288,27 +289,27 @@ def watch(server: TritonServer, load: Load, seconds: float, clients: int) -> tup
     def look() -> Row:
         parts = server.memory()
         at = round(time.monotonic() - begun, 2)
-        return {"seconds": at, "requests": load.requests, "bytes": sum(parts.values()), **parts}
+        return {"seconds": at, "requests": traffic.requests, "bytes": sum(parts.values()), **parts}
 
     loaded = look()
     print(f"ready: {loaded['bytes'] / 1e6:.0f} MB", flush=True)
-    said = 0.0
+    shown = 0.0
     with ThreadPoolExecutor(clients) as pool:
         begun = time.monotonic()
-        futures = [pool.submit(load.client, number) for number in range(clients)]
+        futures = [pool.submit(traffic.client, number) for number in range(clients)]
         try:
             while (elapsed := time.monotonic() - begun) < seconds and not any(future.done() for future in futures):
                 time.sleep(min(EVERY, seconds - elapsed))
                 samples.append(look())
-                if elapsed - said > SAY:
-                    said = elapsed
-                    _say(samples[-1], load)
+                if elapsed - shown > PROGRESS:
+                    shown = elapsed
+                    _print_progress(samples[-1], traffic)
                 if not all(samples[-1][part] for part in PROCESSES if loaded[part]):
                     break
         except KeyboardInterrupt:
             print("interrupted: no more load")
         finally:
-            load.stop.set()
+            traffic.stop.set()
     for future in futures:
         future.result()
     time.sleep(IDLE)
@@ -318,11 +319,11 @@ def watch(server: TritonServer, load: Load, seconds: float, clients: int) -> tup
         "largest_bytes": max(sample["bytes"] for sample in [loaded, *samples]),
         "idle_bytes": last["bytes"],
         "process_ended": not all(last[part] for part in PROCESSES if loaded[part]),
-        "good_requests": dict(load.good.counts),
-        "hostile_requests": dict(load.hostile.counts),
-        "rejections": {"good": dict(load.good.rejections), "hostile": dict(load.hostile.rejections)},
-        "wrong": load.good.wrong + load.hostile.wrong,
-        "errors": dict(load.errors),
+        "good_requests": dict(traffic.good.counts),
+        "hostile_requests": dict(traffic.hostile.counts),
+        "rejections": {"good": dict(traffic.good.rejections), "hostile": dict(traffic.hostile.rejections)},
+        "wrong": traffic.good.wrong + traffic.hostile.wrong,
+        "errors": dict(traffic.errors),
     }
 
 
@@ -337,9 +338,9 @@ def by_minute(samples: Sequence[Row]) -> list[Row]:
     return minutes
 
 
-def _say(sample: Row, load: Load) -> None:
+def _print_progress(sample: Row, traffic: MixedTraffic) -> None:
     minutes, seconds = divmod(round(sample["seconds"]), 60)
-    wrong = len(load.good.wrong) + len(load.hostile.wrong)
+    wrong = len(traffic.good.wrong) + len(traffic.hostile.wrong)
     print(
         f"{minutes:3d}:{seconds:02d}  {sample['requests']:6d} requests, {wrong} wrong, {sample['bytes'] / 1e6:.0f} MB",
         flush=True,

@@ -45,13 +45,13 @@ def test_the_soak_runs(exported: bool, repository: Path, monkeypatch: pytest.Mon
     assert drawn.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def run_client(load: soak.Load, number: int, requests: int) -> None:
+def run_client(traffic: soak.MixedTraffic, number: int, requests: int) -> None:
     """Runs one client until so many requests have a reply."""
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(load.client, number)
-        while load.requests < requests and not future.done():
+        future = pool.submit(traffic.client, number)
+        while traffic.requests < requests and not future.done():
             time.sleep(0.01)
-        load.stop.set()
+        traffic.stop.set()
         future.result()
 
 
@@ -59,22 +59,22 @@ def run_client(load: soak.Load, number: int, requests: int) -> None:
 def test_another_clips_embedding_is_wrong(server: TritonServer, reference: Reference, number: int) -> None:
     right = clips(reference)
     check_apart(right)
-    load = soak.Load(Urls.of(server), [[clip] for clip in right], {}, 0)
-    run_client(load, number, 6)
-    assert load.good.counts["right"] == load.good.counts["requests"] >= 6
+    traffic = soak.MixedTraffic(Urls.of(server), [[clip] for clip in right], {}, 0)
+    run_client(traffic, number, 6)
+    assert traffic.good.counts["right"] == traffic.good.counts["requests"] >= 6
     swapped = [Clip(a.name, a.waveform, b.reference) for a, b in zip(right, [*right[1:], right[0]], strict=True)]
-    load = soak.Load(Urls.of(server), [[clip] for clip in swapped], {}, 0)
-    run_client(load, number, 6)
-    assert len(load.good.wrong) == load.good.counts["requests"] >= 6
+    traffic = soak.MixedTraffic(Urls.of(server), [[clip] for clip in swapped], {}, 0)
+    run_client(traffic, number, 6)
+    assert len(traffic.good.wrong) == traffic.good.counts["requests"] >= 6
 
 
 def test_hostile_requests_are_judged_apart(server: TritonServer, reference: Reference) -> None:
     bad = {name: request for name, request in hostile.requests(reference).items() if name != hostile.LONGEST}
     bad[hostile.LONGEST] = bad["silence"]
-    load = soak.Load(Urls.of(server), [[clip] for clip in clips(reference)], bad, 1)
-    run_client(load, 0, len(bad))
-    assert load.hostile.counts["requests"] >= len(bad) and load.hostile.wrong == []
-    assert load.hostile.counts["right"] and load.hostile.rejections["NaN"] and not load.good.counts["requests"]
+    traffic = soak.MixedTraffic(Urls.of(server), [[clip] for clip in clips(reference)], bad, 1)
+    run_client(traffic, 0, len(bad))
+    assert traffic.hostile.counts["requests"] >= len(bad) and traffic.hostile.wrong == []
+    assert traffic.hostile.counts["right"] and traffic.hostile.rejections["NaN"] and not traffic.good.counts["requests"]
 
 
 @pytest.mark.parametrize(

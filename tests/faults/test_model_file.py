@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -211,7 +210,7 @@ def test_an_export_that_does_not_fit(repository: Path, repository_copy: Path, tm
         timeout=PATIENCE,
     )
     assert run.returncode == 1, run.stderr
-    assert re.fullmatch(rf"error: .*: {why}\n", run.stderr), run.stderr
+    assert why in run.stderr and run.stderr.count("\n") == 1, run.stderr
     *_, digest, listing = run.stdout.splitlines()
     assert digest.split()[0] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert listing == "model.onnx"
