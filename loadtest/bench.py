@@ -1,14 +1,13 @@
 """The model in process, without a server: agreement, speed, memory and kernels, on the CPU and on a GPU.
 
-Our model files (ONNX Runtime and TorchScript; on a GPU in float32, TF32 and float16) take turns with SpeechBrain and
-with bare matrix products. Rows are written as they are measured, so an interrupted run keeps them. Whatever is not
-installed is left out, and a row says why; torch and numpy are enough for files exported elsewhere (--repository).
+Our model files (ONNX Runtime and TorchScript; on a GPU in float32, TF32 and float16) take turns with SpeechBrain, and
+square matrix products are the yardstick. Rows are written as they are measured, so an interrupted run keeps them. A row
+says why something was left out; torch and numpy are enough for files exported elsewhere (--repository).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
@@ -18,14 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from . import bench_page, contenders, machine
 from .bench_page import TITLES, Row
-from .contenders import PADDED, PRECISIONS, SPEECHBRAIN, Array, Batch, Contender, Shape
+from .clips import MAX_ERROR, Array, compare
+from .contenders import PADDED, PRECISIONS, SPEECHBRAIN, Batch, Contender
 from .machine import MeasureError, reason
 
 DEVICES = {"cpu": ["cpu"], "gpu": ["cuda"], "all": ["cpu", "cuda"]}  # torch's names
@@ -275,52 +274,40 @@ def load(bench: Bench) -> Iterator[Row]:
 def agreement(bench: Bench) -> Iterator[Row]:
     """Embeddings of speech, each clip alone and among others, against those of the float32 TorchScript file on the CPU.
 
-    Ours beyond the bounds of the export's verification is measured no further. SpeechBrain one by one is judged on the
+    Ours beyond the bound of the export's verification is measured no further. SpeechBrain one by one is judged on the
     CPU, and so is the file; on a GPU its convolutions may use TF32.
     """
     clips = [clip for clip in bench.speech if len(clip) >= int(bench.metadata["min_samples"])]
     reference = contenders.torchscript(bench.files["TorchScript", "fp32"], "cpu")
     expected = np.stack([reference(*contenders.pack([clip]))[0].numpy() for clip in clips])
-    bounds: Any = {}
-    with contextlib.suppress(ModuleNotFoundError):
-        from export.verify import BOUNDS as bounds
     seen = set()
     for contender in list(bench.contenders):
         exact = contender.ours or (contender.name, contender.device) == (SPEECHBRAIN, "cpu")
-        judged = bounds.get(contender.precision) if exact else None
+        bound = MAX_ERROR.get(contender.precision) if exact else None
         for how, size in ("alone", 1), ("together", TOGETHER):
             parts = [contender.batches(clips[at : at + size]) for at in range(0, len(clips), size)]
             same = contender.embed, tuple(map(len, parts))
             if same in seen or (how == "together" and len(parts[0]) == min(size, len(clips))):
                 continue
             seen.add(same)
-            row = {"device": contender.device, "contender": contender.name, "embedded": how, "clips": len(clips)}
+            row: Row = {"device": contender.device, "contender": contender.name, "embedded": how, "clips": len(clips)}
             try:
                 got = torch.cat([rows.cpu() for batches in parts for rows in contender.run(batches)]).numpy()
             except Exception as error:
                 yield row | {"failed": reason(error)}
                 continue
             row |= compare(got, expected)
-            if judged and not (row["largest_error"] <= judged.max_error and row["least_cosine"] >= judged.min_cosine):
-                row["wrong"] = f"{contender.name} on {contender.device}, clips {how}: error {row['largest_error']:.1e}"
+            if bound and not row["error"] <= bound:
+                row["wrong"] = f"{contender.name} on {contender.device}, clips {how}: error {row['error']:.1e}"
                 bench.contenders = [other for other in bench.contenders if other.embed is not contender.embed]
             yield row
-
-
-def compare(got: Array, expected: Array) -> dict[str, float]:
-    """Least cosine and largest relative L2 error of embeddings `[n, E]`; NaN where one is not finite."""
-    a, b = got.astype(np.float64), expected.astype(np.float64)
-    norms = np.linalg.norm(b, axis=1)
-    with np.errstate(invalid="ignore"):  # of zeros: NaN
-        cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * norms)
-    return {"least_cosine": float(cosine.min()), "largest_error": float((np.linalg.norm(a - b, axis=1) / norms).max())}
 
 
 def products(bench: Bench) -> Iterator[Row]:
     """Square matrix products, the best of which is the measure of a model's work."""
     for plan in bench.plans:
         for precision, size in itertools.product(plan.precisions, plan.squares):
-            call = contenders.product((size, size, size), plan.device, precision)
+            call = contenders.product(size, plan.device, precision)
             rate = size**3 / statistics.median(plan.time(call) for _ in range(5))
             key = plan.device, precision
             bench.best[key] = max(rate, bench.best.get(key, 0.0))
@@ -335,14 +322,14 @@ def speed(bench: Bench) -> Iterator[Row]:
 
 
 class _Turns:
-    """One row: every contender and matrix product in turn within each round."""
+    """One row: all contenders in turn within each round."""
 
     def __init__(self, bench: Bench, plan: Plan, name: str, seconds: Sequence[float]) -> None:
         self._bench, self._plan, self._seconds, self._name = bench, plan, seconds, name
         self._clips = bench.noise(seconds)
         self._path = bench.files["TorchScript", "fp32"]
-        self._calls: dict[Any, Callable[[], object]] = {}
-        self._times: dict[Any, list[float]] = {}
+        self._calls: dict[tuple[str, str], Callable[[], object]] = {}
+        self._times: dict[tuple[str, str], list[float]] = {}
         self._rows: dict[str, Row] = {}
 
     def measure(self) -> Iterator[Row]:
@@ -362,26 +349,22 @@ class _Turns:
             row = {"device": contender.device, "clips": self._name, "seconds": list(self._seconds), "contender": name}
             self._rows[name] = row
             self._attempt(name, lambda c=contender, b=batches: self._warm_up(c, b))  # type: ignore[misc]
-        ours = {c.precision: len(batches) for c, batches in reversed(chosen.values()) if c.ours}
-        own = {precision: self._add_products(precision, count) for precision, count in ours.items()}
         for turn in range(self._plan.rounds):
             order = [key for key in self._calls if turn < CPU_ROUNDS or key[0] != REFERENCE]
             first = turn % max(1, len(order))  # the order of contenders differs between rounds
             for key in order[first:] + order[:first]:
                 self._attempt(key[0], lambda k=key: self._time(k))  # type: ignore[misc]
-        for name, (contender, batches) in chosen.items():
+        for name, (contender, _) in chosen.items():
             if "failed" not in self._rows[name]:
-                known = contender.ours and ours[contender.precision] == len(batches)
-                self._rows[name] |= self._figures(contender, own[contender.precision] if known else None)
+                self._rows[name] |= self._figures(contender)
             yield self._rows[name]
 
-    def _attempt(self, name: Any, action: Callable[[], None]) -> None:
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
         """Do something for a contender; one that fails takes no more turns."""
         try:
             action()
         except Exception as error:
-            if name in self._rows:
-                self._rows[name]["failed"] = reason(error)
+            self._rows[name]["failed"] = reason(error)
             self._calls = {key: call for key, call in self._calls.items() if key[0] != name}
             if self._plan.device == "cuda":
                 torch.cuda.empty_cache()
@@ -401,25 +384,15 @@ class _Turns:
         if on_gpu:
             self._calls[contender.name, "copied"] = lambda: contender.run(batches)
 
-    def _add_products(self, precision: str, batches: int) -> Counter[Shape]:
-        """The model's own matrix products on clips that fill a mean batch each."""
-        samples = round(sum(map(len, self._clips)) / batches)
-        found = contenders.count_products(self._path, samples)
-        for shape in found:
-            with contextlib.suppress(RuntimeError):  # out of memory: there is no such figure
-                call = contenders.product(shape, self._plan.device, precision)
-                self._calls[(precision, shape), "resident"] = call
-        return Counter({shape: count * batches for shape, count in found.items()})
-
-    def _time(self, key: Any) -> None:
+    def _time(self, key: tuple[str, str]) -> None:
         self._times.setdefault(key, []).append(self._plan.time(self._calls[key]))
 
-    def _figures(self, contender: Contender, own: Counter[Shape] | None) -> Row:
+    def _figures(self, contender: Contender) -> Row:
         """Medians, and medians of the ratios within a round."""
         mine = self._times[contender.name, "resident"]
         median = statistics.median(mine)
         audio = sum(self._seconds)
-        macs = sum(contenders.count_macs(contenders.count_products(self._path, len(clip))) for clip in self._clips)
+        macs = sum(contenders.count_macs(self._path, len(clip)) for clip in self._clips)
         figures: Row = {
             "ms": median * 1e3,
             "fastest_ms": min(mine) * 1e3,
@@ -437,11 +410,6 @@ class _Turns:
             figures["tflops"] = 2 * macs / median / 1e12
             if best := self._bench.best.get((contender.device, contender.precision)):
                 figures["of_best_product"] = macs / median / best
-        if own is not None:
-            times = {shape: self._times.get(((contender.precision, shape), "resident")) for shape in own}
-            if all(times.values()):
-                total = sum(statistics.median(found) * own[shape] for shape, found in times.items() if found)
-                figures["own_products"] = total / median
         return figures
 
 

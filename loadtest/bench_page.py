@@ -18,24 +18,23 @@ TITLES = {
 }
 COLUMNS = {  # keys of a section's rows, with formats; a title is a key without underscores
     "contenders": "device contender model_mb:.1f",
-    "agreement": "device contender embedded clips least_cosine:.7f largest_error:.1e",
+    "agreement": "device contender embedded clips cosine:.7f error:.1e",
     "products": "device precision size tflops:.3g",
     "speed": "device clips contender ms:.2f fastest_ms:.2f slowest_ms:.2f with_copy_ms:.2f times_real_time:,.0f "
-    "ratio_to_one_by_one:.2f ratio_to_padded:.2f ratio_to_cpu:.1f tflops:.3g of_best_product:.2f own_products:.2f "
+    "ratio_to_one_by_one:.2f ratio_to_padded:.2f ratio_to_cpu:.1f tflops:.3g of_best_product:.2f "
     "work_mb:.1f",
     "kernels": "device contender clips kernels launches kernel_ms:.2f call_ms:.2f waits copies top",
 }
 NOTES = {
-    "agreement": "Against float32 TorchScript on this host's CPU, each clip alone; errors are relative L2. "
-    "TF32 is not served: it is here to compare. SpeechBrain's padded batches change the embeddings of shorter clips.",
+    "agreement": "Against float32 TorchScript on this host's CPU, each clip alone; errors are relative L2. TF32 is not "
+    "served: it is here to compare. SpeechBrain's padded batches change the embeddings of shorter clips.",
     "speed": "Medians over the rounds, all contenders in turn within each, every call after one that is not timed; "
     "inputs on the device, the device synchronised before and after. On the CPU ours runs in batches of the size that "
     "configs/cpu.pbtxt prefers, as the server joins single clips, and in one batch where that differs. Ratios compare "
     "with SpeechBrain one by one, SpeechBrain padded and the CPU: medians within a round; above 1 this contender is "
     "faster. SpeechBrain runs with PyTorch's defaults, under which convolutions may use TF32 on a GPU. TFLOP/s: twice "
-    "the multiply-accumulates of the model's matrix products and of nothing else, over all of its time. Own products: "
-    "these products alone, as a share of the time. Work memory: the peak that torch allocated beyond model and inputs; "
-    "torch does not see ONNX Runtime's.",
+    "the multiply-accumulates of the model's matrix products and of nothing else, over all of its time. Work memory: "
+    "the peak that torch allocated beyond model and inputs; torch does not see ONNX Runtime's.",
     "kernels": "From torch.profiler, which costs time itself. The call returns after call ms; it holds the waits.",
 }
 LIMITS = (

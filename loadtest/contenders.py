@@ -1,4 +1,4 @@
-"""The implementations that `bench` compares: our model files, SpeechBrain, and bare matrix products.
+"""The implementations that `bench` compares: our model files and SpeechBrain; and matrix products.
 
 Everything beyond torch and numpy is imported where it is used: a GPU host may have no more, and model files that were
 exported elsewhere can still be measured there.
@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 import wave
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -20,21 +19,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .clips import Array
 from .machine import ROOT, MeasureError, reason
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
 
-Array: TypeAlias = NDArray[np.float32]
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Embed: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # a batch to float32 [B, E]
 Files: TypeAlias = dict[tuple[str, str], Path]  # by format and precision
-Shape: TypeAlias = tuple[int, int, int]  # rows, inner, outer
 
 FORMATS = {"ONNX": ".onnx", "TorchScript": ".pt"}
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "fp16")}
@@ -299,10 +296,9 @@ def speechbrain(metadata: dict[str, str], device: str) -> Embed:
     return embed
 
 
-def product(shape: Shape, device: str, precision: str) -> Callable[[], object]:
-    """A matrix product by torch."""
-    rows, inner, outer = shape
-    a, b = (torch.randn(size).to(device, TYPES[precision]) for size in ((rows, inner), (inner, outer)))
+def product(size: int, device: str, precision: str) -> Callable[[], object]:
+    """A product of square matrices by torch."""
+    a, b = (torch.randn(size, size).to(device, TYPES[precision]) for _ in range(2))
 
     def multiply() -> Tensor:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -312,23 +308,23 @@ def product(shape: Shape, device: str, precision: str) -> Callable[[], object]:
 
 
 class _Products(TorchDispatchMode):
-    """Counts matrix products with more than one row: those of frames, where there is one clip."""
+    """Counts multiply-accumulates of matrix products with more than one row: of frames, where there is one clip."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.shapes: Counter[Shape] = Counter()
+        self.macs = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             rows, inner = map(int, args[-2].shape)
-            self.shapes[rows, inner, int(result.shape[1])] += rows > 1
+            self.macs += rows * inner * int(result.shape[1]) if rows > 1 else 0
         return result
 
 
 @cache
-def count_products(path: Path, samples: int) -> Counter[Shape]:
-    """The matrix products over the frames of one clip, by running a TorchScript file on the CPU.
+def count_macs(path: Path, samples: int) -> int:
+    """The multiply-accumulates of one clip's frames, by running a TorchScript file on the CPU.
 
     Zeros that pad the Fourier transform count, 0.2 % at the published size. Work of the packing and layers that see one
     row per clip do not.
@@ -337,9 +333,4 @@ def count_products(path: Path, samples: int) -> Counter[Shape]:
     lengths = torch.tensor([[samples]], dtype=torch.int32)
     with torch.no_grad(), torch.jit.optimized_execution(False), _Products() as counted:  # type: ignore[attr-defined]
         module(torch.zeros(samples), lengths)
-    return Counter({shape: count for shape, count in counted.shapes.items() if count})
-
-
-def count_macs(products: Counter[Shape]) -> int:
-    """Multiply-accumulates of matrix products."""
-    return sum(rows * inner * outer * count for (rows, inner, outer), count in products.items())
+    return int(counted.macs)

@@ -92,11 +92,11 @@ def test_everything_is_measured(scripted: Path, repository: Path, tmp_path: Path
     for row in rows["agreement"]:
         bounds = BOUNDS["fp16" if "FP16" in row["contender"] else "fp32"]
         if row["contender"] == contenders.PADDED:  # which is why it is not the reference
-            assert row["largest_error"] > bounds.max_error
+            assert row["error"] > bounds.max_error
         else:
-            assert row["largest_error"] <= bounds.max_error and row["least_cosine"] >= bounds.min_cosine, row
+            assert row["error"] <= bounds.max_error and row["cosine"] >= bounds.min_cosine, row
         if "FP16" in row["contender"]:  # another file was run
-            assert row["largest_error"] > BOUNDS["fp32"].max_error
+            assert row["error"] > BOUNDS["fp32"].max_error
     assert {(row["contender"], row["embedded"]) for row in rows["agreement"]} >= {
         *((name, how) for name in ours for how in ("alone", "together")),
         (contenders.SPEECHBRAIN, "alone"),
@@ -104,13 +104,13 @@ def test_everything_is_measured(scripted: Path, repository: Path, tmp_path: Path
     }
     for row in rows["speed"]:
         assert row["times_real_time"] == pytest.approx(sum(row["seconds"]) / row["ms"] * 1e3)
-        assert row["contender"] != contenders.SPEECHBRAIN or row["ratio_to_one_by_one"] == 1
+        (theirs,) = (r for r in rows["speed"] if (r["clips"], r["contender"]) == (row["clips"], contenders.SPEECHBRAIN))
+        assert row["ratio_to_one_by_one"] == pytest.approx(theirs["ms"] / row["ms"])  # there is one round
         if row["contender"] in ours:
             assert row["of_best_product"] == pytest.approx(
                 row["tflops"]
                 / next(p["tflops"] for p in rows["products"] if p["precision"] == row["contender"][-4:].lower())
             )
-            assert row["own_products"] > 0
     by_row = [(row["clips"], row["contender"]) for row in rows["speed"]]
     assert by_row == [
         *((ROW, name) for name in [*ours, contenders.SPEECHBRAIN]),
@@ -165,8 +165,8 @@ def test_an_interrupt_keeps_what_was_measured(scripted: Path, tmp_path: Path) ->
     assert "Interrupted" in (tmp_path / "figures.md").read_text()
 
 
-def zeros(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(len(lengths), 192)
+def ones(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(lengths), 192)
 
 
 def contender(name: str, embed: contenders.Embed) -> contenders.Contender:
@@ -177,10 +177,10 @@ def test_out_of_memory_ends_one_contender_alone(scripted: Path) -> None:
     def full(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         if len(lengths) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\n...")
-        return zeros(waveform, lengths)
+        return ones(waveform, lengths)
 
     measured = small(scripted, [], precisions=())
-    measured.contenders = [contender("full", full), replace(contender("other", zeros), precision="tf32")]
+    measured.contenders = [contender("full", full), replace(contender("other", ones), precision="tf32")]
     rows = {(row["clips"], row["contender"]): row.get("failed") for row in bench.speed(measured)}
     assert rows == {(ROW, "full"): None, (ROW, "other"): None, ("2 mixed", "full"): "out of memory"} | {
         ("2 mixed", "other"): None
@@ -192,9 +192,9 @@ def test_wrong_embeddings_are_told_and_not_timed(scripted: Path) -> None:
     right = contenders.torchscript(scripted / "model.pt", "cpu")
     measured.contenders = [
         contender("right", right),
-        contender("wrong", zeros),
+        contender("wrong", ones),
         contender("swapped", lambda waveform, lengths: right(waveform, lengths).flip(0)),
-        contender("NaN", lambda waveform, lengths: zeros(waveform, lengths) * np.nan),
+        contender("NaN", lambda waveform, lengths: ones(waveform, lengths) * np.nan),
     ]
     wrong = {row["contender"] for row in bench.agreement(measured) if "wrong" in row}
     assert wrong == {"wrong", "swapped", "NaN"}
@@ -231,7 +231,7 @@ def test_products_are_those_of_the_layers(scripted: Path, mini: checkpoint.Check
     with torch.inference_mode():
         packed(torch.zeros(16000), torch.tensor([[16000]], dtype=torch.int32))
     macs += frames * (packed.features.basis.numel() + packed.features.mel.numel())
-    assert contenders.count_macs(contenders.count_products(scripted / "model.pt", 16000)) == macs
+    assert contenders.count_macs(scripted / "model.pt", 16000) == macs
 
 
 def test_kernels_are_told_from_a_trace() -> None:
