@@ -18,8 +18,7 @@ from typing import Any, TypeAlias
 from .machine import MeasureError
 from .report import MISSING, Page, Section, Strong, Table
 from .report import write as write_page
-from .scenarios import SCENARIOS, Level
-from .servers import BASELINES, OURS, PADDED
+from .scenarios import BASELINES, OURS, PADDED, SCENARIOS, Level
 
 Row: TypeAlias = dict[str, Any]
 

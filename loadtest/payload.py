@@ -15,8 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .clips import Array, speech
-from .scenarios import MIX, MIXED_USERS, SINGLE, lengths
-from .servers import MODEL
+from .scenarios import MIX, MIXED_USERS, MODEL, SINGLE, lengths
 
 URL = "127.0.0.1:8001"  # gRPC
 RATE = 5  # clips/s that arrive in the open loop

@@ -28,8 +28,8 @@ from .clips import MAX_ERROR, Array, Clips, compare, speech
 from .infer import CallFailed, Rejected, WrongReply, first_replies
 from .load import Round, Timing
 from .machine import MeasureError
-from .scenarios import SCENARIOS, Level
-from .servers import MODEL, OURS, PADDED, Local, Server, reach
+from .scenarios import MODEL, OURS, PADDED, SCENARIOS, Level
+from .servers import Local, Server, reach
 
 PACKAGES = "locust", "grpcio", "tritonclient", "nvidia-pytriton", "onnxruntime", "onnxruntime-gpu", "torch"
 COLUMNS = ["server", "contender", "level", "round", "start_s", "latency_ms", "clips", "audio_s", "users", "result"]

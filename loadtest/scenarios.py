@@ -1,9 +1,14 @@
-"""The scenarios of the load tests and the levels at which each is measured. To add one, add it here."""
+"""The contenders and scenarios of the load tests, and the levels of each scenario. To add a scenario, add it here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+# Contenders: our model, by its usual name on a server, and the baselines, by the names of their models.
+OURS, MODEL = "packed", "ecapa"
+BASELINES = ("speechbrain", "speechbrain_padded")
+PADDED = BASELINES[1]
 
 SINGLE = (1.0, 5.0, 10.0)  # s
 BATCH = (1, 8, 16, 32)  # clips in a request

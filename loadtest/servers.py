@@ -21,6 +21,7 @@ from tritonclient.grpc import InferenceServerClient
 
 from .clips import Array
 from .machine import MeasureError, reason
+from .scenarios import BASELINES, MODEL, OURS
 
 if TYPE_CHECKING:  # where only the load generator is installed, neither can be imported
     from export.checkpoint import Checkpoint
@@ -30,10 +31,6 @@ Device: TypeAlias = Literal["cpu", "gpu"]
 Precision: TypeAlias = Literal["fp32", "fp16"]
 
 REPOSITORY = Path(__file__).parent.parent / "model_repository"
-OURS = "packed"  # contender
-BASELINES = ("speechbrain", "speechbrain_padded")  # contenders, by the names of their models
-PADDED = BASELINES[1]
-MODEL = "ecapa"
 METRICS_PORT = 8002
 TIMEOUT = 10.0  # s, of a request for metadata
 QUEUE = 1.0  # s of work that may wait in the open loop
@@ -220,13 +217,15 @@ class Local:
         from export.__main__ import step
         from export.packed import GROUP, PackedEcapa
 
+        from .contenders import made_from
+
         options = self._options
         kinds = {kind.folder: kind for kind in configs.FORMATS.values()}
         if model not in kinds:
             raise MeasureError(f"model is {model}, a local server has {', '.join(kinds)}")
         if options.repository:
             files = model_files(options.repository / model)
-            loaded = self.checkpoint = self.checkpoint or _made_from(files[0])
+            loaded = self.checkpoint = self.checkpoint or made_from(configs.ModelFile.read(files[0]).metadata)
             return files, loaded
         loaded = self.checkpoint = self.checkpoint or checkpoint.load(options.source, channels=options.channels)
         kind, files = kinds[model], []
@@ -311,21 +310,8 @@ def model_files(model: Path) -> list[Path]:
     return files
 
 
-def _made_from(file: Path) -> Checkpoint:
-    """The checkpoint from which an exported file, by its metadata, was made."""
-    from export import checkpoint, configs
-
-    metadata = configs.ModelFile.read(file).metadata
-    loaded = checkpoint.load_again(metadata["origin"])
-    if loaded.sha256 != (made := metadata["weights_sha256"]):
-        raise MeasureError(
-            f"{file} was made from weights {made[:12]}, its source has {loaded.sha256[:12]}: export again"
-        )
-    return loaded
-
-
 def _usual_model(device: Device) -> str:
     """The model for ONNX Runtime, or the TorchScript one on a GPU that the installed ONNX Runtime cannot use."""
-    from onnxruntime import get_available_providers
+    from .contenders import onnx_devices
 
-    return MODEL if device == "cpu" or "CUDAExecutionProvider" in get_available_providers() else f"{MODEL}_torchscript"
+    return MODEL if device == "cpu" or "cuda" in onnx_devices() else f"{MODEL}_torchscript"

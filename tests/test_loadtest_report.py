@@ -20,8 +20,7 @@ from loadtest.figures import Results
 from loadtest.load import Round, Sent
 from loadtest.machine import MeasureError
 from loadtest.report import Page, Section, Strong, Table, write
-from loadtest.scenarios import SCENARIOS, Level, levels
-from loadtest.servers import BASELINES, OURS
+from loadtest.scenarios import BASELINES, OURS, SCENARIOS, Level, levels
 
 Row = dict[str, Any]
 ALONE, PADDED = BASELINES

@@ -31,8 +31,7 @@ from loadtest import load, scenarios, servers
 from loadtest import run as load_run
 from loadtest.__main__ import main
 from loadtest.clips import MAX_ERROR, Clips, Deck, compare, speech
-from loadtest.scenarios import Level
-from loadtest.servers import BASELINES, OURS, PADDED
+from loadtest.scenarios import BASELINES, OURS, PADDED, Level
 from server import TritonServer, gateway
 
 LOCUST = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/locustfile.py")]

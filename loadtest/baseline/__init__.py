@@ -28,7 +28,7 @@ from google.protobuf import text_format
 
 from export import configs
 
-from ..servers import BASELINES
+from ..scenarios import BASELINES
 
 MODELS = list(BASELINES)
 _FOLDER = Path(__file__).parent
