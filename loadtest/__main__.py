@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is for the user; packages that are not installed raise none."""
+    """Errors whose message is for the user, of the packages that are installed."""
     errors: list[type[Exception]] = [MeasureError, OSError]
     with contextlib.suppress(ImportError):
         errors += importlib.import_module("export.__main__").ERRORS

@@ -39,8 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m loadtest run`."""
     add = parser.add_argument
     add("--local", action="append", choices=["cpu", "gpu"], default=[], help="start a server here, with the baselines")
-    add("--target", action="append", type=_pair, default=[], metavar="NAME=URL", help="server: cpu=grpc://HOST:8001")
-    add("--metrics", action="append", type=_pair, default=[], metavar="NAME=URL", help="http://HOST:8002/metrics")
+    add("--target", action="append", type=_pair, default=[], metavar="NAME=URL", help="load cpu=grpc://HOST:8001")
+    add(
+        "--metrics",
+        action="append",
+        type=_pair,
+        default=[],
+        metavar="NAME=URL",
+        help="of a target (default: port 8002)",
+    )
     add("--scenario", type=_scenarios, default=list(SCENARIOS), metavar="NAMES", help=f"{','.join(SCENARIOS)} (all)")
     add("--model", help="ours (default: ecapa; locally ecapa_torchscript on a GPU that ONNX Runtime cannot use)")
     add("--source", default="random", help="of --local, as for python -m export (default: %(default)s)")
@@ -154,7 +161,7 @@ class Session:
         self.interrupted = False
         names = options.scenario
         if "arrivals" in names and "mixed" not in names and not options.capacity:
-            names = ["mixed", *names]  # it tells the capacity
+            names = ["mixed", *names]  # its throughput is the capacity
         every = [level for scenario in names for level in scenarios.levels(scenario)]
         self.levels = [level for level in every if (level.users or 0) <= options.max_clients]
         if not self.levels:

@@ -277,7 +277,7 @@ def test_ratios_are_medians_of_the_ratios_within_a_round() -> None:
     def rounds(*rates: float) -> Row:
         return {"audio_per_s": sorted(rates)[len(rates) // 2], "audio_per_round": list(rates)}
 
-    assert figures.ratio(rounds(10, 20, 30), rounds(5, 20, 10)) == 2  # of 2, 1 and 3
+    assert figures.ratio(rounds(10, 20, 60), rounds(5, 20, 15)) == 2  # of 2, 1 and 4
     assert figures.ratio(rounds(10, 20, 30), rounds(5, 10)) == 20 / 10  # numbers differ: of the medians
     assert figures.ratio(rounds(10, 20), rounds(0, 10)) == 20 / 10  # a round without throughput
     assert figures.ratio(rounds(10), rounds(0)) is None
