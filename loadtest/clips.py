@@ -1,4 +1,7 @@
-"""What the load tests send: speech of `samples/`, cut to any length, and the embedding that each clip must give."""
+"""The clips of the load tests: speech of `samples/`, cut to any length, and the embedding expected of each.
+
+Needs numpy alone, and for `speech` soundfile: a GPU host may have little more than torch.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,18 @@ from typing import Generic, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .machine import MeasureError
+
 Array: TypeAlias = NDArray[np.float32]
 T = TypeVar("T")
 
 SAMPLES = Path(__file__).parent.parent / "samples"
-SAMPLE_RATE = 16_000  # Hz, of the files in `samples/` too
-MAX_ERROR = {"fp32": 1e-4, "fp16": 5e-3}  # relative L2 distance from the right embedding, as the export allows
-
-
-class ClipsError(Exception):
-    """A file of clips cannot be used. The message is one line."""
+MAX_ERROR = {"fp32": 1e-4, "fp16": 5e-3}  # relative L2 distance from the expected embedding, as in export.verify
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Waveforms, float32 `[samples]` at 16 kHz, and the right embedding of each, float32 `[n, E]`."""
+    """Waveforms, float32 `[samples]` at 16 kHz, and the expected embedding of each, float32 `[n, E]`."""
 
     waveforms: list[Array]
     embeddings: Array
@@ -33,8 +33,8 @@ class Clips:
     def apart(self) -> float:
         """Relative L2 distance of the two nearest embeddings: a bound above half of it could miss an exchange."""
         every = self.embeddings.astype(np.float64)
-        distances = np.linalg.norm(every[:, None] - every, axis=2) / np.linalg.norm(every, axis=1)
-        return float(np.min(distances + np.diag(np.full(len(every), np.inf))))
+        nearest = np.linalg.norm(every[:, None] - every, axis=2) / np.linalg.norm(every, axis=1)
+        return float(np.min(nearest + np.diag(np.full(len(every), np.inf))))
 
     def save(self, path: Path) -> None:
         """Write them to an NPZ file."""
@@ -43,30 +43,34 @@ class Clips:
 
     @classmethod
     def load(cls, path: Path) -> Clips:
-        """Read what `save` wrote."""
+        """Read a file of `save`.
+
+        Raises:
+            MeasureError: the file is none.
+        """
         try:
             with np.load(path) as file:
                 samples, lengths, embeddings = file["samples"], file["lengths"], file["embeddings"]
         except (OSError, ValueError, KeyError) as error:
-            raise ClipsError(f"{path} holds no clips ({error}): expected an NPZ of python -m loadtest") from error
+            raise MeasureError(f"{path} holds no clips ({error}): expected an NPZ of python -m loadtest") from error
         return cls(np.split(samples, np.cumsum(lengths)[:-1]), embeddings)
 
 
 class Deck(Generic[T]):
-    """Things in random order, each drawn as often as any other: a short while sees the whole mix."""
+    """Items in random order, each drawn as often as any other, so that a short measurement sees the whole mix."""
 
-    def __init__(self, things: Sequence[T], seed: int | None = None) -> None:
-        self._things = list(things)
+    def __init__(self, items: Sequence[T], seed: int | None = None) -> None:
+        self._items = list(items)
         self._random = random.Random(seed)
         self._left: list[T] = []
 
     def __len__(self) -> int:
-        return len(self._things)
+        return len(self._items)
 
     def draw(self) -> T:
-        """The next one."""
+        """The next item."""
         if not self._left:
-            self._left = self._random.sample(self._things, len(self._things))
+            self._left = self._random.sample(self._items, len(self._items))
         return self._left.pop()
 
 
@@ -78,14 +82,14 @@ def compare(got: Array, expected: Array) -> dict[str, float]:
 
 
 def distances(got: Array, expected: Array) -> NDArray[np.float64]:
-    """Relative L2 distance `[n]` of each embedding `[n, E]` from the right one."""
+    """Relative L2 distance `[n]` of each embedding `[n, E]` from the expected one."""
     a, b = got.astype(np.float64), expected.astype(np.float64)
     found: NDArray[np.float64] = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
     return found
 
 
 def speech(seconds: Sequence[float], seed: int = 0) -> list[Array]:
-    """Cut a clip of each length from the speech of `samples/`, anywhere and under faint noise: no two are equal.
+    """Cut a clip of each length from the speech of `samples/`, at a random place and under faint noise: no two equal.
 
     Args:
         seconds: of each clip.
@@ -94,7 +98,8 @@ def speech(seconds: Sequence[float], seed: int = 0) -> list[Array]:
     Returns:
         Waveforms, float32 `[samples]` at 16 kHz in [-1, 1].
     """
-    import soundfile  # a GPU host may have little more than torch
+    import soundfile
+    from ecapa_triton.audio import SAMPLE_RATE
 
     generator = np.random.default_rng(seed)
     files = sorted(path for path in SAMPLES.iterdir() if path.suffix in (".flac", ".wav"))

@@ -1,4 +1,4 @@
-"""One level of load: Locust in processes of its own, or the model in this one, and the figures of what came back."""
+"""One level of load: Locust in processes of its own, and the figures of its requests."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .clips import SAMPLE_RATE, Clips, Deck
+from .machine import MeasureError
 from .scenarios import OPEN_LOOP, Level
-from .target import Target, gauges
+from .servers import Server
 
 LOCUSTFILE = Path(__file__).parent / "locustfile.py"
-LOOK = 1.0  # s, from one look at Triton's metrics to the next
-DRAIN = 60  # s, at most, for replies that are under way at the end
+LOOK = 1.0  # s, between two readings of Triton's metrics
+DRAIN = 60  # s, at most, for requests in flight at the end
 STARTING = 60.0  # s, at most, for Locust to start
-FIRST = 0.6  # s of Locust's run time until its first request
+FIRST = 0.6  # s of Locust's run time until its first request, on an idle machine
+LATE = 0.05  # of the measured time, at most, that may lie after the last reply; else the level is measured again
+ATTEMPTS = 3
 WINDOW = 2.0  # s, of a point of the ramp
-LONGER = {"arrivals": 4, "ramp": 4}  # times the seconds of another level
-
-
-class LoadError(Exception):
-    """There are no figures of a level. The message is one line."""
+LONGER = {"arrivals": 4, "ramp": 4}  # factor of the seconds of a level
+# From samples of a gauge to the figure of a row: the mean load, the largest use of memory.
+REDUCE: dict[str, Callable[[list[float]], float]] = {
+    "cpu": statistics.fmean,
+    "memory_mb": max,
+    "gpu": statistics.fmean,
+    "gpu_memory_mb": max,
+}
 
 
 class Sent(NamedTuple):
-    """A request of the load: its start (seconds since the epoch), seconds to the reply, and what came."""
+    """A request: its start (seconds since the epoch), latency (s), clips, seconds of audio, clients, result, error."""
 
     start: float
     latency: float
@@ -47,205 +52,41 @@ class Sent(NamedTuple):
 
     @property
     def end(self) -> float:
-        """When the reply came."""
+        """Time of the reply."""
         return self.start + self.latency
 
     @property
     def right(self) -> bool:
-        """Whether it is the embedding."""
+        """Whether the reply holds the expected embeddings."""
         return self.result == "right"
 
 
 @dataclass
 class Round:
-    """What came of one level, once.
+    """One measurement of a level.
 
     Attributes:
-        begin: when measuring began, seconds since the epoch; `end` likewise.
+        begin: of the measured time, seconds since the epoch; `end` likewise.
         requests: all, from before the beginning to after the end.
-        counts: Triton's, of the whole round; None without Triton.
-        samples: Triton's gauges, with `t` in seconds from the beginning.
-        busy: of one core, that the busiest process of the load generator was.
+        counts: Triton's, of the whole round.
+        samples: Triton's gauges within the measured time.
+        busy: share of a core that the busiest process of the load generator used.
     """
 
     begin: float
     end: float
     requests: list[Sent]
-    counts: Counter[str] | None = None
+    counts: Counter[str] = field(default_factory=Counter)
     samples: list[dict[str, float]] = field(default_factory=list)
     busy: float | None = None
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How long a level is measured, in seconds, after how much load that does not count; processes of Locust."""
-
-    seconds: float
-    warm_up: float
-    processes: int = 1
-
-    def of(self, level: Level) -> tuple[float, float]:
-        """Seconds of a level, and of its warm-up: a ramp is one itself."""
-        return self.seconds * LONGER.get(level.scenario, 1), 0.0 if level.scenario == "ramp" else self.warm_up
-
-
-def command(
-    level: Level, target: Target, model: str, max_error: float, clips: Path, requests: Path, timing: Timing, rate: float
-) -> list[str]:
-    """The command line of Locust for a level; `rate` is of all clips in an open loop."""
-    seconds = sum(timing.of(level))
-    users = timing.processes if level.users is None else level.users
-    words = {
-        "host": target.url,
-        "scenario": level.scenario,
-        "model": model,
-        "batch": level.batch,
-        "clips": clips,
-        "requests": requests,
-        "max-error": max_error,
-        "users": users,
-        "spawn-rate": users / seconds if level.scenario == "ramp" else users,
-        "run-time": f"{math.ceil(seconds + FIRST)}s",
-        "stop-timeout": DRAIN,
-        "exit-code-on-error": 0,
-        "loglevel": "ERROR",
-    }
-    if level.seconds is not None:
-        words["seconds"] = level.seconds
-    if level.users is None:
-        words["rate"] = rate / users
-    if timing.processes > 1:
-        words["processes"] = timing.processes
-    options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *options]
-
-
-def drive(
-    level: Level,
-    target: Target,
-    model: str,
-    max_error: float,
-    clips: Path,
-    timing: Timing,
-    folder: Path,
-    rate: float = 0.0,
-) -> Round:
-    """Load a server.
-
-    Args:
-        level: what to do.
-        target: the server.
-        model: that is asked.
-        max_error: relative L2 distance at which an embedding is right.
-        clips: NPZ of what to send.
-        timing: for how long.
-        folder: for the files of Locust.
-        rate: clips per second, in an open loop.
-
-    Raises:
-        LoadError: Locust failed.
-    """
-    log = folder / "requests.csv"
-    words = command(level, target, model, max_error, clips, log, timing, rate)
-    before = target.statistics(model)
-    samples: list[dict[str, float]] = []
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(LOOK):
-            if found := gauges(target.metrics_url):
-                samples.append({"t": time.time(), **found})
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        said, _ = process.communicate(timeout=sum(timing.of(level)) + DRAIN + STARTING)
-    except subprocess.TimeoutExpired as error:
-        raise LoadError("Locust did not end in time") from error
-    finally:
-        over.set()
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        watcher.join()
-        files = sorted(folder.glob(f"{log.name}.*"))
-        requests, busy = read_requests(files)
-        for file in files:
-            file.unlink()
-    if process.returncode != 0 or not requests:
-        lines = [line.strip() for line in said.splitlines() if "rror" in line]
-        raise LoadError(f"Locust: {lines[0] if lines else f'exit status {process.returncode}, and no request'}")
-    counts = target.statistics(model)
-    counts.subtract(before)
-    seconds, warm_up = timing.of(level)
-    begin = min(request.start for request in requests) + warm_up
-    end = begin + seconds
-    for sample in samples:
-        sample["t"] -= begin
-    return Round(begin, end, requests, counts, [sample for sample in samples if sample["t"] >= 0], busy)
-
-
-def read_requests(files: Iterable[Path]) -> tuple[list[Sent], float | None]:
-    """What the locustfile wrote: the requests by start, and of the busiest process how busy it was."""
-    requests: list[Sent] = []
-    busy: list[float] = []
-    for file in files:
-        with file.open(newline="", encoding="utf-8") as lines:
-            for row in csv.DictReader(lines):
-                if row["result"] == "generator":
-                    busy.append(float(row["error"]))
-                elif row["error"]:  # else the last line is not whole
-                    requests.append(
-                        Sent(
-                            float(row["start"]),
-                            float(row["latency_ms"]) / 1e3,
-                            int(row["clips"]),
-                            float(row["audio_s"]),
-                            int(row["users"]),
-                            row["result"],
-                            float(row["error"]),
-                        )
-                    )
-    return sorted(requests), max(busy, default=None)
-
-
-def in_process(embed: Callable[[list[Any]], Any], clips: Clips, batch: int, timing: Timing) -> Round:
-    """Call a model that is loaded here, over and over, with `batch` clips at a time.
-
-    Args:
-        embed: from waveforms, float32 `[samples]` each, to embeddings, float32 `[n, E]`.
-        clips: to draw from.
-        batch: clips of a call.
-        timing: for how long.
-    """
-    deck = Deck(range(len(clips.waveforms)), seed=0)
-    requests: list[Sent] = []
-    begin = time.time() + timing.warm_up
-    end = begin + timing.seconds
-    while (start := time.time()) < end:
-        drawn = [deck.draw() for _ in range(batch)]
-        rows = embed([clips.waveforms[number] for number in drawn])
-        took = time.time() - start
-        for number, row in zip(drawn, rows, strict=True):
-            right = clips.embeddings[number]
-            error = float(np.linalg.norm(row - right) / np.linalg.norm(right))
-            audio = len(clips.waveforms[number]) / SAMPLE_RATE
-            requests.append(Sent(start, took, 1, audio, 1, "right", error))
-    return Round(begin, end, requests)
-
-
-def rates(level: Level, one: Round) -> tuple[float, float]:
+def throughput(level: Level, one: Round) -> tuple[float, float]:
     """Clips and seconds of audio per second.
 
-    In a closed loop all that was answered counts, over the time from the first request to the last reply: a server that
-    has work all along is measured over whole batches, however long they take. In an open loop, what came between
-    beginning and end.
+    In a closed loop every right reply counts, over the time from the first request to the last reply: a server that is
+    busy throughout is measured over whole batches, however long they take. In an open loop, replies within the measured
+    time count.
     """
     right = [request for request in one.requests if request.right]
     if not right:
@@ -259,65 +100,48 @@ def rates(level: Level, one: Round) -> tuple[float, float]:
 
 
 def latencies(one: Round) -> list[float]:
-    """Milliseconds of the right replies to what was sent between beginning and end."""
+    """Milliseconds of the right replies to requests of the measured time."""
     right = [request for request in one.requests if request.right]
     inside = [request for request in right if one.begin <= request.start < one.end]
-    # Where requests take longer than is measured, those that were under way.
+    # Where requests take longer than the measured time, those in flight.
     return [1e3 * r.latency for r in inside or [r for r in right if r.end > one.begin and r.start < one.end]]
 
 
-def figures(level: Level, rounds: list[Round]) -> dict[str, Any]:
-    """The figures of a level, over all its rounds, as `python -m loadtest report` reads them."""
-    speeds, per_round = [], []
-    every: list[float] = []
-    samples: list[dict[str, float]] = []
-    outcomes: Counter[str] = Counter()
-    clips = requests = 0
-    audio = worst = 0.0  # over what was answered rightly
+def measured(level: Level, rounds: list[Round]) -> dict[str, Any]:
+    """The figures of a level over all its rounds."""
+    speeds = [throughput(level, one) for one in rounds]
+    every = [value for one in rounds for value in latencies(one)]
+    percentiles = np.percentile(every, (50, 90, 95, 99)).tolist() if every else [None] * 4
     counts: Counter[str] = Counter()
-    elapsed = 0.0
+    outcomes: Counter[str] = Counter()
+    requests = clips = 0
     for one in rounds:
-        clips_per_s, audio_per_s = rates(level, one)
-        took = latencies(one)
-        every += took
-        p50, p95 = np.percentile(took, (50, 95)).tolist() if took else (None, None)
-        speeds.append((clips_per_s, audio_per_s))
-        per_round.append({"clips_per_s": clips_per_s, "audio_per_s": audio_per_s, "p50_ms": p50, "p95_ms": p95})
-        for request in one.requests:
-            if request.right:
-                worst = max(worst, request.error)
-            elif not request.result.startswith("WrongReply") and not one.begin <= request.start < one.end:
-                continue
-            if request.right and one.begin <= request.end <= one.end:
-                requests, clips, audio = requests + 1, clips + request.clips, audio + request.audio
-            outcomes[request.result] += 1
-        if one.counts is not None:
-            counts.update(one.counts)
-        samples += [{**sample, "t": round(elapsed + sample["t"], 2)} for sample in one.samples]
-        elapsed += one.end - one.begin
-    percentiles = np.percentile(every, (50, 90, 95, 99, 100)).tolist() if every else [None] * 5
-    wrong = sum(count for name, count in outcomes.items() if name.startswith("WrongReply"))
-    refused = sum(count for name, count in outcomes.items() if name.startswith("Refused"))
-    failed = {name: count for name, count in outcomes.items() if name.startswith("CallFailed")}
+        counts.update(one.counts)
+        for sent in one.requests:
+            if sent.right and one.begin <= sent.end <= one.end:
+                requests, clips = requests + 1, clips + sent.clips
+            # A wrong reply counts whenever it came.
+            if sent.result.startswith("WrongReply") or one.begin <= sent.start < one.end:
+                outcomes[sent.result] += 1
+    samples = [sample for one in rounds for sample in one.samples]
+    gauges = {key: [sample[key] for sample in samples if key in sample] for key in REDUCE}
     row = {
-        "loop": "open" if level.scenario in OPEN_LOOP else "closed",
-        "duration_s": elapsed,
+        "duration_s": sum(one.end - one.begin for one in rounds),
         "requests": requests,
         "clips": clips,
-        "audio_s": audio,
         "clips_per_s": statistics.median(speed for speed, _ in speeds),
         "audio_per_s": statistics.median(speed for _, speed in speeds),
-        **dict(zip(("p50_ms", "p90_ms", "p95_ms", "p99_ms", "max_ms"), percentiles, strict=True)),
-        "wrong": wrong,
-        "refused": refused,
-        "errors": {name.partition(": ")[2]: count for name, count in failed.items()},
-        "worst_error": worst,
+        "audio_per_round": [speed for _, speed in speeds],
+        **dict(zip(("p50_ms", "p90_ms", "p95_ms", "p99_ms"), percentiles, strict=True)),
+        "wrong": sum(count for name, count in outcomes.items() if name.startswith("WrongReply")),
+        "rejected": sum(count for name, count in outcomes.items() if name.startswith("Rejected")),
+        "errors": {n.partition(": ")[2]: count for n, count in outcomes.items() if n.startswith("CallFailed")},
+        "worst_error": max((sent.error for one in rounds for sent in one.requests if sent.right), default=0.0),
         "mean_batch": counts["inferences"] / counts["executions"] if counts["executions"] > 0 else None,
         "queue_ms": counts["queue_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "compute_ms": counts["compute_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "generator_cpu": max((one.busy for one in rounds if one.busy is not None), default=None),
-        "per_round": per_round,
-        "samples": samples,
+        **{key: REDUCE[key](values) for key, values in gauges.items() if values},
     }
     if level.scenario == "ramp":
         row["windows"] = windows(rounds[0])
@@ -325,20 +149,150 @@ def figures(level: Level, rounds: list[Round]) -> dict[str, Any]:
 
 
 def windows(one: Round) -> list[dict[str, Any]]:
-    """A ramp over time, by the replies that came in each window."""
+    """A ramp over time, by the replies of each window."""
     found = []
     for number in range(int((one.end - one.begin) / WINDOW)):
         begin = one.begin + number * WINDOW
-        came = [r for r in one.requests if begin <= r.end < begin + WINDOW]
-        right = [r for r in came if r.right]
+        came = [sent for sent in one.requests if begin <= sent.end < begin + WINDOW]
+        right = [sent for sent in came if sent.right]
         p50, p95 = np.percentile([1e3 * r.latency for r in right], (50, 95)).tolist() if right else (None, None)
-        found.append(
-            {
-                "t": (number + 0.5) * WINDOW,
-                "users": max((r.users for r in came), default=None),
-                "clips_per_s": sum(r.clips for r in right) / WINDOW,
-                "p50_ms": p50,
-                "p95_ms": p95,
-            }
-        )
+        users = max((sent.users for sent in came), default=None)
+        speed = sum(sent.clips for sent in right) / WINDOW
+        found.append({"t": (number + 0.5) * WINDOW, "users": users, "clips_per_s": speed, "p50_ms": p50, "p95_ms": p95})
     return found
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds for which a level is measured and of the warm-up before it; processes of Locust."""
+
+    seconds: float
+    warm_up: float
+    processes: int = 1
+
+    def of(self, level: Level) -> tuple[float, float]:
+        """Seconds of a level and of its warm-up; a ramp has none."""
+        return self.seconds * LONGER.get(level.scenario, 1), 0.0 if level.scenario == "ramp" else self.warm_up
+
+
+def drive(
+    level: Level, server: Server, model: str, max_error: float, clips: Path, timing: Timing, rate: float = 0.0
+) -> Round:
+    """Load a server with Locust.
+
+    Args:
+        level: the load.
+        server: the server.
+        model: the model to call.
+        max_error: largest relative L2 distance of a right embedding.
+        clips: NPZ of the clips to send; its folder takes the files of Locust.
+        timing: duration.
+        rate: clips per second, in an open loop.
+
+    Raises:
+        MeasureError: Locust failed or the server does not answer.
+    """
+    log = clips.parent / "requests.csv"
+    seconds, warm_up = timing.of(level)
+    command = _command(level, server, model, max_error, clips, log, timing, rate)
+    run_time = seconds + warm_up + FIRST
+    for _ in range(ATTEMPTS):
+        before = server.statistics(model)
+        requests, busy, samples = _locust(command, run_time, log, server)
+        counts = server.statistics(model)
+        counts.subtract(before)
+        begin = min((request.start for request in requests), default=0.0) + warm_up
+        end = begin + seconds
+        missing = end - max((request.end for request in requests), default=0.0)
+        if missing <= LATE * seconds:
+            break
+        run_time += missing + 1  # Locust started late, on a busy machine
+    if not requests:
+        raise MeasureError(f"Locust sent no request in {run_time:.0f} s")
+    return Round(begin, end, requests, counts, [gauges for at, gauges in samples if begin <= at < end], busy)
+
+
+def _locust(
+    command: list[str], run_time: float, log: Path, server: Server
+) -> tuple[list[Sent], float | None, list[tuple[float, dict[str, float]]]]:
+    """Run Locust: its requests, the share of a core of its busiest process, and the server's gauges over time."""
+    samples: list[tuple[float, dict[str, float]]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK):
+            samples.append((time.time(), server.gauges()))
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    words = [*command, "--run-time", f"{math.ceil(run_time)}s"]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=run_time + DRAIN + STARTING)
+    except subprocess.TimeoutExpired as error:
+        raise MeasureError("Locust did not stop in time") from error
+    finally:
+        over.set()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        watcher.join()
+        files = sorted(log.parent.glob(f"{log.name}.*"))
+        requests, busy = read_requests(files)
+        for file in files:
+            file.unlink()
+    if process.returncode != 0:
+        errors = [line.strip() for line in output.splitlines() if "rror" in line]
+        raise MeasureError(f"Locust: {errors[0] if errors else f'exit status {process.returncode}'}")
+    return requests, busy, samples
+
+
+def _command(
+    level: Level, server: Server, model: str, max_error: float, clips: Path, log: Path, timing: Timing, rate: float
+) -> list[str]:
+    """The command line of Locust without its run time; `rate` is of all clips in an open loop."""
+    seconds = sum(timing.of(level))
+    users = timing.processes if level.users is None else level.users
+    options: dict[str, object] = {
+        "host": server.url,
+        "scenario": level.scenario,
+        "model": model,
+        "batch": level.batch,
+        "clips": clips,
+        "requests": log,
+        "max-error": max_error,
+        "users": users,
+        "spawn-rate": users / seconds if level.scenario == "ramp" else users,
+        "stop-timeout": DRAIN,
+        "exit-code-on-error": 0,
+        "loglevel": "ERROR",
+    }
+    if level.seconds is not None:
+        options["seconds"] = level.seconds
+    if level.users is None:
+        options["rate"] = rate / users
+    if timing.processes > 1:
+        options["processes"] = timing.processes
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *words]
+
+
+def read_requests(files: Iterable[Path]) -> tuple[list[Sent], float | None]:
+    """The requests in the files of the locustfile, by start, and the share of a core of its busiest process."""
+    requests: list[Sent] = []
+    busy: list[float] = []
+    for file in files:
+        with file.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                if row["result"] == "generator":
+                    busy.append(float(row["error"]))
+                elif row["error"]:  # else the last line is incomplete
+                    start, latency = float(row["start"]), float(row["latency_ms"]) / 1e3
+                    clips, audio, users = int(row["clips"]), float(row["audio_s"]), int(row["users"])
+                    requests.append(Sent(start, latency, clips, audio, users, row["result"], float(row["error"])))
+    return sorted(requests), max(busy, default=None)

@@ -1,4 +1,7 @@
-"""What a figure was measured on."""
+"""The machine, the versions and the commit that a figure was measured with, and why one could not be measured.
+
+Nothing but the standard library is imported: a GPU host may have little more than torch.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,28 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 
+class MeasureError(Exception):
+    """Something cannot be measured, or a server broke a promise. The message is one line that says what to do."""
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line of at most 200 characters."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name.partition('.')[0]} is not installed"
+    if any(words in str(error).lower() for words in ("out of memory", "failed to allocate memory")):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "TorchScript interpreter" in lines[0] else 0][:200]  # TorchScript's traceback comes first
+
+
 def describe(packages: tuple[str, ...], **more: Any) -> dict[str, Any]:
-    """The machine, the versions of ``packages`` and the time, for a report."""
+    """CPU, versions of the installed ones of `packages`, commit and time, for a report; and `more`."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "cores": cores(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: version(name) for name in packages if any(importlib.metadata.distributions(name=name))},
         **more,
     }
 

@@ -1,81 +1,66 @@
-"""The whole server under minutes of mixed load: every reply checked, resident memory over time.
+"""The whole server under minutes of mixed load: every reply judged, resident memory over time.
 
-Clients send clips of hundreds of lengths, log-uniform over all that the model takes, alone, as `[n, samples]` (up to 8
-clips and a minute of audio) and many in flight, with raw gRPC and with `SpeakerClient`; the lengths that meet in a
-batch are new nearly every time. A small share of the requests is hostile. Every embedding is compared with
-SpeechBrain's of that clip alone, computed beforehand: one that is another clip's, or any where there is none, is wrong.
+Clients over gRPC, over HTTP and with `SpeakerClient` send clips of hundreds of lengths, log-uniform over all that the
+model takes: alone, as `[n, samples]` and several in flight, so that the lengths in a batch are new nearly every time. A
+small share of the requests is hostile. Every embedding is compared with SpeechBrain's of that clip alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
 import shutil
-import socket
 import statistics
-import struct
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from ecapa_triton import DeadlineError, EcapaError, EmbeddingError, OverloadedError, SpeakerClient
 from ecapa_triton.audio import SAMPLE_RATE
-from ecapa_triton.errors import from_grpc
-from numpy.typing import NDArray
-from tritonclient.grpc import InferenceServerClient, InferInput
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import InferenceServerClient
 
 from export import checkpoint
 from export.__main__ import step
 from export.artifacts import OnnxModel, write_onnx
 from export.configs import MODEL
 from export.packed import PackedEcapa
-from export.verify import MAX_ERROR, Reference, VerificationError, clip_groups, difference
-from server.triton import TritonServer
+from export.verify import Reference, clip_groups
+from server import TritonServer
 
-from . import machine
+from . import hostile, machine
+from .arguments import count, positive, share
+from .clips import Array
+from .contenders import made_from
+from .hostile import LONGEST, Hostile
+from .judge import ClientSender, Clip, GrpcSender, Outcome, Rejection, Sender, Tally, Urls, check_apart
+from .machine import MeasureError
 
 REPOSITORY = Path(__file__).parent.parent / "model_repository"
 LENGTHS = 300
-TIMEOUT = 60.0  # s, of a request
-EVERY = 2.0  # s, from one look at the memory to the next
-SAY = 10.0  # s, from one line of progress to the next
-IDLE = 3.0  # s, without load before the last look
-TEN_MINUTES = 600 * SAMPLE_RATE  # samples
+EVERY = 2.0  # s, between samples of the memory
+PROGRESS = 10.0  # s, between lines of progress
+IDLE = 3.0  # s, without load before the last sample
 # Of a request [n, samples], where the config takes as many: a minute is 3.8 MB, and a batch of 200 MB in the model.
 MOST_CLIPS, MOST_SAMPLES = 8, 60 * SAMPLE_RATE
-SHORTEST_JUDGED = 180.0  # s; in less the largest batches have not all come
+SHORTEST_JUDGED = 180.0  # s; a shorter run may lack the largest batches
 # Memory is level when its median grows by no more than the larger of these from the second third of the load to the
-# last: room for the clips that happen to come, and a leak of 6 MB a minute shows within ten minutes.
+# last: room for random clips, and a leak of 6 MB a minute shows within ten minutes.
 GROWTH, GROWTH_BYTES = 0.05, 20e6
-HOSTILE = ("empty", "one sample", "NaN", "1e30", "ten minutes", "wrong type", "cancelled", "closed", "disconnected")
-TO_BE_EXPECTED = (OverloadedError, DeadlineError, EmbeddingError)  # of a good clip: an error, and it says so
+# Codes of rejections that a good clip may get; any other is a fault.
+EXPECTED = "NaN", "EmbeddingError", "OverloadedError", "DeadlineError", "DEADLINE_EXCEEDED", "TimeoutError"
+BREAKS = "cancelled", "closed", "disconnected"  # hostile too: the client leaves while its request is in flight
+Row: TypeAlias = dict[str, Any]
 
 PROCESSES = "tritonserver", "model"  # as TritonServer.memory names them; on a C++ backend the model has none
-
-Array = NDArray[np.float32]
-
-
-class SoakError(Exception):
-    """The server did not hold what it promises; the message says in what."""
-
-
-@dataclass(frozen=True)
-class Clips:
-    """Waveforms of one length, float32 `[n, samples]` at 16 kHz, and SpeechBrain's embedding of each, `[n, E]`."""
-
-    waveforms: Array
-    embeddings: Array
 
 
 @dataclass(frozen=True)
@@ -95,7 +80,7 @@ class Verdict:
 
     def __str__(self) -> str:
         growth = self.last_third - self.second_third
-        words = {True: "levels off", False: "GROWS", None: f"under {SHORTEST_JUDGED:.0f} s is too short to judge"}
+        words = {True: "levels off", False: "GROWS", None: f"not judged in less than {SHORTEST_JUDGED:.0f} s"}
         return (
             f"memory {words[self.levels_off]}: median of the last third {self.last_third / 1e6:.0f} MB, of the second "
             f"{self.second_third / 1e6:.0f} MB ({growth / 1e6:+.0f} MB; level is up to {GROWTH:.0%} or "
@@ -103,7 +88,7 @@ class Verdict:
         )
 
 
-def judge(samples: Sequence[tuple[float, float]]) -> Verdict:
+def judge_memory(samples: Sequence[tuple[float, float]]) -> Verdict:
     """Compare the last two thirds of the load; `samples` are (seconds since it began, bytes)."""
     end = samples[-1][0]
     thirds = [[size for at, size in samples if n * end / 3 <= at <= (n + 1) * end / 3] for n in (1, 2)]
@@ -111,338 +96,286 @@ def judge(samples: Sequence[tuple[float, float]]) -> Verdict:
     return Verdict(end, second, last)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m loadtest soak`."""
+    parser.add_argument("--minutes", type=positive, default=10.0, help="of load (default: %(default)g)")
+    parser.add_argument("--clients", type=count, default=8, help="that send at once (default: %(default)s)")
+    parser.add_argument("--hostile", type=share, default=0.05, help="share of the requests (default: %(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--repository", type=Path, metavar="DIR", help="serve the model exported there, not --source")
+    parser.add_argument("--source", default="mini", help="as for python -m export (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over time there, a PNG")
+
+
 def run(options: argparse.Namespace) -> None:
-    """Serve the model, load it, print a line now and then, write `options.json` and `options.plot`, judge.
+    """Serve the model, load it, print progress, write `options.json` and `options.plot`, judge.
 
     Raises:
-        SoakError: an embedding was wrong, a good clip failed, a process ended, or memory grows.
+        MeasureError: an embedding was wrong, a good clip failed, a process ended, or memory grows.
     """
-    for path in filter(None, [options.json, options.plot]):  # a bad path costs nobody minutes of load
+    for path in filter(None, [options.json, options.plot]):  # a bad path must not cost minutes of load
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SoakError("--plot needs matplotlib: pip install -e '.[loadtest]'")
+        raise MeasureError("--plot needs matplotlib: pip install -e '.[loadtest]'")
     with tempfile.TemporaryDirectory() as folder:
         repository = options.repository or Path(folder) / "repository"
+        path = repository / MODEL / "1" / "model.onnx"
         if options.repository:
-            loaded = made_from(OnnxModel(_path(repository)).metadata)
+            loaded = made_from(OnnxModel(path).metadata)
         else:
             loaded = checkpoint.load(options.source, channels=options.channels)
             shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("*.onnx", "*.pt"))
-            _path(repository).parent.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with step("write ONNX"):
-                write_onnx(PackedEcapa(loaded), loaded, _path(repository))
-        model = OnnxModel(_path(repository))
-        with step(f"SpeechBrain's embeddings of clips of {LENGTHS} lengths"):
-            clips = make_clips(loaded.classifier, model.min_samples, model.max_samples, LENGTHS)
+                write_onnx(PackedEcapa(loaded), loaded, path)
+        model = OnnxModel(path)
+        shortest, longest = model.min_samples, model.max_samples
         del model
+        with step(f"SpeechBrain's embeddings of clips of {LENGTHS} lengths"):
+            pool = make_clips(loaded.classifier, shortest, longest, LENGTHS)
+        bad = hostile.requests(lambda clip: Reference(loaded.classifier)("", clip), longest) if options.hostile else {}
         with TritonServer(repository, device=options.device) as server:
             report = machine.describe(
                 ("onnxruntime", "nvidia-pytriton", "tritonclient", "numpy"),
                 command="python -m loadtest soak",
                 device=server.device,
                 model=loaded.source,
-                model_bytes=_path(repository).stat().st_size,
+                model_bytes=path.stat().st_size,
                 clients=options.clients,
                 hostile=options.hostile,
             )
             print(
                 f"{report['cpu']}, {report['cores']} cores; {server.chosen}; {loaded.source}, "
-                f"{report['model_bytes'] / 1e6:.0f} MB; {options.clients} clients"
+                f"{report['model_bytes'] / 1e6:.0f} MB; {report['clients']} clients"
             )
-            load = Load(server, clips, options.hostile)
-            report |= _watch(server, load, 60 * options.minutes, options.clients)
-    verdict = judge([(sample["seconds"], sample["bytes"]) for sample in report["samples"]])
-    report |= {"second_third_bytes": verdict.second_third, "last_third_bytes": verdict.last_third}
-    report["levels_off"] = verdict.levels_off
+            traffic = MixedTraffic(Urls.of(server), pool, bad, options.hostile)
+            samples, figures = watch(server, traffic, 60 * options.minutes, report["clients"])
+    verdict = judge_memory([(sample["seconds"], sample["bytes"]) for sample in samples])
+    report |= figures | {
+        "second_third_bytes": verdict.second_third,
+        "last_third_bytes": verdict.last_third,
+        "levels_off": verdict.levels_off,
+        "minutes": by_minute(samples),
+    }
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot:
-        plot(report, options.plot)
-    _conclude(report, verdict, [path for path in (options.json, options.plot) if path])
+        plot(report, samples, options.plot)
+    _conclude(report, verdict)
+    for written in filter(None, [options.json, options.plot]):
+        print(f"wrote {written}")
+    if faults := _faults(report, verdict):
+        raise MeasureError("; ".join(faults))
 
 
-def _path(repository: Path) -> Path:
-    return repository / MODEL / "1" / "model.onnx"
-
-
-def made_from(metadata: dict[str, str]) -> checkpoint.Checkpoint:
-    """The checkpoint that an exported model, by its metadata, was made from."""
-    loaded = checkpoint.load_again(metadata["origin"])
-    if loaded.sha256 != metadata["weights_sha256"]:
-        raise VerificationError(
-            f"the model was made from other weights ({metadata['source']}) than {metadata['origin']} now has: "
-            "export it again"
-        )
-    return loaded
-
-
-def make_clips(classifier: Any, shortest: int, longest: int, lengths: int) -> list[Clips]:
+def make_clips(classifier: Any, shortest: int, longest: int, lengths: int) -> list[list[Clip]]:
     """Speech of `samples/`, cut anywhere, under noise: ascending lengths in samples, two clips of every fourth.
 
     Raises:
-        SoakError: two clips have so much the same embedding that an exchange would not be seen.
+        MeasureError: two clips have embeddings so much alike that an exchange would not be seen.
     """
     random = np.random.default_rng(0)
     speech = np.concatenate(list(clip_groups(shortest, longest, seed=0)["samples/"].values()))
     reference = Reference(classifier)
 
-    def clip(samples: int) -> Array:
+    def clip(name: str, samples: int) -> Clip:
         cut: Array = np.take(speech, np.arange(samples) + random.integers(len(speech)), mode="wrap")
-        return cut + random.standard_normal(samples).astype(np.float32) * 10 ** random.uniform(-4, -1)
+        waveform = cut + random.standard_normal(samples).astype(np.float32) * 10 ** random.uniform(-4, -1)
+        return Clip(name, waveform, reference(name, waveform))
 
-    pool = []
-    for number, samples in enumerate(np.geomspace(shortest, longest, lengths).round().astype(int)):
-        waveforms = np.stack([clip(samples) for _ in range(2 if number % 4 == 3 else 1)])
-        rows = [reference(f"{number} {row}", waveform) for row, waveform in enumerate(waveforms)]
-        pool.append(Clips(waveforms, np.stack(rows)))
-    every = np.concatenate([clips.embeddings for clips in pool]).astype(np.float64)
-    norms = np.linalg.norm(every, axis=1)
-    apart = np.sqrt(np.maximum(norms[:, None] ** 2 + norms**2 - 2 * every @ every.T, 0)) / norms
-    if (nearest := float(np.min(apart + np.diag(np.full(len(every), np.inf))))) < 10 * MAX_ERROR:
-        raise SoakError(f"two clips are {nearest:.1e} apart, so an exchange would not be seen: make them differ more")
+    sizes = np.geomspace(shortest, longest, lengths).round().astype(int)
+    pool = [
+        [clip(f"clip {n}.{row} of {size} samples", size) for row in range(2 if n % 4 == 3 else 1)]
+        for n, size in enumerate(sizes)
+    ]
+    check_apart(list(itertools.chain(*pool)))
     return pool
 
 
-@dataclass
-class Load:
-    """What the clients send, and what came back.
+class MixedTraffic:
+    """Clients of every kind, and tallies of their good and hostile requests.
 
-    Attributes:
-        counts: Requests, and clips by what became of them.
-        errors: Messages of errors that a good clip should not have met.
-        wrong: What each wrong reply was the reply to.
+    Args:
+        urls: of the server.
+        pool: clips by length.
+        bad: hostile requests by name.
+        share: of the requests that are hostile.
     """
 
-    server: TritonServer
-    clips: list[Clips]
-    hostile: float  # share of what the clients do
-    stop: threading.Event = field(default_factory=threading.Event)
-    counts: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-        # How many of the longest are with the server at once would else be chance, and so the memory they take.
-        self._one_long = threading.Lock()
-        with InferenceServerClient(self.server.grpc_url) as triton:
+    def __init__(self, urls: Urls, pool: list[list[Clip]], bad: dict[str, Hostile], share: float) -> None:
+        self.urls, self.pool, self.bad, self.share = urls, pool, bad, share
+        every = list(itertools.chain(*pool))
+        self.good, self.hostile = Tally(every), Tally(every)
+        self.errors: Counter[str] = Counter()  # messages that a good clip must not get
+        self.stop = threading.Event()
+        # Else chance decides how many of the longest are in flight at once, and so the memory they take.
+        self._one_long, self._lock = threading.Lock(), threading.Lock()
+        with InferenceServerClient(urls.grpc) as triton:
             self._max_batch: int = triton.get_model_config(MODEL).config.max_batch_size
 
-    def client(self, number: int) -> None:
-        """Send requests until told to stop; every second client is a `SpeakerClient`.
+    @property
+    def requests(self) -> int:
+        """That have a reply."""
+        return self.good.counts["requests"] + self.hostile.counts["requests"]
 
-        The hostile kinds come in turn, a first one at once: what the longest clip takes is taken from the beginning.
+    def client(self, number: int) -> None:
+        """Send requests until the stop: by its number over gRPC, over HTTP or with `SpeakerClient`.
+
+        Hostile kinds take turns; the longest clip comes at once, so that its memory is there from the beginning.
         """
         random = np.random.default_rng(number)
-        first = HOSTILE.index("ten minutes") + number
-        kinds = itertools.cycle(HOSTILE[(first + turn) % len(HOSTILE)] for turn in range(len(HOSTILE)))
-        with (
-            InferenceServerClient(self.server.grpc_url) as triton,
-            SpeakerClient(self.server.grpc_url, timeout=TIMEOUT, retries=0) as speaker,
-        ):
-            if self.hostile:
-                self._send_hostile(triton, next(kinds), random)
+        kinds = [*self.bad, *BREAKS]
+        first = kinds.index(LONGEST) + 7 * number if self.bad else 0
+        turns = itertools.cycle(kinds[first % len(kinds) :] + kinds[: first % len(kinds)])
+        connect = self.urls.senders()[number % 3]
+        with connect() as sender:
+            if self.bad:
+                self._send_hostile(next(turns), random)
             while not self.stop.is_set():
-                if random.random() < self.hostile:
-                    self._send_hostile(triton, next(kinds), random)
-                elif number % 2:
-                    self._send_many(speaker, random)
+                if random.random() < self.share:
+                    self._send_hostile(next(turns), random)
                 else:
-                    self._send_rows(triton, random)
+                    self._send_good(sender, random)
 
-    def _send_rows(self, triton: InferenceServerClient, random: np.random.Generator) -> None:
-        """One request of one clip, or, where the length has two, of as many as MOST_CLIPS and MOST_SAMPLES allow."""
+    def _send_good(self, sender: Sender, random: np.random.Generator) -> None:
+        """One to four clips in flight together, or a request of one length with as many clips as the limits allow."""
+        if isinstance(sender, ClientSender):
+            chosen = [self._any(random)[0] for _ in range(random.integers(1, 4, endpoint=True))]
+            for clip, outcome in zip(chosen, sender.ask_many([clip.waveform for clip in chosen]), strict=True):
+                self._check([clip], outcome)
+            return
         clips = self._any(random)
-        most = min(self._max_batch, MOST_CLIPS, max(1, MOST_SAMPLES // clips.waveforms.shape[1]))
-        count = 1 if len(clips.waveforms) == 1 else random.integers(1, most, endpoint=True)
-        rows = random.integers(len(clips.waveforms), size=count)
-        with self._errors(f"{count} of {clips.waveforms.shape[1]} samples"):
-            self._compare("in a request", _infer(triton, clips.waveforms[rows]), clips.embeddings[rows])
+        most = min(self._max_batch, MOST_CLIPS, max(1, MOST_SAMPLES // len(clips[0].waveform)))
+        count = 1 if len(clips) == 1 else random.integers(1, most, endpoint=True)
+        chosen = [clips[n] for n in random.integers(len(clips), size=count)]
+        self._check(chosen, sender.ask(np.stack([clip.waveform for clip in chosen])))
 
-    def _send_many(self, speaker: SpeakerClient, random: np.random.Generator) -> None:
-        """One to four clips in flight together."""
-        chosen = [self._any(random) for _ in range(random.integers(1, 4, endpoint=True))]
-        replies = speaker.embed_many([clips.waveforms[0] for clips in chosen], return_exceptions=True)
-        for clips, reply in zip(chosen, replies, strict=True):
-            with self._errors(f"{clips.waveforms.shape[1]} samples"):
-                if isinstance(reply, EcapaError):
-                    raise reply
-                self._compare("from SpeakerClient", reply[None], clips.embeddings[:1])
+    def _check(self, clips: Sequence[Clip], outcome: Outcome) -> None:
+        self.good.check_batch(clips, outcome)
+        if isinstance(outcome, Rejection) and outcome.code not in EXPECTED:
+            with self._lock:
+                self.errors[f"{outcome.code} {outcome.message}"[:200]] += 1
 
-    def _send_hostile(self, triton: InferenceServerClient, kind: str, random: np.random.Generator) -> None:
-        good = self._any(random).waveforms[:1]
-        with self._errors(kind, hostile=True):
-            match kind:
-                case "empty":
-                    self._compare(kind, _infer(triton, good[:, :0]))
-                case "one sample":
-                    self._compare(kind, _infer(triton, good[:, :1]))
-                case "NaN" | "1e30":
-                    bad = good.copy()
-                    bad[0, random.integers(bad.size)] = float(kind)
-                    self._compare(kind, _infer(triton, bad))
-                case "ten minutes":  # the model hears its first 30 s
-                    longest = self.clips[-1]
-                    silence = np.zeros((1, TEN_MINUTES - random.integers(SAMPLE_RATE) - longest.waveforms.shape[1]))
-                    with self._one_long:
-                        rows = _infer(triton, np.hstack([longest.waveforms[:1], silence]).astype(np.float32))
-                    self._compare(kind, rows, longest.embeddings[:1])
-                case "wrong type":
-                    self._compare(kind, _infer(triton, np.zeros(good.shape, np.int32), "INT32"))
-                case "cancelled":
-                    call = triton.async_infer(MODEL, [_tensor(good)], lambda result, error: None)
-                    time.sleep(random.uniform(0, 0.1))
-                    call.cancel()
-                case "closed":
-                    with InferenceServerClient(self.server.grpc_url) as other:
-                        other.async_infer(MODEL, [_tensor(good)], lambda result, error: None)
-                case "disconnected":
-                    self._send_half(good)
+    def _send_hostile(self, kind: str, random: np.random.Generator) -> None:
+        self.hostile.fault()
+        if kind not in BREAKS:
+            with self._one_long if kind == LONGEST else contextlib.nullcontext():
+                outcome = self.bad[kind].send(self.urls)
+            self.hostile.check_batch(self.bad[kind].clips, outcome)
+            return
+        waveform = self._any(random)[0].waveform
+        if kind == "disconnected":
+            with contextlib.suppress(OSError):
+                hostile.send_part(self.urls, waveform, waveform.nbytes // 2, reset=True)
+            return
+        with GrpcSender(self.urls.grpc) as sender:  # which closes the connection
+            call = sender.start(waveform)
+            if kind == "cancelled":
+                time.sleep(random.uniform(0, 0.1))
+                call.cancel()
 
-    def _send_half(self, waveform: Array) -> None:
-        """Half of an HTTP request, then a reset of the connection."""
-        host, _, port = self.server.http_url.rpartition(":")
-        head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Length: {waveform.nbytes}\r\n\r\n"
-        with socket.create_connection((host, int(port)), TIMEOUT) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.sendall(head.encode() + waveform.tobytes()[: waveform.nbytes // 2])
-
-    def _any(self, random: np.random.Generator) -> Clips:
-        return self.clips[random.integers(len(self.clips))]
-
-    def _compare(self, what: str, rows: Array, expected: Array | None = None) -> None:
-        """Count embeddings `[n, E]` as right or wrong; where none is expected, none must be there."""
-        with self._lock:
-            for number, row in enumerate(rows):
-                if np.isnan(row).all():
-                    self.counts["without" if expected is not None else "rightly without"] += 1
-                elif expected is not None and difference(row, expected[number])[0] <= MAX_ERROR:
-                    self.counts["right"] += 1
-                else:
-                    self.counts["wrong"] += 1
-                    self.wrong.append(what)
-
-    @contextmanager
-    def _errors(self, what: str, hostile: bool = False) -> Iterator[None]:
-        """Count one request and what became of it, if that was an error."""
-        caught: EcapaError | None = None
-        try:
-            yield
-        except EcapaError as error:
-            caught = error
-        except InferenceServerException as error:
-            status = (error.status() or "").removeprefix("StatusCode.")
-            url = self.server.grpc_url
-            caught = from_grpc(status, error.message() or "", url=url, model=MODEL, timeout=TIMEOUT)
-        except OSError as error:
-            caught = EcapaError(str(error))
-        with self._lock:
-            self.counts["requests"] += 1
-            self.counts["hostile"] += hostile
-            if caught is not None and not hostile:
-                self.counts[type(caught).__name__] += 1
-                if not isinstance(caught, TO_BE_EXPECTED):
-                    self.errors[f"{what}: {caught}"] += 1
+    def _any(self, random: np.random.Generator) -> list[Clip]:
+        return self.pool[random.integers(len(self.pool))]
 
 
-def _tensor(waveform: NDArray[Any], kind: str = "FP32") -> InferInput:
-    tensor = InferInput("waveform", list(waveform.shape), kind)
-    tensor.set_data_from_numpy(waveform)
-    return tensor
-
-
-def _infer(triton: InferenceServerClient, waveform: NDArray[Any], kind: str = "FP32") -> Array:
-    """The raw protocol: waveform `[n, samples]` to embedding `[n, E]`."""
-    reply = triton.infer(MODEL, [_tensor(waveform, kind)], client_timeout=TIMEOUT)
-    return np.asarray(reply.as_numpy("embedding"), np.float32)
-
-
-def _watch(server: TritonServer, load: Load, seconds: float, clients: int) -> dict[str, Any]:
-    """Run the clients and look at the memory; Ctrl-C ends the load early."""
+def watch(server: TritonServer, traffic: MixedTraffic, seconds: float, clients: int) -> tuple[list[Row], Row]:
+    """Run the clients and sample the memory; Ctrl-C ends the load early. Returns the samples and figures."""
     begun = time.monotonic()
-    samples: list[dict[str, Any]] = []
+    samples: list[Row] = []
 
-    def look() -> dict[str, Any]:
+    def look() -> Row:
         parts = server.memory()
         at = round(time.monotonic() - begun, 2)
-        return {"seconds": at, "requests": load.counts["requests"], "bytes": sum(parts.values()), **parts}
+        return {"seconds": at, "requests": traffic.requests, "bytes": sum(parts.values()), **parts}
 
     loaded = look()
     print(f"ready: {loaded['bytes'] / 1e6:.0f} MB", flush=True)
-    said = 0.0
+    shown = 0.0
     with ThreadPoolExecutor(clients) as pool:
         begun = time.monotonic()
-        futures = [pool.submit(load.client, number) for number in range(clients)]
+        futures = [pool.submit(traffic.client, number) for number in range(clients)]
         try:
             while (elapsed := time.monotonic() - begun) < seconds and not any(future.done() for future in futures):
                 time.sleep(min(EVERY, seconds - elapsed))
                 samples.append(look())
-                if elapsed - said > SAY:
-                    said = elapsed
-                    _say(samples[-1], load)
+                if elapsed - shown > PROGRESS:
+                    shown = elapsed
+                    _print_progress(samples[-1], traffic)
                 if not all(samples[-1][part] for part in PROCESSES if loaded[part]):
                     break
         except KeyboardInterrupt:
             print("interrupted: no more load")
         finally:
-            load.stop.set()
+            traffic.stop.set()
     for future in futures:
         future.result()
     time.sleep(IDLE)
-    return {
+    last = look()
+    return [loaded | {"seconds": 0.0}, *samples], {
         "ready_bytes": loaded["bytes"],
         "largest_bytes": max(sample["bytes"] for sample in [loaded, *samples]),
-        "idle_bytes": look()["bytes"],
-        "process_ended": not all(look()[part] for part in PROCESSES if loaded[part]),
-        "counts": dict(load.counts),
-        "wrong": load.wrong,
-        "errors": dict(load.errors),
-        "samples": [loaded | {"seconds": 0.0}, *samples],
+        "idle_bytes": last["bytes"],
+        "process_ended": not all(last[part] for part in PROCESSES if loaded[part]),
+        "good_requests": dict(traffic.good.counts),
+        "hostile_requests": dict(traffic.hostile.counts),
+        "rejections": {"good": dict(traffic.good.rejections), "hostile": dict(traffic.hostile.rejections)},
+        "wrong": traffic.good.wrong + traffic.hostile.wrong,
+        "errors": dict(traffic.errors),
     }
 
 
-def _say(sample: dict[str, Any], load: Load) -> None:
+def by_minute(samples: Sequence[Row]) -> list[Row]:
+    """Replies and median bytes of each minute."""
+    minutes, replies = [], 0
+    for minute, group in itertools.groupby(samples, key=lambda sample: int(sample["seconds"] // 60)):
+        *_, last = found = list(group)
+        middle = statistics.median(sample["bytes"] for sample in found)
+        minutes.append({"minute": minute, "requests": last["requests"] - replies, "bytes": round(middle)})
+        replies = last["requests"]
+    return minutes
+
+
+def _print_progress(sample: Row, traffic: MixedTraffic) -> None:
     minutes, seconds = divmod(round(sample["seconds"]), 60)
+    wrong = len(traffic.good.wrong) + len(traffic.hostile.wrong)
     print(
-        f"{minutes:3d}:{seconds:02d}  {sample['requests']:6d} requests, {load.counts['wrong']} wrong, "
-        f"{sample['bytes'] / 1e6:.0f} MB",
+        f"{minutes:3d}:{seconds:02d}  {sample['requests']:6d} requests, {wrong} wrong, {sample['bytes'] / 1e6:.0f} MB",
         flush=True,
     )
 
 
-def _conclude(report: dict[str, Any], verdict: Verdict, written: list[Path]) -> None:
-    """Print what came out and raise SoakError if it is not what was promised."""
-    counts = Counter(report["counts"])
+def _conclude(report: Row, verdict: Verdict) -> None:
+    good: Counter[str] = Counter(report["good_requests"])
+    bad: Counter[str] = Counter(report["hostile_requests"])
     print(
-        f"{counts['requests']} requests in {verdict.seconds:.0f} s, {counts['hostile']} of them hostile: "
-        f"{counts['right']} embeddings right, {counts['wrong']} wrong; of good clips {counts['OverloadedError']} "
-        f"refused, {counts['DeadlineError']} late, {counts['without'] + counts['EmbeddingError']} without one, "
-        f"{sum(report['errors'].values())} failed"
+        f"in {verdict.seconds:.0f} s {good['requests']} good requests: {good['right']} right, {good['wrong']} wrong, "
+        f"{good['rejected']} rejected ({', '.join(report['rejections']['good']) or 'none'}); {bad['faults']} hostile "
+        f"ones: {bad['right']} right, {bad['rejected']} rejected, {bad['wrong']} wrong\n"
+        f"memory: {report['ready_bytes'] / 1e6:.0f} MB when ready, at most {report['largest_bytes'] / 1e6:.0f} MB "
+        f"under load, {report['idle_bytes'] / 1e6:.0f} MB {IDLE:g} s after it\n{verdict}"
     )
-    print(
-        f"memory: {report['ready_bytes'] / 1e6:.0f} MB when ready, at most "
-        f"{report['largest_bytes'] / 1e6:.0f} MB under load, {report['idle_bytes'] / 1e6:.0f} MB {IDLE:g} s after it\n"
-        f"{verdict}"
-    )
-    for path in written:
-        print(f"wrote {path}")
+
+
+def _faults(report: Row, verdict: Verdict) -> list[str]:
+    """The promises that were broken."""
+    wrong, errors = report["wrong"], report["errors"]
     faults = [
-        (counts["wrong"] > 0, f"{counts['wrong']} embeddings were wrong ({', '.join(sorted(set(report['wrong'])))})"),
-        (bool(report["errors"]), f"good clips failed ({'; '.join([*report['errors']][:3])})"),
+        (bool(wrong), f"{len(wrong)} embeddings were wrong ({'; '.join(wrong[:3])})"),
+        (bool(errors), f"{sum(errors.values())} good requests failed ({'; '.join([*errors][:3])})"),
         (report["process_ended"], "tritonserver or the process of a model ended"),
-        (not counts["right"], "no embedding came"),
+        (not report["good_requests"].get("right"), "no request got an embedding"),
         (verdict.levels_off is False, "memory grows"),
     ]
-    if found := [message for present, message in faults if present]:
-        raise SoakError("; ".join(found))
+    return [message for broken, message in faults if broken]
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
+def plot(report: Row, samples: list[Row], path: Path) -> None:
     """Draw memory over time by what holds it and, below, requests per second."""
-    from matplotlib.figure import Figure  # an extra of its own, needed nowhere else
+    from matplotlib.figure import Figure  # an extra of its own
 
-    samples = report["samples"]
     minutes = [sample["seconds"] / 60 for sample in samples]
     figure = Figure(figsize=(10, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])

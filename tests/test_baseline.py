@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,22 +12,32 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from google.protobuf import text_format
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from export import checkpoint, configs
 from export.verify import clip_groups, difference
 from loadtest import baseline
-from server.triton import TritonServer, check_repository
+from server import TritonServer
+from server.triton import check_repository
 
 ALONE, PADDED = baseline.MODELS
+PAIRS = "pairs"  # the padded baseline with another batcher: it waits for a second request
 SECOND = 16000  # samples
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     repository = tmp_path_factory.mktemp("baselines")
-    assert baseline.install(repository, "--source mini") == [ALONE, PADDED]
+    baseline.install(repository, "--source mini")
+    shutil.copytree(repository / PADDED, repository / PAIRS)
+    for path in configs.config_files(repository / PAIRS):
+        config = configs.read(path)
+        config.name = PAIRS
+        config.dynamic_batching.preferred_batch_size[:] = [2]
+        config.dynamic_batching.max_queue_delay_microseconds = 60_000_000
+        path.write_text(text_format.MessageToString(config))
     with TritonServer(repository, device="cpu") as running:
         yield running
 
@@ -44,11 +55,11 @@ def speech() -> list[np.ndarray]:
     return [first[SECOND // 2 :][:8000], second[SECOND // 2 :][:30000]]
 
 
-def ask(triton: InferenceServerClient, model: str, waveform: np.ndarray) -> np.ndarray:
+def embed(triton: InferenceServerClient, model: str, waveform: np.ndarray) -> np.ndarray:
     """Waveform `[n, samples]` to embedding `[n, 192]`."""
     tensor = InferInput("waveform", list(waveform.shape), "FP32")
     tensor.set_data_from_numpy(waveform)
-    return np.asarray(triton.infer(model, [tensor], client_timeout=60).as_numpy("embedding"))
+    return np.asarray(triton.infer(model, [tensor], client_timeout=120).as_numpy("embedding"))
 
 
 def encode(mini: checkpoint.Checkpoint, clips: list[np.ndarray]) -> np.ndarray:
@@ -64,32 +75,32 @@ def noise(*shape: int) -> np.ndarray:
     return (0.1 * np.random.default_rng(shape).standard_normal(shape)).astype(np.float32)
 
 
-def counts(triton: InferenceServerClient) -> np.ndarray:
-    """Clips and executions of the padded model."""
-    time.sleep(0.5)  # Triton counts a request just after it has replied
-    (statistics,) = triton.get_inference_statistics(PADDED).model_stats
-    return np.array([statistics.inference_count, statistics.execution_count])
-
-
-def ask_together(
-    server: TritonServer, clips: list[np.ndarray], triton: InferenceServerClient
-) -> list[np.ndarray | InferenceServerException]:
-    """One request for each clip while the padded model is busy with another, so that they share an execution."""
+def embed_together(
+    server: TritonServer, clips: list[np.ndarray]
+) -> tuple[list[np.ndarray | InferenceServerException], int]:
+    """The reply to each of two clips in requests of their own that share an execution; executions until then."""
 
     def send(clip: np.ndarray) -> np.ndarray | InferenceServerException:
         with InferenceServerClient(server.grpc_url) as own:
             try:
-                return ask(own, PADDED, clip[None])[0]
+                return embed(own, PAIRS, clip[None])[0]
             except InferenceServerException as error:
                 return error
 
-    with ThreadPoolExecutor(len(clips) + 1) as pool:
-        busy = pool.submit(ask, triton, PADDED, noise(8, 8 * SECOND))
-        time.sleep(0.3)
-        replies = [pool.submit(send, clip) for clip in clips]
-        assert not busy.done()
-        busy.result()
-        return [reply.result() for reply in replies]
+    with InferenceServerClient(server.grpc_url) as triton:
+
+        def counts() -> tuple[int, int]:
+            (found,) = triton.get_inference_statistics(PAIRS).model_stats
+            stats = found.inference_stats
+            return stats.success.count + stats.fail.count, found.execution_count
+
+        requests, executions = counts()
+        with ThreadPoolExecutor(len(clips)) as pool:
+            replies = list(pool.map(send, clips))
+        deadline = time.monotonic() + 30  # Triton counts a request just after its reply
+        while counts()[0] < requests + len(clips) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return replies, counts()[1] - executions
 
 
 @pytest.mark.parametrize("model", baseline.MODELS)
@@ -98,52 +109,47 @@ def test_a_request_alone_is_speechbrain(
     triton: InferenceServerClient, mini: checkpoint.Checkpoint, model: str, shape: tuple[int, int]
 ) -> None:
     clips = noise(*shape)
-    rows = ask(triton, model, clips)
+    rows = embed(triton, model, clips)
     assert rows.shape == (shape[0], 192) and rows.dtype == np.float32
     for row, expected in zip(rows, encode(mini, list(clips)), strict=True):
         assert difference(row, expected)[0] < 1e-5
 
 
 def test_requests_of_several_lengths_are_speechbrains_padded_batch(
-    server: TritonServer, triton: InferenceServerClient, mini: checkpoint.Checkpoint, speech: list[np.ndarray]
+    server: TritonServer, mini: checkpoint.Checkpoint, speech: list[np.ndarray]
 ) -> None:
-    before = counts(triton)
-    rows = ask_together(server, speech, triton)
-    clips, executions = counts(triton) - before
-    assert clips == 8 + 2
-    assert executions == 2, "requests of different lengths were not batched"
+    rows, executions = embed_together(server, speech)
+    assert executions == 1
     for row, padded in zip(rows, encode(mini, speech), strict=True):
         assert isinstance(row, np.ndarray)
         assert difference(row, padded)[0] < 1e-5
-    # And so it is not that of the short clip alone, by far.
+    # And so it differs by far from the embedding of the short clip alone.
     assert difference(np.asarray(rows[0]), encode(mini, speech[:1])[0])[0] > 1e-3
 
 
 @pytest.mark.parametrize("model", baseline.MODELS)
 @pytest.mark.parametrize("samples", [0, 1, 639])
-def test_what_speechbrain_cannot_take_is_an_error(
+def test_a_clip_that_speechbrain_cannot_embed_is_an_error(
     triton: InferenceServerClient, mini: checkpoint.Checkpoint, model: str, samples: int
 ) -> None:
-    with pytest.raises(InferenceServerException, match="SpeechBrain cannot embed this"):
-        ask(triton, model, noise(1, samples))
+    with pytest.raises(InferenceServerException):
+        embed(triton, model, noise(1, samples))
     clip = noise(SECOND)
-    assert difference(ask(triton, model, clip[None])[0], encode(mini, [clip])[0])[0] < 1e-5
+    assert difference(embed(triton, model, clip[None])[0], encode(mini, [clip])[0])[0] < 1e-5
 
 
-def test_an_empty_neighbour_costs_nobody_an_answer(
-    server: TritonServer, triton: InferenceServerClient, mini: checkpoint.Checkpoint
-) -> None:
+def test_an_empty_clip_fails_no_other_request(server: TritonServer, mini: checkpoint.Checkpoint) -> None:
     clip = noise(SECOND)
-    row, empty = ask_together(server, [clip, noise(0)], triton)
-    assert "the clip is empty" in str(empty)
+    (row, empty), _ = embed_together(server, [clip, noise(0)])
+    assert isinstance(empty, InferenceServerException) and "empty" in str(empty)
     assert isinstance(row, np.ndarray)
     assert difference(row, encode(mini, [clip])[0])[0] < 1e-5
 
 
-def test_what_is_installed(tmp_path: Path) -> None:
+def test_install_writes_configs_that_can_be_served(tmp_path: Path) -> None:
     origin = "--source random --seed 3 --channels 64"
     for _ in range(2):  # the second time over the first
-        assert baseline.install(tmp_path / "repository", origin) == baseline.MODELS
+        assert baseline.install(tmp_path / "repository", origin) == [ALONE, PADDED]
     for model in baseline.MODELS:
         for path in configs.config_files(tmp_path / "repository" / model):
             parameters = {key: value.string_value for key, value in configs.read(path).parameters.items()}

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ecapa_triton.audio import SAMPLE_RATE
 
 from loadtest import payload
 from loadtest.__main__ import main
-from loadtest.clips import SAMPLE_RATE, speech
+from loadtest.clips import speech
 from loadtest.scenarios import MIX, SINGLE
-from server.triton import TritonServer
+from server import TritonServer
 
 SINGLE_FILES = {f"single_{seconds:g}s.json": seconds for seconds in SINGLE}
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clips_in(path: Path) -> list[np.ndarray]:
-    """What perf_analyzer would send: each entry is one request with the one input, as its documentation has it."""
+    """The clips that perf_analyzer would send: each entry is one request, as in its documentation."""
     content = json.loads(path.read_text())
     assert list(content) == ["data"]
     clips = []
@@ -61,7 +62,7 @@ def test_the_mix_has_as_many_clips_of_each_length_as_its_weight(folder: Path) ->
     assert len({clip.tobytes()[-4000:] for clip in found}) == len(found)
 
 
-def test_nothing_is_there_that_no_command_sends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_send_every_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (folder / "commands.sh").read_text().splitlines()
     sent = Counter(re.findall(r"--input-data=(\S+)", "\n".join(lines)))
     assert set(sent) == {path.name for path in folder.iterdir()} - {"commands.sh"}

@@ -1,24 +1,22 @@
-"""What people have today, to compare with: SpeechBrain behind Triton's python backend.
+"""The baselines: SpeechBrain behind Triton's Python backend.
 
 Two models with the contract of `ecapa` (waveform FP32 `[n, samples]` to embedding FP32 `[n, 192]`), for the same
-tritonserver under the same load. They are no part of `model_repository/`: `install` puts them where they are measured.
+tritonserver under the same load. `install` puts them into a model repository.
 
     speechbrain         `encode_batch`, one request at a time; `[n, samples]` is one batch of n clips
-    speechbrain_padded  dynamic batching: what waits is padded with zeros to the longest and given to one `encode_batch`
-                        with `wav_lens`; on a GPU up to 32 clips, on a CPU eight
+    speechbrain_padded  dynamic batches: waiting requests are padded with zeros to the longest and passed to one
+                        `encode_batch` with `wav_lens`; up to 32 clips on a GPU, eight on a CPU
 
-They are as fast as SpeechBrain is without changes to it: eval and inference mode, all cores or the GPU, warm when
-ready, one copy of the samples. Float32; where `python -m server` runs them on a GPU it turns TF32 off, as for `ecapa`,
-and `--precision fp16` does not change them.
+They are as fast as unchanged SpeechBrain allows: eval and inference mode, all cores or the GPU, warmed up when ready,
+one copy of the samples. They compute in float32: on a GPU `python -m server` turns TF32 off, as for `ecapa`, and
+`--precision fp16` does not change them.
 
-What they answer is not the same. `speechbrain` gives SpeechBrain's embedding of the clip alone. `speechbrain_padded`
-gives that of the padded batch, which **depends on the clips beside it**: frames near a clip's end see the padding where
-alone they see the clip reflected, more so the shorter the clip is beside the others. So its embeddings are not to be
-checked against SpeechBrain alone, only a request that travels alone or among clips of its own length is equal.
+`speechbrain` gives SpeechBrain's embedding of the clip alone. An embedding of `speechbrain_padded` **depends on the
+clips in its batch**: frames near the end of a clip see padding where alone they see the clip reflected. Only a request
+that travels alone or among clips of its own length has the embedding of the clip alone.
 
-A clip that SpeechBrain cannot take, empty or shorter than 40 ms, is an error for its request only. Padded beside a
-longer one even 1 ms gets an embedding, as from SpeechBrain. None of the other guards of `ecapa` is here: no longest
-clip, no check of the samples.
+A clip that SpeechBrain rejects, empty or shorter than 40 ms, fails its own request. Beside a longer clip, even 1 ms
+gets an embedding, as in SpeechBrain. The baselines have no other guard of `ecapa`: no longest clip, no sample checks.
 """
 
 from __future__ import annotations
@@ -30,20 +28,22 @@ from google.protobuf import text_format
 
 from export import configs
 
-MODELS = ["speechbrain", "speechbrain_padded"]
+from ..scenarios import BASELINES
+
+MODELS = list(BASELINES)
 _FOLDER = Path(__file__).parent
 _CHECKOUT = _FOLDER.parents[1]
 
 
 def install(repository: Path, origin: str) -> list[str]:
-    """Puts the baselines into a model repository, beside what is there.
+    """Put the baselines into a model repository.
 
     Args:
-        repository: The folder; made where it is missing.
-        origin: Of the checkpoint, as an exported model has it in its metadata, such as `--source mini`.
+        repository: the folder; made where it is missing.
+        origin: of the checkpoint, as in the metadata of an exported model, such as `--source mini`.
 
     Returns:
-        The models' names.
+        The names of the models.
     """
     parameters = {"origin": origin, "checkout": str(_CHECKOUT)}
     for model in MODELS:

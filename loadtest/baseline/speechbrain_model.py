@@ -1,8 +1,7 @@
-"""`1/model.py` of both baselines: what one execution of Triton holds, through SpeechBrain's `encode_batch`.
+"""`1/model.py` of both baselines: the requests of one execution of Triton, through SpeechBrain's `encode_batch`.
 
-Clips of one length are given as the batch that they are. Where an execution holds several lengths, which Triton only
-allows where the config has `allow_ragged_batch`, they are padded with zeros to the longest and `wav_lens` says how much
-of each is the clip.
+Clips of one length are one batch as they are. Several lengths, which Triton batches only where the config has
+`allow_ragged_batch`, are padded with zeros to the longest, and `wav_lens` has the share of each that is the clip.
 """
 
 import json
@@ -20,14 +19,14 @@ class TritonPythonModel:
     """One instance of SpeechBrain's `EncoderClassifier`, on the GPU that Triton gives it or on all cores."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads the checkpoint that the config's parameter `origin` names.
+        """Load the checkpoint of the config's parameter `origin`.
 
         Args:
             args: Triton's description of the instance; `model_config` is the config as JSON.
         """
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        # Before the package `export` that lies beside Triton's stubs, which is a part of the checkout's.
+        # First: a package `export` beside Triton's stubs holds a part of the checkout's.
         sys.path.insert(0, parameters["checkout"])
         from export import checkpoint
 
@@ -51,21 +50,21 @@ class TritonPythonModel:
             module.to(device)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answers the requests of one execution, each with its own rows `[n, E]` or its own error."""
+        """Give each request of an execution its own rows `[n, E]` or its own error."""
         try:
             waveforms = [pb_utils.get_input_tensor_by_name(request, "waveform").as_numpy() for request in requests]
             return [pb_utils.InferenceResponse([pb_utils.Tensor("embedding", rows)]) for rows in self._embed(waveforms)]
-        except Exception as error:  # whatever SpeechBrain and torch raise, of a clip that is too short, for example
-            if len(requests) > 1:  # the neighbours of such a clip can still be answered
+        except Exception as error:  # of SpeechBrain or torch, such as for a clip that is too short
+            if len(requests) > 1:  # one bad clip must not fail the others
                 return [response for request in requests for response in self.execute([request])]
             return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"SpeechBrain cannot embed this: {error}"))]
 
     def _embed(self, waveforms: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        """Embeds clips at 16 kHz, each array `[n, samples]` of one length, to arrays `[n, E]`."""
+        """Embed clips at 16 kHz, each array `[n, samples]` of one length, to arrays `[n, E]`."""
         items = [len(array) for array in waveforms]
         samples = [array.shape[1] for array in waveforms]
         if 0 in samples:
-            raise ValueError("the clip is empty")  # padded, it would come back as NaN
+            raise ValueError("the clip is empty")  # its padded row would be NaN
         longest = max(samples)
         if len(waveforms) == 1:
             batch = torch.from_numpy(waveforms[0])

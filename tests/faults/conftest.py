@@ -1,4 +1,4 @@
-"""What the fault tests share: the pool of clips, the tally, the server that no test kills, and the summary."""
+"""Fixtures of the fault tests: the pool of clips, the tally, servers that no test kills, and the summary."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server import gateway, wheel
-from server.gateway import Limits
-from server.triton import TritonServer, find_installed
+from loadtest.hostile import Hostile, requests
+from loadtest.judge import Clip, Tally, Urls, check_apart
+from server import Limits, TritonServer, gateway
+from server.triton import find_installed
 
-from .harness import ROOT, SECOND, Clip, Gate, Tally, Urls, assert_right
+from .harness import LIMIT_MB, ROOT, SECOND, Gate, assert_right, serving_with
 
 SUMMARY = pytest.StashKey[Tally]()
 LENGTHS = [640, 641, 1599, 1600, 5000, 7999, 8000, 16001, 33333, 48000, 80000]  # samples
@@ -49,21 +50,19 @@ def pool(reference: Callable[[np.ndarray], np.ndarray]) -> list[Clip]:
         clips[f"{samples} of noise"] = random.standard_normal(samples).astype(np.float32) * 0.1
     assert sum(len(clip) == SECOND for clip in clips.values()) == SAME_LENGTH
     pool = [Clip(name, clip, reference(clip)) for name, clip in clips.items()]
-    for one in pool:
-        for other in pool:
-            assert one is other or not one.is_right(other.reference), "a swapped reply would not be seen"
+    check_apart(pool)
     return pool
 
 
 @pytest.fixture(scope="session")
 def short(pool: list[Clip]) -> list[Clip]:
-    """Those of the pool that take at most a second: for cases that need many."""
+    """Clips of at most a second."""
     return [clip for clip in pool if len(clip.waveform) <= SECOND]
 
 
 @pytest.fixture(scope="session")
 def tiny(short: list[Clip]) -> list[Clip]:
-    """Those that take less than a second."""
+    """Clips of less than a second."""
     return [clip for clip in short if len(clip.waveform) < SECOND]
 
 
@@ -95,39 +94,37 @@ def served(repository: Path) -> Iterator[Urls]:
 
 
 @pytest.fixture(scope="session")
-def limits() -> Limits:
-    """Those that `python -m server` sets where nginx is installed."""
-    if gateway.find() is None:
-        pytest.skip("nginx, which sets the limits, is not installed")
-    return Limits(requests=None, request_mb=64)
-
-
-@pytest.fixture(scope="session")
-def limited(repository: Path, limits: Limits) -> Iterator[Urls]:
-    """A server with nginx in front."""
-    with TritonServer(repository, device="cpu", limits=limits) as server:
-        yield Urls.of(server)
+def hostile(reference: Callable[[np.ndarray], np.ndarray]) -> dict[str, Hostile]:
+    return requests(reference)
 
 
 @pytest.fixture(scope="session")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
     if find_installed() is not None:
-        pytest.skip("this Triton has its own backend, which nothing holds")
+        pytest.skip("this Triton has its own backend, which cannot be held")
     return Gate(tmp_path_factory.mktemp("gate"))
 
 
 @pytest.fixture(scope="session")
 def held(repository: Path, gate: Gate) -> Iterator[Urls]:
     """Like `served`, but the model waits while `gate.hold()` lasts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wheel, "BACKENDS", gate.backends)
-        with TritonServer(repository, device="cpu") as server:
-            yield Urls.of(server)
+    with serving_with(gate.backends), TritonServer(repository, device="cpu") as server:
+        yield Urls.of(server)
+
+
+@pytest.fixture(scope="session")
+def limited(repository: Path, gate: Gate) -> Iterator[Urls]:
+    """Like `held`, with nginx in front."""
+    if gateway.find() is None:
+        pytest.skip("nginx, which sets the limits, is not installed")
+    limits = Limits(requests=None, request_mb=LIMIT_MB)
+    with serving_with(gate.backends), TritonServer(repository, device="cpu", limits=limits) as server:
+        yield Urls.of(server)
 
 
 @pytest.fixture
 def still_right(served: Urls, short: list[Clip], tally: Tally) -> Iterator[None]:
-    """Whatever the test did to the shared server: its queue drains, and everyone is answered right."""
+    """Whatever the test did to the shared server: its queue drains, and replies are right."""
     yield
     assert_right(served, short[::7], tally)
 

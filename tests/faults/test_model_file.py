@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +19,10 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from export import seal
+from loadtest.judge import PATIENCE, Clip, Outcome, Tally, Traffic, Urls
 from server import ServerError, TritonServer
 
-from .harness import PATIENCE, ROOT, Clip, Load, Outcome, Tally, Urls
+from .harness import ROOT
 
 KEY = "for-those-who-replace-models"
 
@@ -55,7 +55,7 @@ def flip_a_bit_of_the_weights(repository: Path) -> None:
 
 
 def without_guards(repository: Path) -> None:
-    """A whole, sealed file of an export that knew no guards."""
+    """A complete, sealed file without guards."""
     path = model_file(repository)
     model = onnx.load(path)
     kept = {item.key: item.value for item in model.metadata_props if item.key not in ("guards", "sha256")}
@@ -129,7 +129,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def test_a_model_replaced_under_load(repository_copy: Path, short: list[Clip], tally: Tally) -> None:
-    """Replies are of the old model or the new one; once that is loaded, of that alone. A bad file changes nothing."""
+    """Replies are of the old or the new model; once that is loaded, of it alone. A bad file changes nothing."""
     path = model_file(repository_copy)
     reversed_ = {clip.name: Clip(clip.name, clip.waveform, clip.reference[::-1]) for clip in short}
     models = {"old": short, "new": list(reversed_.values())}
@@ -141,7 +141,7 @@ def test_a_model_replaced_under_load(repository_copy: Path, short: list[Clip], t
         return tally.check(other if is_other else clip, outcome)
 
     explicit = ["--model-control-mode=explicit", "--load-model=ecapa"]
-    # Triton counts a model that did not load among those it waits for when it is told to stop.
+    # Triton waits at its stop for a model that did not load.
     keys, headers = {"model-repository": KEY}, {GRPC_KEY_HEADER: KEY}
     with TritonServer(repository_copy, device="cpu", extra=explicit, exit_timeout=2, keys=keys) as server:
         urls = Urls.of(server)
@@ -152,7 +152,7 @@ def test_a_model_replaced_under_load(repository_copy: Path, short: list[Clip], t
                     for clip in models[model][::3]:
                         assert tally.check(clip, sender.ask(clip.waveform), recovered=True) == "right"
 
-        with InferenceServerClient(urls.grpc) as control, Load(urls.senders(), short, of_either) as load:
+        with InferenceServerClient(urls.grpc) as control, Traffic(urls.senders(), short, of_either) as load:
             all_are("old")
             for model in "new", "old", "new":
                 replace(path, files[model])
@@ -162,7 +162,7 @@ def test_a_model_replaced_under_load(repository_copy: Path, short: list[Clip], t
             for bad in files["old"][: len(files["old"]) // 2], b"", files["old"][:-1] + b"?":
                 replace(path, bad)
                 tally.fault()
-                with pytest.raises(InferenceServerException, match="load failed for model 'ecapa'"):
+                with pytest.raises(InferenceServerException):
                     control.load_model("ecapa", headers=headers, client_timeout=PATIENCE)
                 all_are("new")
             assert set(load.verdicts) == {"right"}
@@ -170,7 +170,7 @@ def test_a_model_replaced_under_load(repository_copy: Path, short: list[Clip], t
 
 # --- on a full disk ---
 
-# The graph is not traced again, which takes long and is not what meets the disk; all else is the export's own work.
+# Tracing takes long and does not touch the disk, so the graph is read from a file; the rest is the export's own work.
 EXPORT = """
 import sys, types
 from pathlib import Path
@@ -210,7 +210,7 @@ def test_an_export_that_does_not_fit(repository: Path, repository_copy: Path, tm
         timeout=PATIENCE,
     )
     assert run.returncode == 1, run.stderr
-    assert re.fullmatch(rf"error: .*: {why}\n", run.stderr), run.stderr
+    assert why in run.stderr and run.stderr.count("\n") == 1, run.stderr
     *_, digest, listing = run.stdout.splitlines()
     assert digest.split()[0] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert listing == "model.onnx"

@@ -1,37 +1,85 @@
-"""Bad requests by name, as bytes for gRPC and for HTTP, and byte streams that are no requests at all."""
+"""Bad requests by name, as bytes for gRPC and for HTTP; connections that break; byte streams that are no requests."""
 
 from __future__ import annotations
 
 import json
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from ecapa_triton.audio import SAMPLE_RATE as SECOND  # samples
 
-from .harness import SECOND, Array, Clip, http_request, infer_request
+from .clips import Array
+from .judge import PATIENCE, Clip, GrpcSender, HttpSender, Outcome, Urls, http_request, infer_request
 
-Reference = Callable[[Array], Array]
-Http = tuple[bytes, bytes, str, dict[str, str]]  # header, body, path, further header fields
+Reference: TypeAlias = Callable[[Array], Array]  # SpeechBrain's embedding [E] of a clip [samples] alone
+Http: TypeAlias = tuple[bytes, bytes, str, dict[str, str]]  # header, body, path, further header fields
 
 INFER = "/v2/models/ecapa/infer"
-MAX_BATCH, PREFERRED_BATCH = 32, 3  # of configs/cpu.pbtxt
-MAX_SECONDS = 30
-CONSTANT_TOLERANCE = 2e-4  # README: loud constants, which hold no voice
+LONGEST = "ten minutes"  # a request that is much larger than the others
+MAX_BATCH = 32  # of configs/cpu.pbtxt
+CONSTANT_TOLERANCE = 2e-4  # relative L2, of loud constants, which hold no voice
 TWO_62 = 1 << 62  # samples; times four bytes that is 0 modulo 2^64
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """A request, the same over both protocols; None where a protocol cannot say it."""
+    """A request, the same over both protocols.
 
-    clips: list[Clip]  # what it sends; one without a reference must not get an embedding
+    Attributes:
+        clips: in it; one without a reference must not get an embedding.
+        grpc: the message; None where gRPC cannot express it.
+        http: None where HTTP cannot express it.
+    """
+
+    clips: list[Clip]
     grpc: bytes | None
     http: Http | None
 
+    def over_grpc(self, urls: Urls) -> Outcome:
+        """Send it over a new gRPC connection."""
+        assert self.grpc is not None
+        with GrpcSender(urls.grpc) as sender:
+            return sender.ask(self.grpc)
 
-def requests(reference: Reference) -> dict[str, Hostile]:
-    """Every bad request that leaves the server up, by the name that README.md calls it."""
+    def over_http(self, urls: Urls) -> Outcome:
+        """Send it over a new HTTP connection."""
+        assert self.http is not None
+        header, body, path, fields = self.http
+        with HttpSender(urls.http) as sender:
+            return sender.post(header, body, path, **fields)
+
+    def send(self, urls: Urls) -> Outcome:
+        """Send it over gRPC, or over HTTP where gRPC cannot express it."""
+        return self.over_http(urls) if self.grpc is None else self.over_grpc(urls)
+
+
+def send_part(urls: Urls, waveform: Array, size: int, *, reset: bool) -> None:
+    """Send the first `size` bytes of the body of an HTTP request for a clip `[samples]`, then close the connection.
+
+    Args:
+        urls: of the server.
+        waveform: float32 `[samples]`.
+        size: bytes; negative: all but so many.
+        reset: close it by a reset.
+    """
+    host, _, port = urls.http.rpartition(":")
+    header, body = http_request(waveform[np.newaxis])
+    head = (
+        f"POST {INFER} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(header) + len(body)}\r\n"
+        f"Inference-Header-Content-Length: {len(header)}\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        connection.sendall(head.encode() + (header + body)[:size])
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def requests(reference: Reference, max_samples: int = 30 * SECOND) -> dict[str, Hostile]:
+    """Every bad request that leaves the server up, by name; the model takes `max_samples` of a clip."""
     random = np.random.default_rng(2)
     speech = (random.standard_normal(SECOND) * 0.1).astype(np.float32)
     wave = speech[np.newaxis]
@@ -106,7 +154,7 @@ def requests(reference: Reference) -> dict[str, Hostile]:
         "denormal samples": alone(Clip("denormal", denormal, reference(denormal))),
         "a constant": alone(Clip("constant", constant, reference(constant), CONSTANT_TOLERANCE)),
         "silence": alone(Clip("silence", silence, reference(silence))),
-        "ten minutes": alone(Clip("ten minutes", minutes, reference(minutes[: MAX_SECONDS * SECOND]))),
+        LONGEST: alone(Clip(LONGEST, minutes, reference(minutes[:max_samples]))),
         "two clips in a request": batch(2),
         "as many clips as a batch takes": batch(MAX_BATCH),
         "one clip more than a batch takes": batch(MAX_BATCH + 1),
@@ -160,7 +208,7 @@ def requests(reference: Reference) -> dict[str, Hostile]:
     }
 
 
-# Byte streams for all three ports, and whether the sender may simply go on holding the connection.
+# Byte streams for all three ports.
 _POST = b"POST /v2/models/ecapa/infer HTTP/1.1\r\nHost: x\r\n"
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 STREAMS = {

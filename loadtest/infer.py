@@ -1,0 +1,164 @@
+"""Requests for embeddings over gRPC: serialised beforehand, sent, and their replies checked.
+
+They fit any model with input `waveform` FP32 `[n, samples]` and output `embedding` FP32 `[n, E]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+from ecapa_triton.audio import SAMPLE_RATE
+from ecapa_triton.protocol import CHANNEL_ARGS, SCHEME
+from tritonclient.grpc import service_pb2
+
+from .clips import Array, distances
+
+TIMEOUT = 60.0  # s, of a request
+_METHOD = "/inference.GRPCInferenceService/ModelInfer"
+_FULL = "Exceeds maximum queue size"  # in the message of Triton and of the gateway at their limit of requests
+_CHANNEL_ARGS = [*CHANNEL_ARGS, ("grpc.use_local_subchannel_pool", 1)]  # else all clients share one connection
+
+
+class Rejected(Exception):
+    """The server has reached its limit of requests in flight."""
+
+
+class CallFailed(Exception):
+    """The call failed; the message has gRPC's code and the server's message."""
+
+
+class WrongReply(Exception):
+    """The reply does not hold the embeddings of the clips that were sent."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A serialised request and the expected reply.
+
+    Attributes:
+        name: in Locust's statistics.
+        body: the message ModelInferRequest.
+        clips: in the request.
+        seconds: of audio, all clips together.
+        embeddings: expected, float32 `[clips, E]`; None: any finite ones.
+        max_error: largest relative L2 distance from `embeddings` that is right.
+    """
+
+    name: str
+    body: bytes
+    clips: int
+    seconds: float
+    embeddings: Array | None
+    max_error: float
+
+
+def make_requests(
+    model: str,
+    waveforms: list[Array],
+    embeddings: Array | None,
+    *,
+    batch: int = 1,
+    max_error: float = np.inf,
+    name: str = "",
+) -> list[Request]:
+    """Serialise clips, in their order, into requests of `batch` clips of one length each.
+
+    Args:
+        model: the model to call.
+        waveforms: float32 `[samples]` at 16 kHz.
+        embeddings: expected, float32 `[n, E]`; None: any finite ones.
+        batch: clips in a request.
+        max_error: largest relative L2 distance that is right.
+        name: in Locust's statistics.
+    """
+    requests = []
+    for start in range(0, len(waveforms) - batch + 1, batch):
+        rows = np.stack(waveforms[start : start + batch])
+        message = service_pb2.ModelInferRequest(model_name=model)
+        message.inputs.add(name="waveform", datatype="FP32", shape=rows.shape)
+        message.outputs.add(name="embedding")
+        message.raw_input_contents.append(rows.astype(np.float32).tobytes())
+        expected = None if embeddings is None else embeddings[start : start + batch]
+        seconds = rows.size / SAMPLE_RATE
+        requests.append(Request(name, message.SerializeToString(), batch, seconds, expected, max_error))
+    return requests
+
+
+class Connection:
+    """A gRPC connection to a Triton server at `grpc://HOST:PORT`, shared with no other object."""
+
+    def __init__(self, url: str) -> None:
+        self._channel = grpc.insecure_channel(url.removeprefix(SCHEME), options=_CHANNEL_ARGS)
+        self._infer = self._channel.unary_unary(
+            _METHOD,
+            request_serializer=None,  # bytes already
+            response_deserializer=service_pb2.ModelInferResponse.FromString,
+        )
+
+    def embed(self, body: bytes, timeout: float = TIMEOUT) -> Array:
+        """Send a serialised request and return its embeddings, float32 `[clips, E]`.
+
+        Raises:
+            Rejected: the server is at its limit.
+            CallFailed: the call failed otherwise.
+            WrongReply: the reply has no embeddings.
+        """
+        try:
+            reply = self._infer(body, timeout=timeout)
+        except grpc.RpcError as error:
+            code, message = error.code(), error.details() or ""
+            if code is grpc.StatusCode.UNAVAILABLE and _FULL in message:
+                raise Rejected("the server has reached its limit of requests in flight") from error
+            raise CallFailed(f"{code.name}: {message.splitlines()[0][:200] if message else 'no message'}") from error
+        for output, content in zip(reply.outputs, reply.raw_output_contents, strict=True):
+            if output.name == "embedding" and output.datatype == "FP32":
+                return np.frombuffer(content, np.float32).reshape(output.shape)
+        raise WrongReply("the reply has no output embedding of type FP32")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+
+def check(reply: Array, request: Request) -> float:
+    """The largest relative L2 distance of a reply `[clips, E]` from the expected embeddings.
+
+    Raises:
+        WrongReply: the reply has another shape, is not finite or is too far.
+    """
+    if reply.ndim != 2 or len(reply) != request.clips or not reply.size:
+        raise WrongReply(f"the reply has shape {list(reply.shape)}, expected {request.clips} rows")
+    if not np.isfinite(reply).all():
+        raise WrongReply("the embedding is not finite")
+    if request.embeddings is None:
+        return 0.0
+    if reply.shape != request.embeddings.shape:
+        raise WrongReply(f"the reply has shape {list(reply.shape)}, expected {list(request.embeddings.shape)}")
+    if (worst := float(distances(reply, request.embeddings).max())) > request.max_error:
+        raise WrongReply("the embedding is not that of the clip")
+    return worst
+
+
+def first_replies(url: str, model: str, waveforms: list[Array]) -> Array:
+    """The embedding of each clip, float32 `[n, E]`, sent alone and one after another.
+
+    Args:
+        url: `grpc://HOST:PORT`.
+        model: the model to call.
+        waveforms: float32 `[samples]` at 16 kHz.
+
+    Raises:
+        Rejected, CallFailed: the server gave no reply.
+        WrongReply: a reply holds no finite embedding.
+    """
+    connection = Connection(url)
+    try:
+        rows = []
+        for request in make_requests(model, waveforms, None):
+            rows.append(connection.embed(request.body))
+            check(rows[-1], request)
+        return np.concatenate(rows)
+    finally:
+        connection.close()
