@@ -16,13 +16,13 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ._client import SpeakerClient
 from ._commands import DONE, FAILED, TERMINATED, at_least, complain, named, raising_once
@@ -141,7 +141,8 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> _Summary:
             parts.agree("long", arguments.long)
             agreed = True
             paths = expand(arguments.inputs, failures.add, root=arguments.root, null=arguments.null)
-            with closing(_Wanted(paths, parts)) as wanted:
+            with tempfile.TemporaryFile("w+", dir=parts.folder) as file:
+                wanted = _Wanted(paths, file, parts)
                 if not wanted.files and not failures.count:
                     raise OutputError(f"{parts.name}: no audio files were given: expected some, or folders with some")
                 wanted.check_earlier(failures)
@@ -173,27 +174,17 @@ class _Wanted:
         rows: The row of each path, `MISSING` or `GONE`.
     """
 
-    def __init__(self, paths: Iterable[str], parts: Parts) -> None:
-        self._parts = parts
-        self._file = tempfile.TemporaryFile("w+", dir=parts.folder)  # noqa: SIM115
+    def __init__(self, paths: Iterable[str], file: TextIO, parts: Parts) -> None:
+        self._file, self._parts = file, parts
         keys = bytearray()
-        try:
-            for path in paths:
-                self._file.write(json.dumps(path) + "\n")
-                keys += key(os.fsencode(path))
-                if not os.path.isabs(path):
-                    parts.agree("folder", os.getcwd())
-        except BaseException:
-            self.close()
-            raise
-        self.files = len(keys) // np.dtype(KEY).itemsize
+        for path in paths:
+            file.write(json.dumps(path) + "\n")
+            keys += key(os.fsencode(path))
+            if not os.path.isabs(path):
+                parts.agree("folder", os.getcwd())
         found = np.frombuffer(keys, KEY) if keys else np.empty(0, KEY)
         self._keys, self._first, self._path_of = np.unique(found, return_index=True, return_inverse=True)
-        self.rows = parts.find(self._keys)
-
-    def close(self) -> None:
-        """Remove the temporary file."""
-        self._file.close()
+        self.files, self.rows = len(found), parts.find(self._keys)
 
     def paths(self) -> Iterator[tuple[int, str]]:
         """Yield each path once, in order, and its place in `rows`."""
@@ -215,7 +206,7 @@ class _Wanted:
             elif now != self._parts.stat(self.rows[place]):
                 self.rows[place] = MISSING
 
-    def all_rows(self) -> tuple[np.ndarray, int]:
+    def all_rows(self) -> tuple[NDArray[np.int64], int]:
         """The rows of the output in order, and how many of them are for the files given."""
         rows = self.rows[self._path_of]
         rows = rows[rows >= 0]

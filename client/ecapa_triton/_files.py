@@ -63,9 +63,9 @@ def locked(path: Path) -> BinaryIO:
     file = open(path, "ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            return file
-        raise FileNotFoundError(path)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise FileNotFoundError(path)
+        return file
     except BaseException:
         file.close()
         raise

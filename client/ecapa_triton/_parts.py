@@ -30,23 +30,20 @@ from ._tables import (
     write_parquet,
 )
 from .audio import describe
-from .errors import EcapaError, ModelMismatchError, OutputError
+from .errors import ModelMismatchError, OutputError
 
 WRITE_EVERY = 3.0  # s between two parts: a kill loses the results of this time
 MISSING = -1  # in place of a row's number
 KEY = "S16"  # dtype of a path's hash: 16 bytes of memory a file, however long the paths
 
-CONFLICTS: dict[str, tuple[type[EcapaError], str]] = {
-    "model": (ModelMismatchError, "holds embeddings of model {}, not of {}: {anew}"),
-    "dims": (OutputError, "holds embeddings of {} dimensions, not of {}: {anew}"),
-    "long": (OutputError, "holds long clips embedded with --long {}, not with {}: {anew}"),
-    "folder": (
-        OutputError,
-        "its relative paths start from {}, not from {}: run the command there, pass absolute paths, or choose another "
-        "output",
-    ),
-}
 ANEW = "choose another output, or start anew with --replace"
+FOLDER = "run the command there, pass absolute paths, or choose another output"
+CONFLICTS = {  # of facts: what the output holds, and what to do
+    "model": ("embeddings of model", ANEW),
+    "dims": ("embeddings of dimension", ANEW),
+    "long": ("long clips embedded with --long", ANEW),
+    "folder": ("paths relative to", FOLDER),
+}
 
 
 @dataclass(frozen=True)
@@ -85,21 +82,17 @@ class Parts:
         self._pending: list[tuple[bytes, float, NDArray[np.float32], int, int]] = []  # its rows
         self._written = time.monotonic()  # when the last part was
         self._sizes, self._stamps = array("q"), array("q")  # by row, of earlier runs
-        self._keys = self._order = np.empty(0)
+        self._keys: NDArray[np.bytes_] = np.empty(0, KEY)  # hashes of their paths, sorted
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)  # the row of each
 
     def _locked(self) -> BinaryIO:
         try:
-            for _ in range(10):  # a run that ends removes the folder
-                self.folder.mkdir(exist_ok=True)
-                with suppress(FileNotFoundError):
-                    return locked(self.folder / "lock")
-        except BlockingIOError as exc:
-            raise OutputError(
-                f"{self.name}: another run is writing it: wait for its end, or choose another output"
-            ) from exc
+            self.folder.mkdir(exist_ok=True)
+            return locked(self.folder / "lock")
+        except (BlockingIOError, FileNotFoundError) as exc:  # a run that ends removes the folder
+            raise OutputError(f"{self.name}: another run is writing it: wait for its end, or choose another") from exc
         except OSError as exc:
             raise OutputError(f"{describe(self.folder)}: cannot be used ({exc.strerror}): move it away") from exc
-        raise OutputError(f"{describe(self.folder)}: removed again and again: wait for the other runs to end")
 
     # --- rows of earlier runs ---
 
@@ -134,9 +127,10 @@ class Parts:
                 complain(f"{describe(path)}: damaged, its files are embedded again")
             else:
                 self._index(path, 0, facts, columns, keys)
-        found = np.frombuffer(keys, KEY) if keys else np.empty(0, KEY)
-        self._order = np.argsort(found, kind="stable")
-        self._keys = found[self._order]
+        if keys:
+            by_row = np.frombuffer(keys, KEY)
+            self._order = np.argsort(by_row, kind="stable")
+            self._keys = by_row[self._order]
 
     def _identity(self) -> str:
         """Tells the output from another one in its place; empty if there is none."""
@@ -174,8 +168,9 @@ class Parts:
         """Check a fact of new rows against those there are; an empty one agrees with each."""
         known = self.facts.get(name)
         if known and value and value != known:
-            error, reason = CONFLICTS[name]
-            raise error(f"{self.name}: {reason.format(describe(known), describe(value), anew=ANEW)}")
+            held, remedy = CONFLICTS[name]
+            error = ModelMismatchError if name == "model" else OutputError
+            raise error(f"{self.name}: holds {held} {describe(known)}, not {describe(value)}: {remedy}")
         self.facts[name] = known or value
 
     def find(self, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
@@ -203,10 +198,11 @@ class Parts:
         """Add a row and return its number."""
         self.agree("model", one.model)
         self.agree("dims", str(len(one.embedding)))
+        row = self._rows + len(self._pending)
+        self._pending.append((os.fsencode(path), one.seconds, one.embedding, stat.size, stat.stamp))
         if len(self._pending) == BLOCK or time.monotonic() - self._written > WRITE_EVERY:
             self._write_part()
-        self._pending.append((os.fsencode(path), one.seconds, one.embedding, stat.size, stat.stamp))
-        return self._rows + len(self._pending) - 1
+        return row
 
     def _write_part(self) -> None:
         self._written = time.monotonic()
@@ -247,7 +243,8 @@ class Parts:
             groups = np.searchsorted(starts, some, "right") - 1
             pieces = []
             for group in np.unique(groups):
-                columns = read_parquet(*self._groups[group], names)
+                path, number = self._groups[group]
+                columns = read_parquet(path, number, names)
                 wanted = some[groups == group] - starts[group]
                 pieces.append({name: column[wanted] for name, column in columns.items()})
             in_order = np.argsort(np.argsort(groups, kind="stable"))
