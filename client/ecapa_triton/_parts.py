@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,9 +23,9 @@ from ._tables import (
     COLUMNS,
     FACTS,
     Columns,
+    read_group,
     read_npz,
     read_parquet,
-    read_parquet_header,
     write_npz,
     write_parquet,
 )
@@ -33,6 +33,7 @@ from .audio import describe
 from .errors import ModelMismatchError, OutputError
 
 WRITE_EVERY = 3.0  # s between two parts: a kill loses the results of this time
+PARTS = "[0-9]" * 8 + "-*.parquet"  # their numbers, and of rows in them
 MISSING = -1  # in place of a row's number
 KEY = "S16"  # dtype of a path's hash: 16 bytes of memory a file, however long the paths
 
@@ -103,27 +104,32 @@ class Parts:
             OutputError: The output is not one of this command's, or is damaged; its rows do not go together.
             ModelMismatchError: Its rows are of two models.
         """
-        for leftover in self.folder.glob(".*.part"):
-            leftover.unlink()
+        self._unlink(".*.part")
         identity = self._identity()
         if replace:
-            self._unlink_parts()
+            self._unlink(PARTS)
             self._replaces = identity
         for path in self._parts():
             with suppress(OutputError):
-                self._replaces = read_parquet_header(path)[0].get("replaces", "")
+                self._replaces = read_parquet(path)[0].get("replaces", "")
                 break
         keys = bytearray()
         if identity and identity != self._replaces:
-            path = self._output()
-            facts, groups = read_parquet_header(path)
-            for group in range(groups):
-                self._index(path, group, facts, read_parquet(path, group), keys)
+            path = self._place
+            if not self._parquet:
+                path = self.folder / "earlier.parquet"
+                facts, blocks = read_npz(self._place)
+                with replacing(path) as file:
+                    write_parquet(file, blocks, facts, exact_paths=True)
+            facts, blocks = read_parquet(path)
+            for group, columns in enumerate(blocks):
+                self._index(path, group, facts, columns, keys)
         for path in self._parts():
             self._next = int(path.name[:8]) + 1
             try:
-                facts, columns = read_parquet_header(path)[0], read_parquet(path, 0)
-            except OutputError:
+                facts, blocks = read_parquet(path)
+                (columns,) = blocks
+            except (OutputError, ValueError):
                 complain(f"{describe(path)}: damaged, its files are embedded again")
             else:
                 self._index(path, 0, facts, columns, keys)
@@ -138,16 +144,6 @@ class Parts:
             status = self._place.stat()
             return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
         return ""
-
-    def _output(self) -> Path:
-        """The output as Parquet."""
-        if self._parquet:
-            return self._place
-        facts, blocks = read_npz(self._place)
-        path = self.folder / "output.parquet"
-        with replacing(path) as file:
-            write_parquet(file, blocks, facts, exact_paths=True)
-        return path
 
     def _index(self, path: Path, group: int, facts: Mapping[str, str], columns: Columns, keys: bytearray) -> None:
         for name in FACTS:  # "error" embeds no long clips, and so goes with each other way
@@ -229,13 +225,19 @@ class Parts:
         """Write the output of these rows, whole or not at all."""
         self._write_part()
         facts = {name: self.facts[name] for name in FACTS}
+        if self._parquet:
+            with replacing(self._place) as file:
+                write_parquet(file, self._blocks(rows), facts)
+            return
+        # An npz is written column by column, for which the rows must be in order: there can be thousands of parts.
+        ordered = self.folder / "ordered.parquet"
+        with replacing(ordered) as file:
+            write_parquet(file, self._blocks(rows), facts, exact_paths=True)
+        groups = range(-(-len(rows) // BLOCK))
         with replacing(self._place) as file:
-            if self._parquet:
-                write_parquet(file, self._blocks(rows, COLUMNS), facts)
-            else:
-                write_npz(file, lambda column: self._blocks(rows, [column]), facts)
+            write_npz(file, lambda column: (read_group(ordered, group, [column]) for group in groups), facts)
 
-    def _blocks(self, rows: NDArray[np.int64], names: Iterable[str]) -> Iterator[Columns]:
+    def _blocks(self, rows: NDArray[np.int64]) -> Iterator[Columns]:
         """Rows in this order, each row group that a block needs read once for it."""
         starts = np.array(self._starts)
         for begin in range(0, len(rows), BLOCK):
@@ -244,15 +246,15 @@ class Parts:
             pieces = []
             for group in np.unique(groups):
                 path, number = self._groups[group]
-                columns = read_parquet(path, number, names)
+                columns = read_group(path, number, COLUMNS)
                 wanted = some[groups == group] - starts[group]
                 pieces.append({name: column[wanted] for name, column in columns.items()})
             in_order = np.argsort(np.argsort(groups, kind="stable"))
-            yield {name: np.concatenate([piece[name] for piece in pieces])[in_order] for name in names}
+            yield {name: np.concatenate([piece[name] for piece in pieces])[in_order] for name in COLUMNS}
 
     def remove(self) -> None:
         """Remove the parts, and the folder unless others have put files there."""
-        self._unlink_parts()
+        self._unlink("*.parquet")
         with suppress(OSError):
             (self.folder / "lock").unlink()
             self.folder.rmdir()
@@ -266,16 +268,16 @@ class Parts:
         if not kept:
             self.remove()
             return ""
-        (self.folder / "output.parquet").unlink(missing_ok=True)
+        self._unlink("[a-z]*.parquet")
         self._lock.close()
         return f"{kept:,} embeddings are kept in {describe(self.folder)}"
 
     def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]" * 8 + "-*.parquet"))
+        return sorted(self.folder.glob(PARTS))
 
-    def _unlink_parts(self) -> None:
-        for path in [*self._parts(), self.folder / "output.parquet"]:
-            path.unlink(missing_ok=True)
+    def _unlink(self, pattern: str) -> None:
+        for path in self.folder.glob(pattern):
+            path.unlink()
 
 
 def key(path: bytes) -> bytes:

@@ -71,25 +71,34 @@ def write_parquet(
     writer.close()
 
 
-def read_parquet_header(place: Path) -> tuple[dict[str, str], int]:
-    """The metadata of a file that `write_parquet` wrote, and the number of its row groups."""
+def read_parquet(place: Path) -> tuple[dict[str, str], Iterator[Columns]]:
+    """The facts of a file that `write_parquet` wrote, and its row groups; damaged pages are errors."""
     import pyarrow.parquet as pq
 
-    with _naming(place), pq.ParquetFile(place) as file:
-        metadata = {name.decode(): text.decode() for name, text in (file.schema_arrow.metadata or {}).items()}
-        if missing := {*COLUMNS, *FACTS} - {*file.schema_arrow.names, *metadata}:
+    def blocks() -> Iterator[Columns]:
+        with _naming(place), file:
+            for group in range(file.num_row_groups):
+                yield _columns(file, group, COLUMNS)
+
+    with _naming(place):
+        file = pq.ParquetFile(place, page_checksum_verification=True)
+        facts = {name.decode(): text.decode() for name, text in (file.schema_arrow.metadata or {}).items()}
+        if missing := {*COLUMNS, *FACTS} - {*file.schema_arrow.names, *facts}:
             raise ValueError(f"without {', '.join(sorted(missing))}")
-        return metadata, file.num_row_groups
+        return facts, blocks()
 
 
-def read_parquet(place: Path, group: int, names: Iterable[str] = COLUMNS) -> Columns:
-    """Read some columns of one row group; damaged pages are errors."""
+def read_group(place: Path, group: int, names: Iterable[str]) -> Columns:
+    """Some columns of one row group."""
     import pyarrow.parquet as pq
 
     with _naming(place), pq.ParquetFile(place, page_checksum_verification=True) as file:
-        names = list(names)
-        table = file.read_row_group(group, columns=names, use_threads=False)
-        return _checked({name: _array(table.column(name).combine_chunks(), name) for name in names})
+        return _columns(file, group, names)
+
+
+def _columns(file: Any, group: int, names: Iterable[str]) -> Columns:
+    table = file.read_row_group(group, columns=[*names], use_threads=False)
+    return _checked({name: _array(table.column(name).combine_chunks(), name) for name in names})
 
 
 def _array(column: Any, name: str) -> NDArray[Any]:
