@@ -575,24 +575,24 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_killed(run: Run, fake: FakeTriton, tmp_path: Path, suffix: str) -> None:
+def test_killed(run: Run, fake: FakeTriton, hold: Any, tmp_path: Path) -> None:
     """The results of the parts that were written are not requested again."""
-    folder, output = many(tmp_path / "clips", 300), tmp_path / f"out.{suffix}"
+    folder, output, parts = many(tmp_path / "clips", 300), tmp_path / "out.npz", tmp_path / "out.npz.parts"
+    hold(after=250)
+    held = fake.otherwise
 
     def steady(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
         time.sleep(0.1)
-        return good(fake, waveform)
+        return held(fake, waveform)
 
     fake.otherwise = steady
     process = start(fake, folder, "-o", output, "--in-flight", 4)
-    parts = tmp_path / f"out.{suffix}.parts"
-    wait_for(lambda: len(list(parts.glob("*.parquet"))) == 2)
+    wait_for(lambda: list(parts.glob("*.parquet")) != [])
     process.kill()
     process.communicate()
     kept = sum(parquet.read_metadata(part).num_rows for part in parts.glob("*.parquet"))
     (parts / ".torn.part").write_bytes(b"PAR1")
-    assert not output.exists() and 2 <= kept < 300
+    assert not output.exists() and 0 < kept <= 250
     fake.otherwise = good
     requested(fake)
     status, out, err = run(folder, "-o", output)
@@ -610,7 +610,7 @@ def test_interrupted(
     process = start(fake, folder, "-o", output, "--in-flight", 2)
     wait_for(lambda: len(fake.lengths) == 8)  # the last of the six replies may not have been read yet
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.count("\n")) == (status, "", 1) and f"{output}.parts" in err
     [kept] = map(int, re.findall(r"(\d+) embeddings", err))
     assert 4 <= kept <= 6
@@ -624,7 +624,7 @@ def test_interrupted_before_the_first_is_quiet(fake: FakeTriton, hold: Any, fold
     process = start(fake, folder, "-o", tmp_path / "out.npz")
     wait_for(lambda: len(fake.lengths) == 3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "") and left(tmp_path) == []
 
 
@@ -768,7 +768,7 @@ def test_lines_without_an_output(run: Run, fake: FakeTriton, folder: Path) -> No
 
 def test_the_summary_as_json(run: Run, folder: Path, tmp_path: Path) -> None:
     summary = json.loads(run(folder, "-o", tmp_path / "out.npz", "--json")[1])
-    assert 0 < summary.pop("elapsed") < 60 and summary.pop("audio") == pytest.approx(3006 / 16_000)
+    assert summary.pop("elapsed") > 0 and summary.pop("audio") == pytest.approx(3006 / 16_000)
     counts = {"files": 3, "embedded": 3, "failed": 0, "new": 3, "kept": 0}
     assert summary == {"output": str(tmp_path / "out.npz"), **counts}
 

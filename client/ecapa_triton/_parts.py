@@ -33,7 +33,7 @@ from .audio import describe
 from .errors import ModelMismatchError, OutputError
 
 WRITE_EVERY = 3.0  # s between two parts: a kill loses the results of this time
-PARTS = "[0-9]" * 8 + "-*.parquet"  # their numbers, and of rows in them
+PARTS = "[0-9]" * 8 + "-*.parquet"  # number of the part - its rows
 MISSING = -1  # in place of a row's number
 KEY = "S16"  # dtype of a path's hash: 16 bytes of memory a file, however long the paths
 
@@ -91,7 +91,8 @@ class Parts:
             self.folder.mkdir(exist_ok=True)
             return locked(self.folder / "lock")
         except (BlockingIOError, FileNotFoundError) as exc:  # a run that ends removes the folder
-            raise OutputError(f"{self.name}: another run is writing it: wait for its end, or choose another") from exc
+            reason = "another run is writing it: wait for its end, or choose another output"
+            raise OutputError(f"{self.name}: {reason}") from exc
         except OSError as exc:
             raise OutputError(f"{describe(self.folder)}: cannot be used ({exc.strerror}): move it away") from exc
 

@@ -157,10 +157,9 @@ def read_npz(place: Path) -> tuple[dict[str, str], Iterator[Columns]]:
     def blocks() -> Iterator[Columns]:
         with _naming(place), zipfile.ZipFile(place) as archive:
             arrays = {column: _Array(archive, *expected) for column, expected in COLUMNS.items()}
-            lengths = {array.shape[0] for array in arrays.values()}
-            if len(lengths) != 1:
-                raise ValueError("its arrays are of different lengths")
-            (length,) = lengths
+            length, *others = {array.shape[0] for array in arrays.values()}
+            if others or not length:
+                raise ValueError("its arrays are empty or of different lengths")
             for start in range(0, length, BLOCK):
                 columns = {name: array.read(min(BLOCK, length - start)) for name, array in arrays.items()}
                 columns["path"] = np.array([os.fsencode(path) for path in columns["path"]], object)
