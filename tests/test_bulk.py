@@ -31,7 +31,6 @@ pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 SAMPLES = Path(__file__).parents[1] / "samples"
-FORMATS = "npz", "parquet"
 OTHER = "00000000000000000000beef"
 COMMAND = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())", "embed"]
 FAST = """
@@ -59,6 +58,12 @@ def folder(tmp_path: Path) -> Path:
     for number, name in enumerate(["a.wav", "b/c.wav", "b/d.wav"], 1):
         write(tmp_path / "clips" / name, number)
     return tmp_path / "clips"
+
+
+@pytest.fixture(params=["npz", "parquet"])
+def output(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """An output in each format."""
+    return tmp_path / f"out.{request.param}"
 
 
 def write(path: Path, number: int = 0, samples: int = 0) -> Path:
@@ -133,11 +138,10 @@ def one_error(result: tuple[int, str, str], *facts: object) -> None:
 # --- the output ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
 def test_rows_are_those_of_the_inputs_in_order(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path
 ) -> None:
-    last, output = write(tmp_path / "z.wav", 4), tmp_path / f"out.{suffix}"
+    last = write(tmp_path / "z.wav", 4)
     status, out, err = run(last, folder, last, "-o", output)
     assert (status, err) == (0, "") and "5 of 5 files embedded, 4 new, 0.3 s of audio in " in out
     assert requested(fake) == [1, 2, 3, 4]
@@ -182,20 +186,17 @@ def test_parquet_schema(run: Run, folder: Path, tmp_path: Path) -> None:
     assert schema.metadata == {b"model": MODEL.encode(), b"long": b"error", b"folder": b""}
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
 def test_an_output_needs_pyarrow(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    one_error(run(folder, "-o", tmp_path / f"out.{suffix}"), "pip install 'ecapa-triton[bulk]'")
+    one_error(run(folder, "-o", output), "pip install 'ecapa-triton[bulk]'")
     assert (requested(fake), left(tmp_path)) == ([], [])
     assert run(folder)[0] == 0
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_thousands_of_rows(run: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
+def test_thousands_of_rows(run: Run, folder: Path, output: Path) -> None:
     """More than are written at a time, and in another order the second time."""
-    output = tmp_path / f"out.{suffix}"
     for inputs in [folder] * 800, [folder / "b/d.wav", *[folder] * 800]:
         assert run(*inputs, "-o", output)[0] == 0
         assert names(output)[-2400:] == ["a.wav", "c.wav", "d.wav"] * 800
@@ -203,12 +204,10 @@ def test_thousands_of_rows(run: Run, folder: Path, tmp_path: Path, suffix: str) 
     assert len(rows(output)) == 2401
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_names_that_are_not_utf_8(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str) -> None:
+def test_names_that_are_not_utf_8(run: Run, fake: FakeTriton, folder: Path, output: Path) -> None:
     odd = write(folder / os.fsdecode(b"caf\xe9 \xc3\xa9.wav"), 4)
     escaped = write(folder / "caf\\xe9.wav", 5)
-    output = tmp_path / f"out.{suffix}"
-    shown = str(odd) if suffix == "npz" else os.fsencode(odd).decode(errors="backslashreplace")
+    shown = str(odd) if output.suffix == ".npz" else os.fsencode(odd).decode(errors="backslashreplace")
     for again in range(3):
         assert run(folder, "-o", output)[0] == 0
         assert requested(fake) == ([] if again else [1, 2, 3, 4, 5])
@@ -218,11 +217,7 @@ def test_names_that_are_not_utf_8(run: Run, fake: FakeTriton, folder: Path, tmp_
 # --- what a later run requests ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_a_second_run_embeds_what_is_new_or_changed(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str
-) -> None:
-    output = tmp_path / f"out.{suffix}"
+def test_a_second_run_embeds_what_is_new_or_changed(run: Run, fake: FakeTriton, folder: Path, output: Path) -> None:
     run(folder, "-o", output)
     before = rows(output)
     requested(fake)
@@ -303,9 +298,7 @@ def test_a_file_that_changes_while_it_is_embedded(run: Run, fake: FakeTriton, fo
 # --- one output: one model, one way with long clips, one folder of relative paths ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_another_model_is_rejected(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str) -> None:
-    output = tmp_path / f"out.{suffix}"
+def test_another_model_is_rejected(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path) -> None:
     run(folder / "b", "-o", output)
     before = output.read_bytes()
     fake.model = lambda fake: OTHER
@@ -336,9 +329,7 @@ def test_parts_of_another_model_are_rejected_and_kept(run: Run, fake: FakeTriton
     assert left(tmp_path) == ["out.npz", "out.npz.parts"]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_ways_of_embedding_long_clips_do_not_mix(run: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
-    output = tmp_path / f"out.{suffix}"
+def test_ways_of_embedding_long_clips_do_not_mix(run: Run, folder: Path, tmp_path: Path, output: Path) -> None:
     write(folder / "long.wav", samples=31 * 16_000)
     assert run(folder, "-o", output)[0] == 2
     assert run(folder, "-o", output, "--long", "windows")[0] == 0  # the output held no long clip
@@ -347,11 +338,10 @@ def test_ways_of_embedding_long_clips_do_not_mix(run: Run, folder: Path, tmp_pat
     assert "long.wav" in names(output) and left(tmp_path) == [output.name]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
 def test_relative_paths_belong_to_one_folder(
-    run: Run, fake: FakeTriton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+    run: Run, fake: FakeTriton, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, one, two = tmp_path / f"out.{suffix}", tmp_path / "one", tmp_path / "two"
+    one, two = tmp_path / "one", tmp_path / "two"
     for number, folder in enumerate((one, two), 1):
         write(folder / "a.wav", number)
     monkeypatch.chdir(one)
@@ -469,23 +459,20 @@ def interrupt(run: Run, fake: FakeTriton, folder: Path, output: Path, *options: 
     requested(fake)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
 def test_a_server_that_goes_away_loses_nothing(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path
 ) -> None:
-    output = tmp_path / f"out.{suffix}"
     interrupt(run, fake, folder, output)
-    assert left(tmp_path) == [f"out.{suffix}.parts"]
+    assert left(tmp_path) == [f"{output.name}.parts"]
     status, out, _ = run(folder / "b", folder, "-o", output)
     assert status == 0 and "5 of 5 files embedded, 1 new" in out and requested(fake) == [3]
     assert names(output) == ["c.wav", "d.wav", "a.wav", "c.wav", "d.wav"] and left(tmp_path) == [output.name]
     check_embeddings(output)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_an_output_and_parts_together(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str) -> None:
+def test_an_output_and_parts_together(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path) -> None:
     """Changed files have rows in both. The parts of a run that was killed at its very end repeat the output."""
-    output, parts = tmp_path / f"out.{suffix}", tmp_path / f"out.{suffix}.parts"
+    parts = output.with_name(f"{output.name}.parts")
     run(folder, "-o", output)
     for number, name in enumerate(["a.wav", "b/c.wav", "b/d.wav"], 4):
         write(folder / name, number)
@@ -529,18 +516,17 @@ def test_files_of_a_damaged_part_are_embedded_again(
     assert left(tmp_path) == ["out.npz"]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
 def test_a_disk_that_is_full_at_the_end_loses_nothing(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    output, limits = Path(f"out.{suffix}"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         one_error(run(*["clips"] * 800, "-o", output), os.strerror(errno.EFBIG), "3 embeddings", f"{output}.parts")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert left(tmp_path) == [f"{output}.parts"]
+    assert left(tmp_path) == [f"{output.name}.parts"]
     requested(fake)
     assert run("clips", "-o", output)[0] == 0 and requested(fake) == [] and len(rows(output)) == 3
 
@@ -643,8 +629,7 @@ def test_two_runs_at_once(run: Run, fake: FakeTriton, hold: Any, folder: Path, t
 # --- memory ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, suffix: str) -> None:
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, output: Path) -> None:
     """The embeddings of 22,000 files alone take 17 MB."""
     allocators = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}  # that give back what is freed
     peaks = []
@@ -653,7 +638,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, suffix: s
         folder.mkdir()
         for number in range(count):
             os.mknod(folder / f"{number}.wav")
-        command = [sys.executable, "-c", FAST, str(folder), "-o", str(tmp_path / f"{count}.{suffix}")]
+        command = [sys.executable, "-c", FAST, str(folder), "-o", f"{output.parent}/{count}{output.suffix}"]
         peaks.append(float(subprocess.check_output(command, env=os.environ | allocators).splitlines()[-1]))
     assert peaks[1] - peaks[0] < 12  # MB
 
@@ -815,11 +800,7 @@ def test_wrong_in_flight(run: Run, folder: Path, capsys: pytest.CaptureFixture[s
 # --- the real server ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_served(
-    run: Run, server: Any, reference: Callable[[np.ndarray], np.ndarray], tmp_path: Path, suffix: str
-) -> None:
-    output = tmp_path / f"out.{suffix}"
+def test_served(run: Run, server: Any, reference: Callable[[np.ndarray], np.ndarray], output: Path) -> None:
     status, out, err = run(SAMPLES, "-o", output, url=server.grpc_url)
     assert (status, err) == (0, "") and "6 of 6 files embedded, 6 new" in out
     for row in rows(output):
