@@ -477,13 +477,14 @@ def test_an_output_and_parts_together(run: Run, fake: FakeTriton, folder: Path, 
     for number, name in enumerate(["a.wav", "b/c.wav", "b/d.wav"], 4):
         write(folder / name, number)
     interrupt(run, fake, folder, output)
-    assert run(folder / "a.wav", folder / "b/c.wav", "-o", output)[0] == 0 and requested(fake) == []
-    assert names(output) == ["a.wav", "c.wav", "d.wav"]
-    write(folder / "a.wav", 7)
-    write(folder / "b/c.wav", 8)
+    assert run(folder / "b/d.wav", "-o", output)[0] == 0 and requested(fake) == [6]
+    assert names(output) == ["d.wav", "a.wav", "c.wav"]
+    check_embeddings(output)
+    for number, name in enumerate(["a.wav", "b/c.wav", "b/d.wav"], 7):
+        write(folder / name, number)
     interrupt(run, fake, folder, output)
     shutil.copytree(parts, tmp_path / "aside")
-    assert run(folder, "-o", output)[0] == 0 and requested(fake) == [6]
+    assert run(folder, "-o", output)[0] == 0 and requested(fake) == [9]
     (tmp_path / "aside").rename(parts)
     assert run(folder, "-o", output)[0] == 0 and requested(fake) == []
     check_embeddings(output)
