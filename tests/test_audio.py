@@ -1,4 +1,4 @@
-"""Reading audio: every format, rate and kind of array, bounded memory, and errors of ours alone."""
+"""Reading audio: formats, rates and arrays, bounded memory, and no errors but ours."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +54,7 @@ def tone(seconds: float, rate: int = SECOND, hertz: float = 440.0) -> np.ndarray
 )
 def test_formats(container: str, subtype: str | None, tolerance: float, tmp_path: Path) -> None:
     data = encoded(tone(1), SECOND, container, subtype)
-    path = tmp_path / "clip.raw"  # the suffix says nothing
+    path = tmp_path / "clip.raw"  # the suffix does not matter
     path.write_bytes(data)
     from_bytes = read(data, max_samples=LIMIT)
     from_path = read(path, max_samples=LIMIT)
@@ -74,7 +73,7 @@ def test_rates(rate: int) -> None:
     np.testing.assert_array_equal(read(tone(2, rate), rate, max_samples=LIMIT).waveform, clip.waveform)
 
 
-def test_what_lies_above_8_khz_does_not_fold_down() -> None:
+def test_frequencies_above_8_khz_do_not_alias() -> None:
     clip = read(tone(1, 48_000, hertz=12_000), 48_000, max_samples=LIMIT)
     assert np.abs(clip.waveform[1_000:-1_000]).max() < 1e-3
 
@@ -113,23 +112,23 @@ def test_a_cut_clip_is_the_beginning_of_the_whole(rate: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "rate", "words"),
+    ("array", "rate", "fact"),
     [
-        (np.zeros((2, 16_000), np.float32), None, r"array float32\[2, 16000\]: .*transpose"),
-        (np.zeros((1, 1, 16_000), np.float32), None, "expected shape"),
-        (np.array(0, np.float32), None, "expected shape"),
-        (np.zeros((16_000, 0), np.float32), None, "expected shape"),
-        (np.zeros(16_000, np.int32), None, "expected float samples .* or int16"),
-        (np.zeros(16_000, np.complex64), None, "expected float samples"),
-        (np.zeros(16_000, np.float32), 0, "sample rate is 0, expected 4000 to 768000 Hz"),
-        (np.zeros(16_000, np.float32), float("nan"), "sample rate is nan"),
-        (np.zeros(16_000, np.float32), "16k", "sample rate is '16k'"),
-        ([0.0] * 16_000, None, "audio is a list: expected a path, .*array"),
-        (None, None, "audio is a NoneType"),
+        (np.zeros((2, 16_000), np.float32), None, r"float32\[2, 16000\]"),
+        (np.zeros((1, 1, 16_000), np.float32), None, r"\[1, 1, 16000\]"),
+        (np.array(0, np.float32), None, r"\[\]"),
+        (np.zeros((16_000, 0), np.float32), None, r"\[16000, 0\]"),
+        (np.zeros(16_000, np.int32), None, "int32"),
+        (np.zeros(16_000, np.complex64), None, "complex64"),
+        (np.zeros(16_000, np.float32), 0, "is 0, expected 4000 to 768000 Hz"),
+        (np.zeros(16_000, np.float32), float("nan"), "nan"),
+        (np.zeros(16_000, np.float32), "16k", "'16k'"),
+        ([0.0] * 16_000, None, "list"),
+        (None, None, "NoneType"),
     ],
 )
-def test_wrong_arrays(array: object, rate: object, words: str) -> None:
-    with pytest.raises(AudioFormatError, match=words):
+def test_wrong_arrays(array: object, rate: object, fact: str) -> None:
+    with pytest.raises(AudioFormatError, match=fact):
         read(array, rate, max_samples=LIMIT)  # type: ignore[arg-type]
 
 
@@ -138,7 +137,7 @@ def test_wrong_arrays(array: object, rate: object, words: str) -> None:
 def test_not_finite(value: float, rate: int) -> None:
     samples = np.zeros(rate)
     samples[rate // 2] = value
-    with pytest.raises(NotFiniteError, match=r"array float64\[\d+\]: the sample at 0\.\d+ s is .*expected"):
+    with pytest.raises(NotFiniteError, match=r"float64\[\d+\].* 0\.\d+ s"):
         read(samples, rate, max_samples=LIMIT)
     with pytest.raises(NotFiniteError):
         read(encoded(samples, rate, "WAV", "DOUBLE"), max_samples=LIMIT)
@@ -159,21 +158,21 @@ def test_wrong_files(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     flac = encoded(tone(5), SECOND, "FLAC")
     mp3 = encoded(tone(5), SECOND, "MP3")
-    for audio, kind, words in [
-        (tmp_path / "none.wav", AudioFileError, r"none\.wav: cannot be opened \(No such file or directory\)"),
-        (tmp_path, AudioFileError, "is a directory"),
-        (pipe, AudioFileError, "is not a regular file"),
-        ("", AudioFileError, "'': cannot be opened"),
-        ("a\0b", AudioFileError, r"'a\\x00b': cannot be opened"),
-        ("two\nlines", AudioFileError, r"'two\\nlines': cannot be opened"),
-        (text, NotAudioError, r"text\.wav: starts with b'hell': expected a WAV"),
-        (empty, NotAudioError, r"empty\.wav: is empty \(0 bytes\)"),
-        (b"", NotAudioError, r"0 bytes: is empty"),
-        (b"RIFF", NotAudioError, "4 bytes: cannot be read as audio"),
-        (flac[: len(flac) // 2], NotAudioError, "expected a whole|damaged or cut off"),
-        (mp3[: len(mp3) // 2], NotAudioError, r"ends after 2\.\d+ s, its header promises 5\.\d+ s: damaged"),
+    for audio, kind, fact in [
+        (tmp_path / "none.wav", AudioFileError, r"none\.wav.*No such file"),
+        (tmp_path, AudioFileError, str(tmp_path)),
+        (pipe, AudioFileError, "pipe"),
+        ("", AudioFileError, "''"),
+        ("a\0b", AudioFileError, r"'a\\x00b'"),
+        ("two\nlines", AudioFileError, r"'two\\nlines'"),
+        (text, NotAudioError, r"text\.wav: .*b'hell'"),
+        (empty, NotAudioError, r"empty\.wav: .*0 bytes"),
+        (b"", NotAudioError, "0 bytes"),
+        (b"RIFF", NotAudioError, "4 bytes"),
+        (flac[: len(flac) // 2], NotAudioError, "bytes"),
+        (mp3[: len(mp3) // 2], NotAudioError, r"2\.\d+ s, .* 5\.\d+ s"),
     ]:
-        with pytest.raises(kind, match=words):
+        with pytest.raises(kind, match=fact):
             read(audio, max_samples=LIMIT)
 
 
@@ -190,15 +189,15 @@ def with_length(data: bytes, length: int) -> bytes:
 def test_a_wav_file_cut_off(container: str, subtype: str, tmp_path: Path) -> None:
     data = encoded(np.stack([tone(5)] * 2, axis=1), SECOND, container, subtype)
     path = tmp_path / "cut.wav"
-    for share, words in [
-        (0.5, r"ends after 2\.\d+ s, its header promises 5\.\d+ s: damaged"),
-        (0.89, r"ends after 4\.[45]"),
+    for share, fact in [
+        (0.5, r"2\.\d+ s, .* 5\.\d+ s"),
+        (0.89, r"4\.[45]\d s"),
     ]:
         path.write_bytes(data[: round(share * len(data))])
         for audio in (path, path.read_bytes()):
-            with pytest.raises(NotAudioError, match=words):
+            with pytest.raises(NotAudioError, match=fact):
                 read(audio, max_samples=LIMIT)
-            assert read(audio, max_samples=SECOND).cut  # what is there is good
+            assert read(audio, max_samples=SECOND).cut  # the part before the cut is good
     assert len(read(data[: round(0.95 * len(data))], max_samples=LIMIT).waveform) > 4.6 * SECOND
     assert len(read(data, max_samples=LIMIT).waveform) == pytest.approx(5 * SECOND, abs=2_000)
 
@@ -215,10 +214,10 @@ def test_a_wav_header_with_other_chunks_and_none() -> None:
     data = encoded(tone(1), SECOND, "WAV", "PCM_16")
     odd = b"LIST" + (5).to_bytes(4, "little") + b"data\xff\0"
     assert len(read(data[:36] + odd + data[36:], max_samples=LIMIT).waveform) == SECOND
-    with pytest.raises(NotAudioError, match="ends after 0.50 s, its header promises 1.50 s"):
+    with pytest.raises(NotAudioError, match=r"0\.50 s, .* 1\.50 s"):
         cut = with_length(data, 3 * SECOND)[: 44 + SECOND]
         read(cut[:36] + odd + cut[36:], max_samples=LIMIT)
-    with pytest.raises(NotAudioError, match="cannot be read as audio"):
+    with pytest.raises(NotAudioError):
         read(b"RIFF" + bytes(1_000_000), max_samples=LIMIT)
 
 
@@ -235,12 +234,12 @@ def test_unreadable_file(tmp_path: Path) -> None:
 def test_the_rate_of_a_file_is_its_own() -> None:
     data = encoded(tone(1, 8_000), 8_000, "WAV")
     assert len(read(data, 8_000, max_samples=LIMIT).waveform) == SECOND
-    with pytest.raises(AudioFormatError, match="the file is at 8000 Hz, sample_rate says 16000: leave"):
+    with pytest.raises(AudioFormatError, match="8000 Hz.* 16000"):
         read(data, 16_000, max_samples=LIMIT)
 
 
 def test_a_rate_out_of_range_in_a_header() -> None:
-    with pytest.raises(AudioFormatError, match="sample rate is 1, expected"):
+    with pytest.raises(AudioFormatError, match="rate is 1,"):
         read(encoded(tone(1), 1, "WAV"), max_samples=LIMIT)
 
 
@@ -277,31 +276,29 @@ def with_field(data: bytes, place: int, value: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("container", "place", "layout", "value", "kind", "words"),
+    ("container", "place", "layout", "value", "kind"),
     [
-        ("WAV", 22, "<H", 65_535, NotAudioError, "cannot be read"),
-        ("WAV", 24, "<I", 4_000_000_000, NotAudioError, "cannot be read"),
-        ("AU", 16, ">I", 2_000_000_000, AudioFormatError, "sample rate is 2000000000, expected"),
-        ("AU", 20, ">I", 65_535, NotAudioError, "cannot be read"),
-        ("AIFF", 20, ">H", 65_535, NotAudioError, "cannot be read"),
-        ("CAF", 20, ">d", 4e9, NotAudioError, "cannot be read"),
-        ("CAF", 20, ">d", float("nan"), NotAudioError, "cannot be read"),
-        ("CAF", 44, ">I", 65_535, NotAudioError, "cannot be read"),
-        ("RF64", 28, "<Q", 10**15, NotAudioError, "ends after 1.00 s|cannot be read"),
+        ("WAV", 22, "<H", 65_535, NotAudioError),
+        ("WAV", 24, "<I", 4_000_000_000, NotAudioError),
+        ("AU", 16, ">I", 2_000_000_000, AudioFormatError),
+        ("AU", 20, ">I", 65_535, NotAudioError),
+        ("AIFF", 20, ">H", 65_535, NotAudioError),
+        ("CAF", 20, ">d", 4e9, NotAudioError),
+        ("CAF", 20, ">d", float("nan"), NotAudioError),
+        ("CAF", 44, ">I", 65_535, NotAudioError),
+        ("RF64", 28, "<Q", 10**15, NotAudioError),
     ],
 )
-def test_extreme_headers(
-    container: str, place: int, layout: str, value: float, kind: type[AudioError], words: str
-) -> None:
+def test_extreme_headers(container: str, place: int, layout: str, value: float, kind: type[AudioError]) -> None:
     data = with_field(encoded(tone(1), SECOND, container, "PCM_16"), place, struct.pack(layout, value))
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind):
         read(data, max_samples=LIMIT)
 
 
-def test_a_file_of_more_samples_a_second_than_anyone_records() -> None:
+def test_a_file_of_too_many_samples_a_second() -> None:
     """255 channels of Opus: a second of silence is 50 kB and takes two seconds to decode."""
     data = encoded(np.zeros((4_800, 255), np.float32), 48_000, "OGG", "OPUS")
-    with pytest.raises(AudioFormatError, match="255 channels at 48000 Hz, expected at most 10000000 samples a second"):
+    with pytest.raises(AudioFormatError, match="255 channels at 48000 Hz.* 10000000"):
         read(data, max_samples=LIMIT)
 
 
@@ -316,7 +313,7 @@ def test_a_flac_stream_of_unknown_length() -> None:
 
 
 def test_an_mp3_that_goes_on_behind_its_count(tmp_path: Path) -> None:
-    """libsndfile would leave out the rest without a word."""
+    """libsndfile would leave out the rest in silence."""
     quiet_then_loud = np.concatenate([tone(10) * 1e-4, np.random.default_rng(0).uniform(-0.5, 0.5, 10 * SECOND)])
     data = encoded(quiet_then_loud, SECOND, "MP3")
     assert len(read(data + b"TAG" + bytes(125), max_samples=LIMIT).waveform) == pytest.approx(20 * SECOND, abs=2_000)
@@ -325,14 +322,14 @@ def test_an_mp3_that_goes_on_behind_its_count(tmp_path: Path) -> None:
     for damaged_data in (without_header, data + data):
         path.write_bytes(damaged_data)
         for audio in (damaged_data, path):
-            with pytest.raises(NotAudioError, match=r"goes on behind the \d+\.\d\d s .*convert it"):
+            with pytest.raises(NotAudioError, match=r"\d+\.\d\d s"):
                 read(audio, max_samples=3 * LIMIT)
             assert read(audio, max_samples=SECOND).cut
 
 
 @settings(max_examples=150)
 @given(st.randoms(use_true_random=False), st.sampled_from(fuzz_audio.LIMITS))
-def test_damaged_bytes_give_a_finite_waveform_or_an_error_of_ours(random: Random, max_samples: int) -> None:
+def test_damaged_bytes_give_a_finite_waveform_or_our_error(random: Random, max_samples: int) -> None:
     fuzz_audio.check(fuzz_audio.damaged(random), max_samples)
 
 
@@ -340,7 +337,7 @@ def test_thousands_of_damaged_files_in_bounded_time_and_memory() -> None:
     command = [sys.executable, "-m", "tests.fuzz_audio", "--seed", "0", "--files", "1500"]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 0, run.stdout
-    counts = {kind: int(count) for kind, count in re.findall(r"(\w+) (\d+)[,;]", run.stdout)}
+    counts = {kind: int(count) for kind, count in re.findall(r"(\w+) (\d+)[,\n]", run.stdout)}
     assert counts["waveform"] > 150 and counts["NotAudioError"] > 150 and counts["NotFiniteError"] > 1, run.stdout
 
 
@@ -357,43 +354,23 @@ def is_greedy(*arguments: object) -> None:
     np.ones(fuzz_audio.MEMORY // 8 + (1 << 20))
 
 
-def raises(*arguments: object) -> None:
-    raise ZeroDivisionError("division by zero")
-
-
 def prints(*arguments: object) -> None:
     os.write(2, b"Note: skipped\nFrom cffi callback\n")
 
 
 @pytest.mark.parametrize(
-    ("misbehaves", "words"),
-    [
-        (dies, "the process died: SIGKILL"),
-        (hangs, "the process died: SIGPROF"),
-        (is_greedy, "took 1[0-9]{2} MiB, allowed are 96"),
-        (raises, "ZeroDivisionError: division by zero"),
-        (prints, "printed b'From cffi callback'"),
-    ],
+    ("misbehaves", "fact"),
+    [(dies, "SIGKILL"), (hangs, "SIGPROF"), (is_greedy, "MiB"), (prints, "cffi callback")],
 )
-def test_the_fuzzer_tells(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaves: Callable[..., None], words: str
-) -> None:
-    numbers = iter(range(1_000))
-
-    def check(audio: bytes | Path, max_samples: int) -> str:
-        return "waveform" if next(numbers) == 0 else misbehaves() or "waveform"
-
-    monkeypatch.setattr(fuzz_audio, "check", check)
-    if misbehaves is hangs:
-        monkeypatch.setattr(fuzz_audio, "CPU_SECONDS", 0.5)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    said: list[str] = []
-    summary = fuzz_audio.run(0, 5, lambda done: done < 2, said.append)
-    assert [failure.number for failure in summary.failures] == [6]
-    saved = tmp_path / "fuzz_audio_0_6"
-    assert re.search(words, said[0]) and str(saved) in said[0]
-    assert saved.read_bytes() == fuzz_audio.make(0, 6)[0]
-    assert summary.kinds == {"waveform": 1, "FAILED": 1}
+def test_the_fuzzer_reports(monkeypatch: pytest.MonkeyPatch, misbehaves: Callable[..., None], fact: str) -> None:
+    numbers = iter(range(1_000))  # anew in each child
+    monkeypatch.setattr(fuzz_audio, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(fuzz_audio, "check", lambda *_: next(numbers) == 1 and misbehaves() or "waveform")
+    results = fuzz_audio.read_files(0, first=5)
+    good, bad = next(results), next(results)
+    results.close()
+    assert good == (5, "waveform", False)
+    assert (bad.number, bad.failed) == (6, True) and fact in bad.outcome
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6).filter(lambda size: size > 1_000))

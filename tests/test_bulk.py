@@ -1,19 +1,21 @@
-"""Bulk embedding: what is asked of the server, what is in the output, and what is left after a run that ends early."""
+"""Bulk embedding, `ecapa-triton embed`: requests, output, and what a run that ends early leaves to the next one."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import errno
 import io
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +23,47 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
-from ecapa_triton import EcapaError, SpeakerClient, _bulk, _tables, _workfile, audio
-from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, good, nan, refuse, slow
+from ecapa_triton import audio
+from ecapa_triton._cli import main
+from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, good, nan, refuse
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 SAMPLES = Path(__file__).parents[1] / "samples"
-FORMATS = "npz", "parquet"
 OTHER = "00000000000000000000beef"
-MAIN = """
-import argparse, sys
-from ecapa_triton import SpeakerClient, _bulk
-
-parser = argparse.ArgumentParser()
-_bulk.add_arguments(parser)
-parser.set_defaults(long="error", json=False)
-arguments = parser.parse_args(sys.argv[2:])
-with SpeakerClient(sys.argv[1], max_in_flight=arguments.in_flight) as client:
-    sys.exit(_bulk.run(client, arguments))
-"""
-STUB = """
+COMMAND = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())", "embed"]
+FAST = """
 import resource, sys
 import numpy as np
-from ecapa_triton import Utterance, _bulk, _workfile
+from ecapa_triton import SpeakerClient, Utterance, _cli
 
-class Client:
+class Client(SpeakerClient):
     def utterances(self, audios, *, long):
         for audio in audios:
             yield Utterance(np.ones(192, np.float32), 1.0, "model", None)
 
-_workfile.CACHE = 512
+_cli.SpeakerClient = Client
 for _ in range(2):
-    _bulk.embed_files(Client(), [sys.argv[1]], sys.argv[2])
+    assert _cli.main(["embed", *sys.argv[1:]]) == 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three clips whose lengths, 1001 to 1003 samples, tell which of them were asked for."""
+    """Three clips whose lengths, 1001 to 1003 samples, tell which of them were requested."""
     for number, name in enumerate(["a.wav", "b/c.wav", "b/d.wav"], 1):
         write(tmp_path / "clips" / name, number)
     return tmp_path / "clips"
+
+
+@pytest.fixture(params=["npz", "parquet"])
+def output(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """An output in each format."""
+    return tmp_path / f"out.{request.param}"
 
 
 def write(path: Path, number: int = 0, samples: int = 0) -> Path:
@@ -71,7 +74,10 @@ def write(path: Path, number: int = 0, samples: int = 0) -> Path:
     return path
 
 
-Run = Callable[..., tuple[int, str, str]]
+def many(folder: Path, count: int) -> Path:
+    for number in range(count):
+        write(folder / f"{number:03}.wav", number)
+    return folder
 
 
 @pytest.fixture
@@ -79,24 +85,14 @@ def run(fake: FakeTriton, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command on the fake server: exit status, standard output, standard error."""
 
     def run(*given: object, url: str = "") -> tuple[int, str, str]:
-        parser = argparse.ArgumentParser()
-        _bulk.add_arguments(parser)
-        parser.add_argument("--long", default="error")
-        parser.add_argument("--json", action="store_true")
-        arguments = parser.parse_args([str(one) for one in given])
-        with SpeakerClient(url or fake.url, max_in_flight=arguments.in_flight, retries=0) as client:
-            try:
-                status = _bulk.run(client, arguments)
-            except EcapaError as exc:
-                status = 2
-                print(f"ecapa-triton: {exc}", file=sys.stderr)
+        status = main(["embed", *map(str, given), "--url", url or fake.url, "--retries", "0"])
         return status, *capsys.readouterr()
 
     return run
 
 
-def asked(fake: FakeTriton) -> list[int]:
-    """Which clips were asked for since the last time."""
+def requested(fake: FakeTriton) -> list[int]:
+    """The numbers of the clips that were requested since the last time."""
     numbers = sorted(length - 1000 for length in fake.lengths if length != 640)  # that is silence, for the limits
     fake.lengths.clear()
     return numbers
@@ -105,47 +101,57 @@ def asked(fake: FakeTriton) -> list[int]:
 def rows(output: Path) -> list[dict[str, Any]]:
     """The rows of an output of either format, under the names of Parquet's columns."""
     if output.suffix == ".parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
         found: list[dict[str, Any]] = parquet.read_table(output).to_pylist()
         return [row | {"embedding": np.array(row["embedding"], np.float32)} for row in found]
     with np.load(output, allow_pickle=False) as arrays:
-        names = {"path": "files", "seconds": "seconds", "embedding": "embeddings"}
-        names |= {"size": "sizes", "stamp": "stamps"}
+        names = {"path": "files", "seconds": "seconds", "embedding": "embeddings", "size": "sizes", "stamp": "stamps"}
         columns = [arrays[name] for name in names.values()]
         return [
             dict(zip(names, row, strict=True)) | {"model": str(arrays["model"])} for row in zip(*columns, strict=True)
         ]
 
 
-def paths(output: Path) -> list[str]:
-    return [row["path"] for row in rows(output)]
+def names(output: Path) -> list[str]:
+    return [Path(row["path"]).name for row in rows(output)]
+
+
+def check_embeddings(output: Path) -> None:
+    expected: dict[str, np.ndarray] = {}
+    for row in rows(output):
+        path = row["path"]
+        if path not in expected:
+            expected[path] = fingerprint(soundfile.read(path, dtype="float32")[0])
+        np.testing.assert_array_equal(row["embedding"], expected[path])
 
 
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != "clips")
 
 
-# --- what is in the output ---
+def one_error(result: tuple[int, str, str], *facts: object) -> None:
+    status, out, err = result
+    assert (status, out) == (2, "") and err.startswith("ecapa-triton: ") and err.count("\n") == 1, result
+    for fact in facts:
+        assert str(fact) in err
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_rows_are_those_of_the_inputs_in_order(run: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
-    last, output = write(tmp_path / "z.wav", 4), tmp_path / f"out.{suffix}"
+# --- the output ---
+
+
+def test_rows_are_those_of_the_inputs_in_order(
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path
+) -> None:
+    last = write(tmp_path / "z.wav", 4)
     status, out, err = run(last, folder, last, "-o", output)
     assert (status, err) == (0, "") and "5 of 5 files embedded, 4 new, 0.3 s of audio in " in out
+    assert requested(fake) == [1, 2, 3, 4]
     a, c, d = folder / "a.wav", folder / "b/c.wav", folder / "b/d.wav"
-    assert paths(output) == [str(path) for path in (last, a, c, d, last)]
+    assert [row["path"] for row in rows(output)] == [str(path) for path in (last, a, c, d, last)]
+    check_embeddings(output)
     for row in rows(output):
-        samples, _ = soundfile.read(row["path"], dtype="float32")
-        np.testing.assert_array_equal(row["embedding"], fingerprint(samples))
-        assert _workfile.stat_of(row["path"]) == _workfile.Stat(row["size"], row["stamp"])
-        assert row["seconds"] == pytest.approx(len(samples) / 16_000) and row["model"] == MODEL
+        assert row["size"] == os.stat(row["path"]).st_size and row["model"] == MODEL
+        assert row["seconds"] == pytest.approx(soundfile.info(row["path"]).duration)
     assert left(tmp_path) == [output.name, "z.wav"]
-
-
-def test_a_file_named_twice_is_asked_for_once(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
-    run(folder / "a.wav", folder, "-o", tmp_path / "out.npz")
-    assert asked(fake) == [1, 2, 3] and len(rows(tmp_path / "out.npz")) == 4
 
 
 def test_npz_arrays(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -153,9 +159,8 @@ def test_npz_arrays(run: Run, folder: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
         shapes = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
         assert str(arrays["long"]) == "windows"
-    longest = len(str(folder / "b/c.wav"))
     assert shapes == {
-        "files": (f"<U{longest}", (3,)),
+        "files": (f"<U{len(str(folder / 'b/c.wav'))}", (3,)),
         "seconds": ("<f4", (3,)),
         "embeddings": ("<f4", (3, SIZE)),
         "sizes": ("<i8", (3,)),
@@ -167,91 +172,77 @@ def test_npz_arrays(run: Run, folder: Path, tmp_path: Path) -> None:
 
 
 def test_parquet_schema(run: Run, folder: Path, tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     run(folder, "-o", tmp_path / "out.parquet")
     schema = parquet.read_schema(tmp_path / "out.parquet")
-    assert schema.remove_metadata() == pa.schema(
-        {
-            "path": pa.string(),
-            "seconds": pa.float32(),
-            "embedding": pa.list_(pa.float32(), SIZE),
-            "model": pa.string(),
-            "size": pa.int64(),
-            "stamp": pa.int64(),
-        }
-    )
+    columns = {
+        "path": pyarrow.string(),
+        "seconds": pyarrow.float32(),
+        "embedding": pyarrow.list_(pyarrow.float32(), SIZE),
+        "model": pyarrow.string(),
+        "size": pyarrow.int64(),
+        "stamp": pyarrow.int64(),
+    }
+    assert schema.remove_metadata() == pyarrow.schema(columns)
     assert schema.metadata == {b"model": MODEL.encode(), b"long": b"error", b"folder": b""}
 
 
-def test_parquet_without_pyarrow(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_output_needs_pyarrow(
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    status, out, err = run(folder, "-o", tmp_path / "out.parquet")
-    assert (status, out) == (2, "") and "pip install 'ecapa-triton[bulk]'" in err
-    assert (asked(fake), left(tmp_path)) == ([], [])
+    one_error(run(folder, "-o", output), "pip install 'ecapa-triton[bulk]'")
+    assert (requested(fake), left(tmp_path)) == ([], [])
+    assert run(folder)[0] == 0
 
 
-def test_more_rows_than_a_batch(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in _tables, _workfile:
-        monkeypatch.setattr(module, "BATCH", 2)
-    for suffix in FORMATS:
-        output = tmp_path / f"out.{suffix}"
-        for _ in range(2):
-            assert run(folder, folder, "-o", output)[0] == 0
-            assert paths(output) == [str(folder / name) for name in ("a.wav", "b/c.wav", "b/d.wav")] * 2
-            for row in rows(output):
-                expected = fingerprint(soundfile.read(row["path"], dtype="float32")[0])
-                np.testing.assert_array_equal(row["embedding"], expected)
+def test_thousands_of_rows(run: Run, folder: Path, output: Path) -> None:
+    """More than are written at a time, and in another order the second time."""
+    for inputs in [folder] * 800, [folder / "b/d.wav", *[folder] * 800]:
+        assert run(*inputs, "-o", output)[0] == 0
+        assert names(output)[-2400:] == ["a.wav", "c.wav", "d.wav"] * 800
+        check_embeddings(output)
+    assert len(rows(output)) == 2401
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_names_that_are_not_utf_8(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str) -> None:
+def test_names_that_are_not_utf_8(run: Run, fake: FakeTriton, folder: Path, output: Path) -> None:
     odd = write(folder / os.fsdecode(b"caf\xe9 \xc3\xa9.wav"), 4)
     escaped = write(folder / "caf\\xe9.wav", 5)
-    output = tmp_path / f"out.{suffix}"
+    shown = str(odd) if output.suffix == ".npz" else os.fsencode(odd).decode(errors="backslashreplace")
     for again in range(3):
         assert run(folder, "-o", output)[0] == 0
-        assert asked(fake) == ([] if again else [1, 2, 3, 4, 5])
-        shown = str(odd) if suffix == "npz" else os.fsencode(odd).decode(errors="backslashreplace")
-        assert sorted(paths(output))[3:] == sorted([shown, str(escaped)])
+        assert requested(fake) == ([] if again else [1, 2, 3, 4, 5])
+        assert sorted(row["path"] for row in rows(output))[3:] == sorted([shown, str(escaped)])
 
 
-# --- what is asked of the server ---
+# --- what a later run requests ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_a_second_run_asks_only_for_what_is_new_or_changed(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str
-) -> None:
-    output = tmp_path / f"out.{suffix}"
+def test_a_second_run_embeds_what_is_new_or_changed(run: Run, fake: FakeTriton, folder: Path, output: Path) -> None:
     run(folder, "-o", output)
     before = rows(output)
-    asked(fake)
-    assert "3 of 3 files embedded, 0 new\n" in run(folder, "-o", output)[1]
-    assert asked(fake) == []
+    requested(fake)
+    assert "3 of 3 files embedded, 0 new\n" in run(folder, "-o", output)[1] and requested(fake) == []
     for one, two in zip(rows(output), before, strict=True):
         np.testing.assert_equal(one, two)
     write(folder / "b/c.wav", 7)
     write(folder / "0.wav", 8)
     status, out, _ = run(folder, "-o", output)
-    assert (status, asked(fake)) == (0, [7, 8]) and "4 of 4 files embedded, 2 new" in out
-    assert [Path(path).name for path in paths(output)] == ["0.wav", "a.wav", "c.wav", "d.wav"]
-    assert rows(output)[2]["embedding"][0] == 1007
+    assert (status, requested(fake)) == (0, [7, 8]) and "4 of 4 files embedded, 2 new" in out
+    assert names(output) == ["0.wav", "a.wav", "c.wav", "d.wav"]
+    check_embeddings(output)
 
 
 def test_the_same_size_and_another_time_is_a_change(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
     run(folder, "-o", tmp_path / "out.npz")
-    asked(fake)
+    requested(fake)
     os.utime(folder / "a.wav", ns=(0, os.stat(folder / "a.wav").st_mtime_ns + 1))
     run(folder, "-o", tmp_path / "out.npz")
-    assert asked(fake) == [1]
+    assert requested(fake) == [1]
 
 
 @pytest.mark.parametrize("moved", ["files", "folders"])
-def test_files_that_change_places_are_a_change(run: Run, fake: FakeTriton, tmp_path: Path, moved: str) -> None:
-    """Of one size, and with the same times: as an archive leaves clips of one length."""
+def test_files_that_change_places_are_a_change(run: Run, tmp_path: Path, moved: str) -> None:
+    """They have one size and one time, as an archive leaves clips of one length."""
     one, two = write(tmp_path / "one/a.wav", 1, 2000), write(tmp_path / "two/a.wav", 2, 2000)
     for path in one, two:
         os.utime(path, ns=(0, 10**18))
@@ -262,83 +253,32 @@ def test_files_that_change_places_are_a_change(run: Run, fake: FakeTriton, tmp_p
     b.rename(a)
     (tmp_path / "aside").rename(b)
     assert "2 of 2 files embedded, 2 new" in run(one, two, "-o", output)[1]
-    for row in rows(output):
-        np.testing.assert_array_equal(row["embedding"], fingerprint(soundfile.read(row["path"], dtype="float32")[0]))
+    check_embeddings(output)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_relative_paths_mean_nothing_elsewhere(
-    run: Run, fake: FakeTriton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
-    output = tmp_path / f"out.{suffix}"
-    for number, name in enumerate(("one", "two"), 1):
-        write(tmp_path / name / "a.wav", number)
-        monkeypatch.chdir(tmp_path / name)
-        status, _, err = run("a.wav", "-o", output)
-        assert status == (0 if name == "one" else 2)
-    assert f"the paths in it start from {tmp_path / 'one'}, now they would from {tmp_path / 'two'}: run this" in err
-    assert asked(fake) == [1] and paths(output) == ["a.wav"]
-    assert run(tmp_path / "two/a.wav", "-o", output)[0] == 0  # an absolute one goes with them
-    assert paths(output) == [str(tmp_path / "two/a.wav"), "a.wav"]
-
-
-@pytest.mark.parametrize("wrong", [np.zeros((3, 10), np.float32), np.full((3, SIZE), np.nan, np.float32)])
-def test_an_output_with_embeddings_that_are_none_is_refused(
-    run: Run, folder: Path, tmp_path: Path, wrong: np.ndarray
-) -> None:
-    output = tmp_path / "out.npz"
-    run(folder, "-o", output)
-    with np.load(output) as arrays:
-        damaged = dict(arrays) | {"embeddings": wrong}
-    np.savez(output, **damaged)
-    before = output.read_bytes()
-    status, _, err = run(write(tmp_path / "z.wav", 4), "-o", output)
-    assert status == 2 and "embed" in err and output.read_bytes() == before
-
-
-def test_a_folder_in_the_way_is_named(run: Run, folder: Path, tmp_path: Path) -> None:
-    for suffix, words in (".failed.tsv", "cannot be replaced"), (".partial", "cannot be used"):
-        (tmp_path / f"out.npz{suffix}").mkdir()
-        status, _, err = run(folder, "-o", tmp_path / "out.npz")
-        assert status == 2 and f"out.npz{suffix}: {words}" in err and err.count("\n") == 1
-        (tmp_path / f"out.npz{suffix}").rmdir()
-    assert left(tmp_path) == []
-
-
-def test_a_server_that_hangs_ends_the_run(run: Run, fake: FakeTriton, tmp_path: Path, monkeypatch: Any) -> None:
-    fake.otherwise = refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "late")
-    monkeypatch.setattr(_bulk, "MOST_UNANSWERED", 5)
-    for number in range(30):
-        write(tmp_path / f"clips/{number}.wav", number)
-    status, _, err = run(tmp_path / "clips", "-o", tmp_path / "out.npz", "--in-flight", 2)
-    assert status == 2 and err.count("no reply from") == 5 and len(fake.lengths) < 15
-
-
-def test_rows_that_were_not_asked_for_are_kept_at_the_end(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_rows_that_were_not_given_again_are_kept_at_the_end(run: Run, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.npz"
     run(folder, "-o", output)
     status, out, _ = run(write(tmp_path / "z.wav", 4), folder / "b", "-o", output)
     assert status == 0 and "3 of 3 files embedded, 1 new, 1 kept of earlier runs" in out
-    assert [Path(path).name for path in paths(output)] == ["z.wav", "c.wav", "d.wav", "a.wav"]
+    assert names(output) == ["z.wav", "c.wav", "d.wav", "a.wav"]
 
 
 def test_a_file_that_is_gone_keeps_its_row(run: Run, folder: Path, tmp_path: Path) -> None:
     """A disk that is not mounted must not empty the output."""
-    output = tmp_path / "out.npz"
     files = [folder / "a.wav", folder / "b/c.wav"]
-    run(*files, "-o", output)
+    run(*files, "-o", tmp_path / "out.npz")
     files[0].unlink()
-    status, out, err = run(*files, "-o", output)
-    assert status == 2 and "a.wav: is gone" in err and "1 of 2 files embedded, 1 failed" in out
-    assert [Path(path).name for path in paths(output)] == ["c.wav", "a.wav"]
+    status, out, err = run(*files, *files, "-o", tmp_path / "out.npz")
+    assert status == 2 and err.count("a.wav") == 1 and "2 of 4 files embedded, 1 failed" in out
+    assert names(tmp_path / "out.npz") == ["c.wav", "c.wav", "a.wav"]
 
 
 def test_a_changed_file_that_fails_loses_its_row(run: Run, folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.npz"
-    run(folder, "-o", output)
+    run(folder, "-o", tmp_path / "out.npz")
     (folder / "a.wav").write_text("no audio")
-    assert run(folder, "-o", output)[0] == 2
-    assert [Path(path).name for path in paths(output)] == ["c.wav", "d.wav"]
+    assert run(folder, "-o", tmp_path / "out.npz")[0] == 2
+    assert names(tmp_path / "out.npz") == ["c.wav", "d.wav"]
 
 
 def test_a_file_that_changes_while_it_is_embedded(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
@@ -349,25 +289,20 @@ def test_a_file_that_changes_while_it_is_embedded(run: Run, fake: FakeTriton, fo
 
     fake.otherwise = rewrite
     status, out, err = run(folder, "-o", tmp_path / "out.npz")
-    assert status == 2 and "a.wav: changed while it was embedded" in err and "2 of 3" in out
-    asked(fake)
-    assert run(folder, "-o", tmp_path / "out.npz")[0] == 0
-    assert asked(fake) == [9] and rows(tmp_path / "out.npz")[0]["embedding"][0] == 1009
+    assert status == 2 and "a.wav: changed" in err and "2 of 3" in out
+    requested(fake)
+    assert run(folder, "-o", tmp_path / "out.npz")[0] == 0 and requested(fake) == [9]
+    check_embeddings(tmp_path / "out.npz")
 
 
-# --- one output, one model ---
+# --- one output: one model, one way with long clips, one folder of relative paths ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_another_model_is_refused(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, suffix: str) -> None:
-    output = tmp_path / f"out.{suffix}"
+def test_another_model_is_rejected(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path) -> None:
     run(folder / "b", "-o", output)
     before = output.read_bytes()
     fake.model = lambda fake: OTHER
-    status, out, err = run(folder, "-o", output)
-    assert (status, out) == (2, "") and err.count("\n") == 1
-    for word in (MODEL, OTHER, "choose another output, or start anew with --replace"):
-        assert word in err
+    one_error(run(folder, "-o", output), MODEL, OTHER, "--replace")
     assert output.read_bytes() == before and left(tmp_path) == [output.name]
     assert run(folder, "-o", output, "--replace")[0] == 0
     assert {row["model"] for row in rows(output)} == {OTHER} and len(rows(output)) == 3
@@ -375,68 +310,101 @@ def test_another_model_is_refused(run: Run, fake: FakeTriton, folder: Path, tmp_
 
 def test_a_model_that_changes_during_the_run(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
     fake.model = lambda fake: MODEL if len(fake.lengths) < 3 else OTHER
-    status, out, err = run(folder, "-o", tmp_path / "out.npz", "--in-flight", 1)
-    assert (status, out) == (2, "") and MODEL in err and OTHER in err and "2 finished files are kept in" in err
-    asked(fake)
+    one_error(run(folder, "-o", tmp_path / "out.npz", "--in-flight", 1), MODEL, OTHER, "2 embeddings", "out.npz.parts")
+    requested(fake)
     fake.model = lambda fake: MODEL
     assert run(folder, "-o", tmp_path / "out.npz")[0] == 0
-    assert asked(fake) == [3] and {row["model"] for row in rows(tmp_path / "out.npz")} == {MODEL}
+    assert requested(fake) == [3] and {row["model"] for row in rows(tmp_path / "out.npz")} == {MODEL}
 
 
-def test_replacing_goes_on_without_replace(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
+def test_parts_of_another_model_are_rejected_and_kept(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.npz"
-    run(folder, "-o", output)
     fake.model = lambda fake: OTHER
-    fake.answers = [good, good, refuse(grpc.StatusCode.UNAVAILABLE, "gone")]
-    status, _, err = run(folder, "-o", output, "--replace", "--in-flight", 1)
-    assert status == 2 and "and the same command goes on without --replace" in err
-    asked(fake)
-    assert run(folder, "-o", output)[0] == 0
-    assert asked(fake) == [3] and {row["model"] for row in rows(output)} == {OTHER}
+    run(folder, "-o", output)
+    aside = output.rename(tmp_path / "aside.npz")
+    fake.model = lambda fake: MODEL
+    interrupt(run, fake, folder, output)
+    aside.rename(output)
+    one_error(run(folder, "-o", output), MODEL, OTHER, "2 embeddings")
+    assert left(tmp_path) == ["out.npz", "out.npz.parts"]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_ways_of_embedding_long_clips_do_not_mix(run: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
-    output = tmp_path / f"out.{suffix}"
-    long = write(folder / "long.wav", samples=31 * 16_000)
+def test_ways_of_embedding_long_clips_do_not_mix(run: Run, folder: Path, tmp_path: Path, output: Path) -> None:
+    write(folder / "long.wav", samples=31 * 16_000)
     assert run(folder, "-o", output)[0] == 2
-    assert run(folder, "-o", output, "--long", "windows")[0] == 0  # there was none yet
+    assert run(folder, "-o", output, "--long", "windows")[0] == 0  # the output held no long clip
     for other in "error", "truncate":
-        status, _, err = run(folder, "-o", output, "--long", other)
-        assert status == 2 and f"embedded with long=windows, now it is {other}" in err
-    assert str(long) in paths(output) and left(tmp_path) == [output.name]
+        one_error(run(folder, "-o", output, "--long", other), "windows", other)
+    assert "long.wav" in names(output) and left(tmp_path) == [output.name]
+
+
+def test_relative_paths_belong_to_one_folder(
+    run: Run, fake: FakeTriton, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for number, folder in enumerate((one, two), 1):
+        write(folder / "a.wav", number)
+    monkeypatch.chdir(one)
+    assert run("a.wav", "-o", output)[0] == 0
+    monkeypatch.chdir(two)
+    one_error(run("a.wav", "-o", output), one, two)
+    assert requested(fake) == [1] and [row["path"] for row in rows(output)] == ["a.wav"]
+    assert run(two / "a.wav", "-o", output)[0] == 0  # an absolute path is allowed
+    assert [row["path"] for row in rows(output)] == [str(two / "a.wav"), "a.wav"]
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "other.npz", "cut.npz", "old.npz", "wide.npz", "uneven.npz", "other.parquet", "cut.parquet"]
+    "name",
+    ["notes.txt", "other.npz", "cut.npz", "flipped.npz", "old.npz", "wide.npz", "uneven.npz", "narrow.npz", "nan.npz"]
+    + ["other.parquet", "cut.parquet", "flipped.parquet"],
 )
-def test_an_output_of_something_else_is_refused(
+def test_an_output_that_is_foreign_or_damaged_is_rejected(
     run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, name: str
 ) -> None:
     output = tmp_path / name
+    if not name.startswith(("notes", "other")):
+        run(folder, "-o", output)
     if name.startswith("cut"):
-        run(folder, "-o", output)
         output.write_bytes(output.read_bytes()[:-40])
-    elif name == "old.npz":
-        np.savez(output, files=["a"], seconds=np.ones(1, np.float32), embeddings=np.ones((1, SIZE), np.float32))
-    elif name in ("wide.npz", "uneven.npz"):
-        run(folder, "-o", output)
-        arrays = dict(np.load(output))
-        changed = {"wide.npz": arrays["embeddings"].astype(np.float64), "uneven.npz": arrays["embeddings"][:2]}
-        np.savez(output, **(arrays | {"embeddings": changed[name]}))
+    elif name.startswith("flipped"):
+        flip(output)
     elif name == "other.parquet":
-        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table({"a": [1]}), output)
-    else:
+        parquet.write_table(pyarrow.table({"a": [1]}), output)
+    elif name in ("notes.txt", "other.npz"):
         output.write_text("important")
+    else:
+        arrays = dict(np.load(output))
+        embeddings = arrays["embeddings"]
+        changed = {"wide": np.float64(embeddings), "uneven": embeddings[:2], "narrow": embeddings[:, :10]}
+        changed["nan"] = embeddings * np.nan
+        if name == "old.npz":
+            del arrays["sizes"]
+        np.savez(output, **arrays | {"embeddings": changed.get(output.stem, embeddings)})
     before = output.read_bytes()
-    asked(fake)
-    status, out, err = run(folder, "-o", output)
-    assert (status, out) == (2, "") and err.count("\n") == 1 and "is there, and not what this command writes" in err
-    assert (output.read_bytes(), asked(fake), left(tmp_path)) == (before, [], [name])
-    assert run(folder, "-o", output, "--replace")[0] == 0 and len(rows(output)) == 3
+    requested(fake)
+    status, out, err = run(folder, write(tmp_path / "clips/z.wav", 4), "-o", output)
+    assert (status, out) == (2, "") and err.count("\n") == 1 and name in err and "--replace" in err
+    assert output.read_bytes() == before and left(tmp_path) == [name]
+    assert requested(fake) in ([], [4])  # narrow embeddings show beside others
+    assert run(folder, "-o", output, "--replace")[0] == 0 and len(rows(output)) == 4
 
 
-# --- what fails ---
+def flip(path: Path) -> None:
+    """Change a byte of the first embedding, which begins with its clip's length."""
+    data = bytearray(path.read_bytes())
+    data[data.index(np.float32(1001).tobytes()) + 3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".failed.tsv", ".parts"])
+def test_a_path_in_the_way_is_named(run: Run, folder: Path, tmp_path: Path, suffix: str) -> None:
+    blocked = tmp_path / f"out.npz{suffix}"
+    blocked.mkdir() if suffix == ".failed.tsv" else blocked.write_text("a file")
+    one_error(run(folder, "-o", tmp_path / "out.npz"), blocked)
+    assert left(tmp_path) == [blocked.name]
+
+
+# --- failures ---
 
 
 def test_failures_are_listed_and_tried_again(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
@@ -455,10 +423,9 @@ def test_failures_are_listed_and_tried_again(run: Run, fake: FakeTriton, folder:
         [str(folder / "b/bad\\t.wav"), "NotAudioError"],
         [str(folder / "short.wav"), "TooShortError"],
     ]
-    assert listed[0][2] == "reason" and "for once" in listed[1][2] and listed[2][2].startswith("starts with b'no a'")
-    asked(fake)
-    assert "3 of 5 files embedded, 2 failed" in run(folder, "-o", output)[1]
-    assert asked(fake) == [1]
+    assert listed[0][2] == "reason" and "for once" in listed[1][2] and "no a" in listed[2][2]
+    requested(fake)
+    assert "3 of 5 files embedded, 2 failed" in run(folder, "-o", output)[1] and requested(fake) == [1]
     (folder / "b/bad\t.wav").unlink()
     (folder / "short.wav").unlink()
     assert run(folder, "-o", output)[0] == 0 and left(tmp_path) == ["out.npz"]
@@ -471,146 +438,213 @@ def test_nothing_embedded_is_no_output(run: Run, fake: FakeTriton, folder: Path,
     assert left(tmp_path) == ["out.npz.failed.tsv"]
 
 
-def test_a_server_away_stops_the_run_with_one_line(run: Run, folder: Path, tmp_path: Path) -> None:
-    status, out, err = run(folder, "-o", tmp_path / "out.npz", url="127.0.0.1:9")
-    assert (status, out) == (2, "") and err.count("\n") == 1 and "no Triton answers at 127.0.0.1:9" in err
+def test_a_server_away_stops_the_run(run: Run, folder: Path, tmp_path: Path) -> None:
+    one_error(run(folder, "-o", tmp_path / "out.npz", url="127.0.0.1:9"), "127.0.0.1:9")
     assert left(tmp_path) == []
 
 
-def test_a_server_that_goes_away_loses_nothing(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
-    fake.answers = [good, good, refuse(grpc.StatusCode.UNAVAILABLE, "gone")]
-    status, out, err = run(folder, "-o", tmp_path / "out.npz", "--in-flight", 1)
-    assert (status, out) == (2, "") and err.count("\n") == 1
-    assert f"2 finished files are kept in {tmp_path}/out.npz.partial, and the same command goes on" in err
-    asked(fake)
-    assert run(folder, "-o", tmp_path / "out.npz")[0] == 0
-    assert asked(fake) == [3] and left(tmp_path) == ["out.npz"]
-
-
-def test_a_disk_that_is_full_at_the_end_loses_nothing(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(_bulk, "write_npz", full)
-        status, out, err = run(folder, "-o", tmp_path / "out.npz")
-    assert (status, out) == (2, "") and "No space left on device" in err and "3 finished files are kept" in err
-    assert left(tmp_path) == ["out.npz.partial"]
-    asked(fake)
-    assert run(folder, "-o", tmp_path / "out.npz")[0] == 0 and asked(fake) == []
-
-
-def test_a_damaged_work_file_is_told(run: Run, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.npz.partial").write_bytes(b"no database" * 1000)
-    status, _, err = run(folder, "-o", tmp_path / "out.npz")
-    assert status == 2 and err.count("\n") == 1 and "out.npz.partial: cannot be used" in err
+def test_a_server_that_hangs_stops_the_run(run: Run, fake: FakeTriton, tmp_path: Path) -> None:
+    fake.otherwise = refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "late")
+    status, out, err = run(many(tmp_path / "clips", 100), "-o", tmp_path / "out.npz", "--in-flight", 2)
+    assert (status, out) == (2, "") and err.count("\n") == 32 and len(requested(fake)) < 50
 
 
 # --- runs that end early ---
 
 
+def interrupt(run: Run, fake: FakeTriton, folder: Path, output: Path, *options: str) -> None:
+    """A run whose server goes away after two clips."""
+    fake.answers = [good, good, refuse(grpc.StatusCode.UNAVAILABLE, "gone")]
+    one_error(run(folder, "-o", output, "--in-flight", 1, *options), "2 embeddings", f"{output}.parts", "resumes")
+    requested(fake)
+
+
+def test_a_server_that_goes_away_loses_nothing(
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path
+) -> None:
+    interrupt(run, fake, folder, output)
+    assert left(tmp_path) == [f"{output.name}.parts"]
+    status, out, _ = run(folder / "b", folder, "-o", output)
+    assert status == 0 and "5 of 5 files embedded, 1 new" in out and requested(fake) == [3]
+    assert names(output) == ["c.wav", "d.wav", "a.wav", "c.wav", "d.wav"] and left(tmp_path) == [output.name]
+    check_embeddings(output)
+
+
+def test_an_output_and_parts_together(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path) -> None:
+    """Changed files have rows in both. The parts of a run that was killed at its very end repeat the output."""
+    parts = output.with_name(f"{output.name}.parts")
+    run(folder, "-o", output)
+    for number, name in enumerate(["a.wav", "b/c.wav", "b/d.wav"], 4):
+        write(folder / name, number)
+    interrupt(run, fake, folder, output)
+    assert run(folder / "b/d.wav", "-o", output)[0] == 0 and requested(fake) == [6]
+    assert names(output) == ["d.wav", "a.wav", "c.wav"]
+    check_embeddings(output)
+    for number, name in enumerate(["a.wav", "b/c.wav", "b/d.wav"], 7):
+        write(folder / name, number)
+    interrupt(run, fake, folder, output)
+    shutil.copytree(parts, tmp_path / "aside")
+    assert run(folder, "-o", output)[0] == 0 and requested(fake) == [9]
+    (tmp_path / "aside").rename(parts)
+    assert run(folder, "-o", output)[0] == 0 and requested(fake) == []
+    check_embeddings(output)
+    assert left(tmp_path) == [output.name]
+
+
+def test_replacing_resumes_without_replace(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.npz"
+    run(folder, "-o", output)
+    fake.model = lambda fake: OTHER
+    interrupt(run, fake, folder, output, "--replace")
+    assert run(folder, "-o", output)[0] == 0
+    assert requested(fake) == [3] and {row["model"] for row in rows(output)} == {OTHER}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_files_of_a_damaged_part_are_embedded_again(
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, damage: str
+) -> None:
+    output = tmp_path / "out.npz"
+    interrupt(run, fake, folder, output)
+    [part] = (tmp_path / "out.npz.parts").glob("*.parquet")
+    if damage == "flipped":
+        flip(part)
+    else:
+        part.write_bytes(part.read_bytes()[:-40] if damage == "cut" else b"")
+    status, _, err = run(folder, "-o", output)
+    assert status == 0 and err.count("\n") == 1 and part.name in err and requested(fake) == [1, 2, 3]
+    check_embeddings(output)
+    assert left(tmp_path) == ["out.npz"]
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        one_error(run(*["clips"] * 800, "-o", output), os.strerror(errno.EFBIG), "3 embeddings", f"{output}.parts")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert left(tmp_path) == [f"{output.name}.parts"]
+    requested(fake)
+    assert run("clips", "-o", output)[0] == 0 and requested(fake) == [] and len(rows(output)) == 3
+
+
 def start(fake: FakeTriton, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", MAIN, fake.url, *map(str, arguments)]
+    command = [*COMMAND, "--url", fake.url, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def hold_back(fake: FakeTriton, after: int) -> None:
-    """Answer for the clips before this number, not for a while for those from it."""
-    fake.otherwise = lambda fake, waveform: (good if len(waveform) - 1000 < after else slow(20))(fake, waveform)
+@pytest.fixture
+def hold(fake: FakeTriton) -> Iterator[Callable[[int], threading.Event]]:
+    """Let the server answer for the clips before a number, and for the others only once the event is set."""
+    gate = threading.Event()
+
+    def hold(after: int) -> threading.Event:
+        def answer(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+            if len(waveform) >= 1000 + after:
+                gate.wait(60)
+            return good(fake, waveform)
+
+        fake.otherwise = answer
+        return gate
+
+    yield hold
+    gate.set()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def many(folder: Path, count: int) -> Path:
-    for number in range(count):
-        write(folder / f"{number:03}.wav", number)
-    return folder
+def test_killed(run: Run, fake: FakeTriton, hold: Any, tmp_path: Path) -> None:
+    """The results of the parts that were written are not requested again."""
+    folder, output, parts = many(tmp_path / "clips", 300), tmp_path / "out.npz", tmp_path / "out.npz.parts"
+    hold(after=250)
+    held = fake.otherwise
 
+    def steady(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+        time.sleep(0.1)
+        return held(fake, waveform)
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_killed(run: Run, fake: FakeTriton, tmp_path: Path, suffix: str) -> None:
-    """What was done more than a second before is not asked for again."""
-    folder, output = many(tmp_path / "clips", 40), tmp_path / f"out.{suffix}"
-    hold_back(fake, after=30)
+    fake.otherwise = steady
     process = start(fake, folder, "-o", output, "--in-flight", 4)
-    wait_for(lambda: len(fake.lengths) == 34)
-    time.sleep(2 * _workfile.COMMIT_EVERY)
+    wait_for(lambda: list(parts.glob("*.parquet")) != [])
     process.kill()
     process.communicate()
-    assert not output.exists() and (tmp_path / f"{output.name}.partial").exists()
+    kept = sum(parquet.read_metadata(part).num_rows for part in parts.glob("*.parquet"))
+    (parts / ".torn.part").write_bytes(b"PAR1")
+    assert not output.exists() and 0 < kept <= 250
     fake.otherwise = good
-    asked(fake)
+    requested(fake)
     status, out, err = run(folder, "-o", output)
-    assert (status, err) == (0, "") and "40 of 40 files embedded, 10 new" in out
-    assert asked(fake) == list(range(30, 40)) and left(tmp_path) == [output.name]
-    assert [row["embedding"][0] for row in rows(output)] == [1000 + number for number in range(40)]
+    assert (status, err) == (0, "") and f"300 of 300 files embedded, {300 - kept} new" in out
+    assert requested(fake) == list(range(kept, 300)) and left(tmp_path) == [output.name]
+    assert [row["embedding"][0] for row in rows(output)] == [1000 + number for number in range(300)]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted(run: Run, fake: FakeTriton, tmp_path: Path, number: signal.Signals, status: int) -> None:
+def test_interrupted(
+    run: Run, fake: FakeTriton, hold: Any, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     folder, output = many(tmp_path / "clips", 12), tmp_path / "out.npz"
-    hold_back(fake, after=6)
+    hold(after=6)
     process = start(fake, folder, "-o", output, "--in-flight", 2)
-    wait_for(lambda: len(fake.lengths) == 8)
-    time.sleep(0.2)
+    wait_for(lambda: len(fake.lengths) == 8)  # the last of the six replies may not have been read yet
     process.send_signal(number)
-    out, err = process.communicate(timeout=5)
-    kept = f"6 finished files are kept in {output}.partial, and the same command goes on"
-    assert (process.returncode, out, err) == (status, "", f"ecapa-triton: interrupted: {kept}\n")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (status, "", 1) and f"{output}.parts" in err
+    [kept] = map(int, re.findall(r"(\d+) embeddings", err))
+    assert 4 <= kept <= 6
     fake.otherwise = good
-    asked(fake)
-    assert run(folder, "-o", output)[0] == 0 and asked(fake) == list(range(6, 12))
+    requested(fake)
+    assert run(folder, "-o", output)[0] == 0 and requested(fake) == list(range(kept, 12))
 
 
-def test_interrupted_before_the_first_is_quiet(fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
-    hold_back(fake, after=0)
+def test_interrupted_before_the_first_is_quiet(fake: FakeTriton, hold: Any, folder: Path, tmp_path: Path) -> None:
+    hold(after=0)
     process = start(fake, folder, "-o", tmp_path / "out.npz")
     wait_for(lambda: len(fake.lengths) == 3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=5)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "") and left(tmp_path) == []
 
 
-def test_two_runs_at_once(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
+def test_two_runs_at_once(run: Run, fake: FakeTriton, hold: Any, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.npz"
-    fake.otherwise = slow(1.5)
+    gate = hold(after=0)
     process = start(fake, folder, "-o", output)
     wait_for(lambda: len(fake.lengths) == 3)
     for options in [], ["--replace"]:
-        status, out, err = run(folder, "-o", output, *options)
-        assert (status, out) == (2, "") and err.count("\n") == 1 and "another run is at work on it" in err
-    assert process.wait(20) == 0 and len(rows(output)) == 3 and left(tmp_path) == ["out.npz"]
-    process.communicate()
+        one_error(run(folder, "-o", output, *options), output, "another run")
+    gate.set()
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and len(rows(output)) == 3 and left(tmp_path) == ["out.npz"]
 
 
 # --- memory ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, suffix: str) -> None:
-    """The embeddings of 7,000 files alone would take 5 MB."""
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, output: Path) -> None:
+    """The embeddings of 22,000 files alone take 17 MB."""
     allocators = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}  # that give back what is freed
     peaks = []
-    for count in 3_000, 10_000:
+    for count in 8_000, 30_000:
         folder = tmp_path / str(count)
         folder.mkdir()
         for number in range(count):
             os.mknod(folder / f"{number}.wav")
-        command = [sys.executable, "-c", STUB, str(folder), str(tmp_path / f"{count}.{suffix}")]
+        command = [sys.executable, "-c", FAST, str(folder), "-o", f"{output.parent}/{count}{output.suffix}"]
         peaks.append(float(subprocess.check_output(command, env=os.environ | allocators).splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 4.5  # MB
+    assert peaks[1] - peaks[0] < 12  # MB
 
 
-# --- what is given ---
+# --- inputs ---
 
 
 @pytest.mark.parametrize(
@@ -627,36 +661,34 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, suffix: s
 def test_lists(run: Run, folder: Path, tmp_path: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
     assert run(folder / name, "-o", tmp_path / "out.npz")[0] == 0
-    assert paths(tmp_path / "out.npz") == [str(folder / "a.wav"), str(folder / "b/c.wav")]
-    moved = tmp_path / name
-    (folder / name).rename(moved)
-    assert run(moved, "--root", folder, "-o", tmp_path / "out.npz")[1].count("2 of 2 files embedded, 0 new") == 1
+    assert [row["path"] for row in rows(tmp_path / "out.npz")] == [str(folder / "a.wav"), str(folder / "b/c.wav")]
+    moved = (folder / name).rename(tmp_path / name)
+    assert "2 of 2 files embedded, 0 new" in run(moved, "--root", folder, "-o", tmp_path / "out.npz")[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "fact"),
     [
-        ("list.csv", "id,sound\n1,a.wav\n", "list.csv:1: has id, sound: expected one of path, file, wav"),
-        ("list.csv", "", "list.csv:1: has nothing"),
+        ("list.csv", "id,sound\n1,a.wav\n", "list.csv:1: has id, sound"),
+        ("list.csv", "", "list.csv:1: "),
         ("list.csv", "id,path\n1,a.wav\n\n2\n", "list.csv:4: has 1 columns, expected 2"),
-        ("list.csv", "id,path\n1,\n", "list.csv:2: '' is no path"),
-        ("list.csv", 'id,path\n1,"a.wav"b\n', "list.csv: cannot be read"),
-        ("list.jsonl", '{"path": "a.wav"}\n["a.wav"]\n', "list.jsonl:2: is a list: expected an object"),
-        ("list.jsonl", '{"path": "a.wav"}\na.wav\n', "list.jsonl:2: is not JSON"),
-        ("list.jsonl", '{"path": 1}', "list.jsonl:1: the path is 1: expected a string"),
-        ("list.jsonl", '{"path": "a\\u0000b"}', "list.jsonl:1: 'a\\x00b' is no path"),
-        ("list.jsonl", '{"path": "a\\ud800"}', "list.jsonl:1: 'a\\ud800' is no path"),
-        ("list.jsonl", '{"path": "a.wav", "offset": 1.5}', "offset is 1.5, a segment of a file"),
-        ("list.txt", None, "list.txt: cannot be read (No such file or directory)"),
-        ("list.txt", "# nothing\n", "no audio files were given"),
+        ("list.csv", "id,path\n1,\n", "list.csv:2: ''"),
+        ("list.csv", 'id,path\n1,"a.wav"b\n', "list.csv: "),
+        ("list.jsonl", '{"path": "a.wav"}\n["a.wav"]\n', "list.jsonl:2: is a list"),
+        ("list.jsonl", '{"path": "a.wav"}\na.wav\n', "list.jsonl:2: "),
+        ("list.jsonl", '{"path": 1}', "list.jsonl:1: the path is 1"),
+        ("list.jsonl", '{"path": "a\\u0000b"}', "list.jsonl:1: 'a\\x00b'"),
+        ("list.jsonl", '{"path": "a\\ud800"}', "list.jsonl:1: 'a\\ud800'"),
+        ("list.jsonl", '{"path": "a.wav", "offset": 1.5}', "offset is 1.5"),
+        ("list.txt", None, os.strerror(errno.ENOENT)),
+        ("list.txt", "# nothing\n", "out.npz: no audio files"),
     ],
 )
-def test_wrong_lists(run: Run, fake: FakeTriton, tmp_path: Path, name: str, text: str | None, words: str) -> None:
+def test_wrong_lists(run: Run, fake: FakeTriton, tmp_path: Path, name: str, text: str | None, fact: str) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     (tmp_path / "results").mkdir()
-    status, out, err = run(tmp_path / name, "-o", tmp_path / "results/out.npz")
-    assert (status, out) == (2, "") and err.count("\n") == 1 and words in err
+    one_error(run(tmp_path / name, "-o", tmp_path / "results/out.npz"), fact)
     assert fake.lengths == [] and left(tmp_path / "results") == []
 
 
@@ -671,46 +703,42 @@ def test_standard_input(
         file.seek(0)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         assert run("-", "-o", tmp_path / "out.npz", *options)[0] == 0
-    assert paths(tmp_path / "out.npz") == [str(path) for path in given]
+    assert [row["path"] for row in rows(tmp_path / "out.npz")] == [str(path) for path in given]
 
 
 def test_folders(run: Run, folder: Path, tmp_path: Path) -> None:
     for name in ".hidden.wav", ".hidden/e.wav", "notes.txt", "b/c.wav.bak":
         write(folder / name)
-    write(folder / "b.wav", 5)
-    write(folder / "E.FLAC", 6)
-    write(tmp_path / "elsewhere/f.opus", 7)
+    for number, name in enumerate(["b.wav", "b0.wav", "E.FLAC"], 5):
+        write(folder / name, number)
+    write(tmp_path / "elsewhere/f.opus", 8)
     (folder / "b/link").symlink_to(tmp_path / "elsewhere")
     (folder / "b/up").symlink_to(folder)
     (folder / "b/gone.wav").symlink_to(tmp_path / "nothing")
     output = tmp_path / "out.npz"
     status, out, err = run(folder, "-o", output)
-    assert status == 2 and err.count("\n") == 1 and "gone.wav: cannot be opened" in err
-    names = [os.path.relpath(path, folder) for path in paths(output)]
-    assert names == ["E.FLAC", "a.wav", "b.wav", "b/c.wav", "b/d.wav", "b/link/f.opus"]
-    assert (
-        run(folder)[1].splitlines() != []
-        and [os.path.relpath(line.split("  ")[0], folder) for line in run(folder)[1].splitlines()] == names
-    )
+    assert status == 2 and err.count("\n") == 1 and "gone.wav" in err
+    found = [os.path.relpath(row["path"], folder) for row in rows(output)]
+    assert found == ["E.FLAC", "a.wav", "b.wav", "b/c.wav", "b/d.wav", "b/link/f.opus", "b0.wav"]
+    lines = run(folder)[1].splitlines()
+    assert [os.path.relpath(line.split("  ")[0], folder) for line in lines] == found
 
 
 def test_a_folder_that_cannot_be_listed(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scandir(path: str) -> Any:
-        if path.endswith("/b"):
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("/b"):
             raise PermissionError(errno.EACCES, "Permission denied")
         return really(path)
 
     really = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
     status, out, err = run(folder, "-o", tmp_path / "out.npz")
-    assert (
-        status == 2 and "/b: cannot be listed (Permission denied)" in err and "1 of 1 files embedded, 1 failed" in out
-    )
+    assert status == 2 and f"{folder}/b: " in err and "1 of 1 files embedded, 1 failed" in out
 
 
-# --- what is shown ---
+# --- what the user sees ---
 
 
 def test_lines_without_an_output(run: Run, fake: FakeTriton, folder: Path) -> None:
@@ -720,14 +748,13 @@ def test_lines_without_an_output(run: Run, fake: FakeTriton, folder: Path) -> No
     lines = [json.loads(line) for line in out.splitlines()]
     assert status == 2 and [line["file"] for line in lines] == [str(folder / "b/d.wav"), str(folder / "a.wav")]
     assert lines[1]["model"] == MODEL and lines[1]["embedding"][0] == 1001
-    first, second = err.splitlines()
-    assert first.startswith(f"ecapa-triton: {folder}/a.wav: the server") and "c.wav: starts with" in second
-    assert f"{folder}/a.wav  0.06 s  192 dims  norm" in run(folder / "a.wav")[1]
+    assert [line.split(": ")[1] for line in err.splitlines()] == [f"{folder}/a.wav", f"{folder}/b/c.wav"]
+    assert run(folder / "a.wav")[1].startswith(f"{folder}/a.wav  0.06 s  192 dims  norm")
 
 
 def test_the_summary_as_json(run: Run, folder: Path, tmp_path: Path) -> None:
     summary = json.loads(run(folder, "-o", tmp_path / "out.npz", "--json")[1])
-    assert 0 < summary.pop("elapsed") < 20 and summary.pop("audio") == pytest.approx(3006 / 16_000)
+    assert summary.pop("elapsed") > 0 and summary.pop("audio") == pytest.approx(3006 / 16_000)
     counts = {"files": 3, "embedded": 3, "failed": 0, "new": 3, "kept": 0}
     assert summary == {"output": str(tmp_path / "out.npz"), **counts}
 
@@ -741,50 +768,40 @@ class Terminal(io.StringIO):
 def test_progress_on_a_terminal(
     run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_rich: bool
 ) -> None:
+    """Without rich there is no bar, but failures are reported."""
     if with_rich:
         pytest.importorskip("rich")
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "200")
     else:
         monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.setattr(_bulk, "REFRESH_EVERY", 0)
+
+    def slow(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+        time.sleep(0.2)  # the bar is drawn every 0.1 s
+        return good(fake, waveform)
+
     run(folder / "a.wav", "-o", tmp_path / "out.npz")
     monkeypatch.setattr(sys, "stderr", Terminal())
     (folder / "b/cc [x].wav").write_text("no audio")
-    fake.otherwise = slow(0.2)
+    fake.otherwise = slow
     assert run(folder, "-o", tmp_path / "out.npz", "--in-flight", 1)[0] == 2
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert "4 of 4 files, 1 failed, " in shown and ("2 of 4 files, 0 failed, " in shown or with_rich)
-    assert " files/s, " in shown and "s of audio a second, 0:00:00 left" in shown
-    assert ("━" in shown) == with_rich
+    assert ("━" in shown) == ("4 of 4 files, 1 failed, " in shown) == (" files/s, " in shown) == with_rich
     [failure] = re.findall(r"(?:^|[\r\n]|\x1b\[2K)(ecapa-triton: .*?)\r?\n", shown)
-    assert failure.startswith(f"ecapa-triton: {folder}/b/cc [x].wav: starts with")
-
-
-def test_progress_elsewhere_is_a_line_now_and_then(
-    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(folder, "-o", tmp_path / "out.npz")[2] == ""
-    monkeypatch.setattr(_bulk, "REPORT_EVERY", 0)
-    lines = run(folder, "-o", tmp_path / "out.npz", "--replace")[2].splitlines()
-    assert len(lines) == 3 and lines[1].startswith(f"ecapa-triton: {tmp_path}/out.npz: 2 of 3 files, 0 failed, ")
+    assert failure.startswith(f"ecapa-triton: {folder}/b/cc [x].wav: ")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many"])
 def test_wrong_in_flight(run: Run, folder: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     with pytest.raises(SystemExit):
         run(folder, "--in-flight", text)
-    assert f"'{text}': expected a whole number, 1 or more" in capsys.readouterr().err
+    assert f"'{text}'" in capsys.readouterr().err
 
 
 # --- the real server ---
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_served(
-    run: Run, server: Any, reference: Callable[[np.ndarray], np.ndarray], tmp_path: Path, suffix: str
-) -> None:
-    output = tmp_path / f"out.{suffix}"
+def test_served(run: Run, server: Any, reference: Callable[[np.ndarray], np.ndarray], output: Path) -> None:
     status, out, err = run(SAMPLES, "-o", output, url=server.grpc_url)
     assert (status, err) == (0, "") and "6 of 6 files embedded, 6 new" in out
     for row in rows(output):

@@ -97,7 +97,7 @@ def test_login(run: Run) -> None:
     status, printed, _ = run("login.py", "voices.npz", "verify", "anna", sample("berta_2"))
     assert status == 1 and re.fullmatch(r"anna: refused \(-?0\.[0-3]\d of 0\.45\)", printed[0])
     for file, name, reason in (
-        ("voices.npz", "otto", "nobody of the name"),
+        ("voices.npz", "otto", "no voice of the name"),
         ("none.npz", "anna", "none.npz: cannot be read"),
     ):
         status, printed, errors = run("login.py", file, "verify", name, sample("anna_1"))

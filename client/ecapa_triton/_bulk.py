@@ -1,7 +1,7 @@
-"""Embeddings of many files, in one npz or Parquet file: `ecapa-triton embed`.
+"""`ecapa-triton embed`: embeddings of many files in one npz or Parquet file.
 
-What a run has done is in `OUT.partial` until the output is written, so that a run that ends early, however, is gone on
-with by the next. That one file, an SQLite database, also keeps memory independent of the number of files.
+A run writes its results as parts in `OUT.parts/`. At its end the output is made of what the output held before and of
+the parts. A run that was interrupted, even killed, leaves its parts, and the next run resumes from them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ._client import SpeakerClient
-from ._commands import DONE, FAILED, INTERRUPTED, TERMINATED, at_least, complain, named, raising_once
-from ._files import check_output, replacing
-from ._flow import Long, check_many
-from ._manifest import by_bytes, expand
+from ._commands import DONE, FAILED, TERMINATED, at_least, complain, named, raising_once
+from ._files import check_output
+from ._flow import Long
+from ._manifest import expand
+from ._parts import KEY, MISSING, Parts, Stat, key, stat_of
 from ._scoring import Utterance
-from ._tables import check_pyarrow, read_npz, read_parquet, write_npz, write_parquet
-from ._workfile import Stat, WorkFile, stat_of, unusable
 from .audio import describe
 from .errors import HOPELESS, AudioFileError, DeadlineError, EcapaError, ModelMismatchError, OutputError
 
@@ -38,12 +38,13 @@ if TYPE_CHECKING:
     import rich.progress
 
 IN_FLIGHT = 16
-MOST_UNANSWERED = 32  # requests in a row that end at their timeout, before the server counts as hung
-REFRESH_EVERY, REPORT_EVERY = 0.1, 60.0  # s, between two signs of progress on a terminal, and elsewhere
+MOST_UNANSWERED = 32  # requests in a row without a reply, after which the server counts as hung
+REFRESH_EVERY, REPORT_EVERY = 0.1, 60.0  # s, between two updates of the progress bar; between two lines elsewhere
+GONE = -2  # in place of a row's number: the file is gone, its row of an earlier run is kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `run` takes; `--long` and `--json` are the caller's."""
+    """Add the arguments of `run`, except `--long` and `--json`, which other commands have too."""
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -56,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="OUT",
-        help="write OUT, Parquet if it ends in .parquet, else npz; what is in it already is not embedded again",
+        help="write OUT, Parquet if it ends in .parquet, else npz; unchanged files in it are not embedded again; "
+        "needs ecapa-triton[bulk]",
     )
     parser.add_argument(
         "--root", metavar="DIR", help="where relative paths of lists start (default: the list's folder)"
@@ -64,16 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--null", action="store_true", help="paths on standard input end in NUL (find -print0)")
     parser.add_argument("--replace", action="store_true", help="start anew: forget what OUT holds")
     parser.add_argument(
-        "--in-flight",
-        type=at_least(1),
-        default=IN_FLIGHT,
-        metavar="N",
-        help="requests under way at a time (%(default)s)",
+        "--in-flight", type=at_least(1), default=IN_FLIGHT, metavar="N", help="requests in flight (%(default)s)"
     )
 
 
 def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
-    """Embed the inputs and return the exit status: 0 all of them, 2 some or none.
+    """Embed the inputs and return the exit status: 0 for all of them, 2 if some or all failed.
 
     Args:
         client: With `max_in_flight=arguments.in_flight`.
@@ -86,50 +84,30 @@ def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
         return _print(client, arguments)
     try:
         with raising_once(signal.SIGTERM, signal.SIG_DFL, _Terminated):
-            summary = embed_files(
-                client,
-                arguments.inputs,
-                arguments.output,
-                long=arguments.long,
-                root=arguments.root,
-                null=arguments.null,
-                replace=arguments.replace,
-            )
-    except _Interrupted as exc:
-        if str(exc):
-            complain(f"interrupted: {exc}")
-        return TERMINATED if isinstance(exc.__cause__, _Terminated) else INTERRUPTED
-    print(summary.as_json() if arguments.json else summary)
+            summary = _embed(client, arguments)
+    except _Terminated:
+        return TERMINATED
+    print(json.dumps(vars(summary)) if arguments.json else summary)
     return FAILED if summary.failed else DONE
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+# --- with an output ---
+
+
 @dataclass(frozen=True)
-class Summary:
-    """What a run did.
-
-    Attributes:
-        output: The file that holds the embeddings.
-        files: Asked for, counted as often as they were named.
-        embedded: Those of them that the output holds.
-        failed: Files and folders that are in `OUT.failed.tsv`.
-        new: Files embedded by this run.
-        kept: Rows of earlier runs that were not asked for.
-        audio: Seconds of audio embedded by this run.
-        elapsed: Seconds that the run took.
-    """
-
+class _Summary:
     output: str
-    files: int
-    embedded: int
-    failed: int
-    new: int
-    kept: int
-    audio: float
-    elapsed: float
-
-    def as_json(self) -> str:
-        """One line."""
-        return json.dumps(vars(self))
+    files: int  # given, counted as often as they were named
+    embedded: int  # of them, in the output
+    failed: int  # files and folders in OUT.failed.tsv
+    new: int  # embedded by this run
+    kept: int  # rows of earlier runs for files that this run was not given
+    audio: float  # s, embedded by this run
+    elapsed: float  # s
 
     def __str__(self) -> str:
         parts = [f"{describe(self.output)}: {self.embedded:,} of {self.files:,} files embedded"]
@@ -144,121 +122,139 @@ class Summary:
         return ", ".join(parts)
 
 
-def embed_files(
-    client: SpeakerClient,
-    inputs: Iterable[str],
-    output: str | os.PathLike[str],
-    *,
-    long: Long = "error",
-    root: str | None = None,
-    null: bool = False,
-    replace: bool = False,
-) -> Summary:
-    """Embed files into one npz or Parquet file, and go on with what an earlier run has done.
+def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> _Summary:
+    """Embed into one file, and resume from earlier runs.
 
-    A file of this name counts as done if it was not written, replaced or moved since it was embedded. The rows are in
-    the order of the inputs, one each time a file is named, then come those of earlier runs that were not asked for.
-    Files that fail are told on standard error and listed in `OUT.failed.tsv`; the next run tries them again.
-
-    The arrays of an npz, and the columns of a Parquet file (singular: `path`, `embedding`, `size`):
-        `files` str `[n]`; `seconds` float32 `[n]`, of audio; `embeddings` float32 `[n, 192]`, not of unit length;
-        `sizes` int64 `[n]`, bytes; `stamps` int64 `[n]`, by which a change is seen; `model` str, as `Utterance.model`;
-        `long` str, as below, and `folder` str, that relative paths start from (Parquet: in the schema's metadata).
-
-    Args:
-        client: Has `max_in_flight` files under way.
-        inputs: As `expand` of `_manifest.py` takes them.
-        output: Parquet if it ends in `.parquet`, else npz.
-        long: What to do with clips above the model's limit, as for `SpeakerClient.embed`.
-        root: What relative paths of manifests are relative to; None: the manifest's own folder.
-        null: Paths on standard input end in NUL.
-        replace: Forget what the output, and a run that ended early, hold.
-
-    Raises:
-        OutputError: The output cannot be written or added to; it holds embeddings of another model, or long clips
-            embedded in another way; another run is at work on it.
-        ManifestError: A list of files is wrong.
-        ServerError: The server is away, or lacks the model. What is done is kept.
+    A file counts as done if it was not written, replaced or moved since it was embedded. The rows are in the order of
+    the inputs, one for each time a file is named; rows of earlier runs for other files follow. Files that fail are
+    reported on standard error and listed in `OUT.failed.tsv`; the next run tries them again.
     """
-    check_many(inputs, long)
     start = time.monotonic()
+    output = os.fspath(arguments.output)
     place = check_output(output)
-    parquet = place.suffix.lower() == ".parquet"
-    if parquet:
-        check_pyarrow(describe(output))
-    work = WorkFile(place, os.fspath(output))
-    try:
-        failures = _Failures(place.with_name(place.name + ".failed.tsv"))
-    except OSError as exc:
-        work.leave()
-        raise OutputError(f"{describe(output)}.failed.tsv: cannot be replaced ({exc.strerror}): put it away") from exc
+    _check_pyarrow(describe(output))
+    parts = Parts(place, output)
     agreed = False
     try:
-        if replace:
-            work.forget()
-        elif earlier := work.earlier_output():
-            work.take_over(read_parquet(place) if parquet else read_npz(place), earlier)
-        work.agree_on_long(long)
-        agreed = True
-        work.want(expand(inputs, root=root, null=null, in_order=work.in_order, unreadable=failures.add))
-        if not work.count("wanted") and not failures.count:
-            raise OutputError(f"{describe(output)}: no audio files were given: expected some, or folders with some")
-        for path, error in work.drop_changed():
-            failures.add(path, error)
-        new, audio = _embed_missing(client, work, failures, long)
-        embedded, kept = work.arrange()
-        if embedded + kept:
-            with replacing(place) as file:
-                (write_parquet if parquet else write_npz)(file, work)
-        files = work.count("wanted")
-        work.remove()
+        with _Failures(place.with_name(place.name + ".failed.tsv")) as failures:
+            parts.load(arguments.replace)
+            parts.agree("long", arguments.long)
+            agreed = True
+            paths = expand(arguments.inputs, failures.add, root=arguments.root, null=arguments.null)
+            with tempfile.TemporaryFile("w+", dir=parts.folder) as file:
+                wanted = _Wanted(paths, file, parts)
+                if not wanted.files and not failures.count:
+                    raise OutputError(f"{parts.name}: no audio files were given: expected some, or folders with some")
+                wanted.check_earlier(failures)
+                new, audio = _embed_missing(client, wanted, parts, failures, arguments.long)
+                rows, embedded = wanted.all_rows()
+        if len(rows):
+            parts.write_output(rows)
+        parts.remove()
     except BaseException as exc:
-        left = work.leave()
+        left = parts.leave()
         if left and agreed and not isinstance(exc, ModelMismatchError):
-            left += ", and the same command goes on" + " without --replace" * replace
-        if isinstance(exc, KeyboardInterrupt):
-            raise _Interrupted(left) from exc
-        if isinstance(exc, sqlite3.Error):
-            raise unusable(work.path, exc, left) from exc
-        if isinstance(exc, EcapaError) and left:
-            raise type(exc)(f"{exc}; {left}") from exc
+            left += ", and the same command resumes" + " without --replace" * arguments.replace
+        if left and isinstance(exc, KeyboardInterrupt):
+            complain(f"interrupted: {left}")
+        if isinstance(exc, OSError):
+            exc = OutputError(f"{parts.name}: cannot be written ({exc.strerror}): make room, or choose another place")
+        if isinstance(exc, EcapaError):
+            raise type(exc)(f"{exc}{left and '; '}{left}") from exc
         raise
-    finally:
-        failures.close()
     elapsed = time.monotonic() - start
-    return Summary(os.fspath(output), files, embedded, failures.count, new, kept, audio, elapsed)
+    return _Summary(output, wanted.files, embedded, failures.count, new, len(rows) - embedded, audio, elapsed)
 
 
-def _embed_missing(client: SpeakerClient, work: WorkFile, failures: _Failures, long: Long) -> tuple[int, float]:
-    """Embed what is wanted and not there. Returns how many files, and how many seconds of audio."""
+class _Wanted:
+    """The files that a run is given: their paths in a temporary file, and the row of each path in memory.
+
+    Attributes:
+        files: How many were given.
+        rows: The row of each path, `MISSING` or `GONE`.
+    """
+
+    def __init__(self, paths: Iterable[str], file: TextIO, parts: Parts) -> None:
+        self._file, self._parts = file, parts
+        keys = bytearray()
+        for path in paths:
+            file.write(json.dumps(path) + "\n")
+            keys += key(os.fsencode(path))
+            if not os.path.isabs(path):
+                parts.agree("folder", os.getcwd())
+        found = np.frombuffer(keys, KEY) if keys else np.empty(0, KEY)
+        self._keys, self._first, self._path_of = np.unique(found, return_index=True, return_inverse=True)
+        self.files, self.rows = len(found), parts.find(self._keys)
+
+    def paths(self) -> Iterator[tuple[int, str]]:
+        """Yield each path once, in order, and its place in `rows`."""
+        self._file.seek(0)
+        for number, line in enumerate(self._file):
+            place = self._path_of[number]
+            if self._first[place] == number:
+                yield int(place), json.loads(line)
+
+    def check_earlier(self, failures: _Failures) -> None:
+        """Set the rows of files that have changed to `MISSING`, those of files that are gone to `GONE`."""
+        for place, path in self.paths():
+            if self.rows[place] == MISSING:
+                continue
+            now = stat_of(path)
+            if now is None:
+                self.rows[place] = GONE
+                failures.add(path, AudioFileError(f"{describe(path)}: is gone: its earlier embedding is kept"))
+            elif now != self._parts.stat(self.rows[place]):
+                self.rows[place] = MISSING
+
+    def all_rows(self) -> tuple[NDArray[np.int64], int]:
+        """The rows of the output in order, and how many of them are for the files given."""
+        rows = self.rows[self._path_of]
+        rows = rows[rows >= 0]
+        return np.concatenate([rows, self._parts.others(self._keys[self.rows != GONE])]), len(rows)
+
+
+def _embed_missing(
+    client: SpeakerClient, wanted: _Wanted, parts: Parts, failures: _Failures, long: Long
+) -> tuple[int, float]:
+    """Embed the files that have no row. Returns their number and the seconds of audio embedded."""
     fed: deque[tuple[int, str, Stat | None]] = deque()
 
     def feed() -> Iterator[str]:
-        for number, path in work.missing():
-            fed.append((number, path, stat_of(path)))
-            yield path
+        for place, path in wanted.paths():
+            if wanted.rows[place] == MISSING:
+                fed.append((place, path, stat_of(path)))
+                yield path
 
     new, audio, unanswered = 0, 0.0, 0
-    with _Progress(work.name, *work.progress()) as progress, work.committing():
-        failures.tell = progress.tell
+    done = int(np.count_nonzero(wanted.rows >= 0))
+    with _Progress(parts.name, len(wanted.rows), done) as progress:
+        failures.report = progress.print
         for outcome in client.utterances(feed(), long=long):
-            number, path, before = fed.popleft()
+            place, path, before = fed.popleft()
             unanswered = unanswered + 1 if isinstance(outcome, DeadlineError) else 0
             if isinstance(outcome, EcapaError) and (isinstance(outcome, HOPELESS) or unanswered == MOST_UNANSWERED):
                 raise outcome
-            # What is recorded is how the file was before it was read: it can be older than what was embedded, which
-            # the next run sees, never newer.
+            # A row records the file as it was before it was read. A record that is too old is seen by the next run.
             if isinstance(outcome, Utterance) and (before is None or stat_of(path) != before):
-                outcome = AudioFileError(f"{describe(path)}: changed while it was embedded: run again once it rests")
+                outcome = AudioFileError(f"{describe(path)}: changed while it was embedded: run again when it is whole")
             if isinstance(outcome, EcapaError):
                 failures.add(path, outcome)
             else:
                 assert before is not None
-                work.add(number, before, outcome)
+                wanted.rows[place] = parts.add(path, before, outcome)
                 new += 1
                 audio += outcome.seconds
             progress.show(new, failures.count, audio)
     return new, audio
+
+
+def _check_pyarrow(name: str) -> None:
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as exc:  # missing, or built for another NumPy
+        raise OutputError(
+            f"{name}: pyarrow is needed for an output and cannot be imported ({exc}): pip install 'ecapa-triton[bulk]'"
+        ) from exc
 
 
 # --- without an output: a line per file ---
@@ -268,16 +264,13 @@ def _print(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     failed = 0
     fed: deque[str] = deque()
 
-    def unreadable(path: str, error: EcapaError) -> None:
+    def fail(path: str, error: EcapaError) -> None:
         nonlocal failed
         failed += 1
-        complain(str(error))
+        complain(str(named(path, error)))
 
     def feed() -> Iterator[str]:
-        paths = expand(
-            arguments.inputs, root=arguments.root, null=arguments.null, in_order=by_bytes, unreadable=unreadable
-        )
-        for path in paths:
+        for path in expand(arguments.inputs, fail, root=arguments.root, null=arguments.null):
             fed.append(path)
             yield path
 
@@ -285,10 +278,10 @@ def _print(client: SpeakerClient, arguments: argparse.Namespace) -> int:
         path = fed.popleft()
         if isinstance(outcome, Utterance):
             print(_line(path, outcome, arguments.json), flush=True)
-            continue
-        if isinstance(outcome, HOPELESS):
+        elif isinstance(outcome, HOPELESS):
             raise outcome
-        unreadable(path, named(path, outcome))
+        else:
+            fail(path, outcome)
     return FAILED if failed else DONE
 
 
@@ -301,24 +294,34 @@ def _line(path: str, one: Utterance, as_json: bool) -> str:
     return f"{describe(path)}  {one.seconds:.2f} s  {len(one.embedding)} dims  norm {norm:.2f}  [{first} ...]"
 
 
-# --- what the user sees ---
+# --- failures and progress ---
 
 
 class _Failures:
-    """Tells of files that fail and lists them; the list of an earlier run is removed."""
+    """Reports files that fail and lists them in a file, which replaces that of an earlier run."""
 
     def __init__(self, path: Path) -> None:
         self.count = 0
-        self.tell: Callable[[str], None] = complain
+        self.report: Callable[[str], None] = complain
         self._path = path
         self._file: TextIO | None = None
-        path.unlink(missing_ok=True)
+
+    def __enter__(self) -> _Failures:
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as exc:
+            raise OutputError(f"{describe(self._path)}: cannot be replaced ({exc.strerror}): move it away") from exc
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def add(self, path: str, error: EcapaError) -> None:
-        """Tell of one."""
+        """Report and list a file."""
         self.count += 1
         error = named(path, error)
-        self.tell(str(error))
+        self.report(str(error))
         try:
             if self._file is None:
                 self._file = open(self._path, "w", encoding="utf-8", errors="surrogateescape")
@@ -329,26 +332,20 @@ class _Failures:
         except OSError as exc:
             raise OutputError(f"{describe(self._path)}: cannot be written ({exc.strerror}): make room") from exc
 
-    def close(self) -> None:
-        """Close the list."""
-        if self._file is not None:
-            self._file.close()
-
 
 def _escape(found: re.Match[str]) -> str:
     return repr(found[0])[1:-1]
 
 
 class _Progress:
-    """How far a run is: on a terminal a bar, without rich a line that counts; elsewhere a line a minute."""
+    """The progress of a run: a bar on a terminal, a line a minute elsewhere or without rich."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
         self._name, self._total, self._done = name, total, done
         self._start = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._bar = _rich_bar() if self._terminal else None
-        self._task = None if self._bar is None else self._bar.add_task(name, total=total, completed=done, words="")
-        self._width = 0  # of the line that counts
+        self._bar = _rich_bar() if sys.stderr.isatty() else None
+        if self._bar is not None:
+            self._bar.add_task(name, total=total, completed=done, words="")
 
     def __enter__(self) -> _Progress:
         if self._bar is not None:
@@ -358,12 +355,11 @@ class _Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._clear()
 
     def show(self, new: int, failed: int, audio: float) -> None:
-        """Show it, if it is time."""
+        """Show how many files this run has finished, if an update is due."""
         now = time.monotonic()
-        if now - self._shown < (REFRESH_EVERY if self._terminal else REPORT_EVERY):
+        if now - self._shown < (REPORT_EVERY if self._bar is None else REFRESH_EVERY):
             return
         self._shown = now
         elapsed = max(now - self._start, 1e-9)
@@ -373,29 +369,19 @@ class _Progress:
             f"{done:,} of {self._total:,} files, {failed:,} failed, {(new + failed) / elapsed:,.1f} files/s, "
             f"{audio / elapsed:,.1f} s of audio a second, {left} left"
         )
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, words=words)
-        elif self._terminal:
-            line = f"{self._name}: {words}"
-            print(f"\r{line:{self._width}}", end="", file=sys.stderr, flush=True)
-            self._width = len(line)
-        else:
+        if self._bar is None:
             complain(f"{self._name}: {words}")
+        else:
+            self._bar.update(self._bar.task_ids[0], completed=done, words=words)
 
-    def tell(self, message: str) -> None:
-        """Print a line above."""
-        self._clear()
-        if self._bar is not None:
+    def print(self, message: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self._bar is None:
+            complain(message)
+        else:
             self._bar.console.print(
                 f"ecapa-triton: {message}", markup=False, highlight=False, emoji=False, soft_wrap=True
             )
-        else:
-            complain(message)
-
-    def _clear(self) -> None:
-        if self._width:
-            print(f"\r{'':{self._width}}\r", end="", file=sys.stderr, flush=True)
-            self._width = 0
 
 
 def _rich_bar() -> rich.progress.Progress | None:
@@ -408,11 +394,3 @@ def _rich_bar() -> rich.progress.Progress | None:
     return Progress(
         *columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False, redirect_stderr=False
     )
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
-class _Interrupted(KeyboardInterrupt):
-    """A run was interrupted; the message says what is kept."""

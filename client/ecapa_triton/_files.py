@@ -15,10 +15,10 @@ from .errors import OutputError
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """Refuse an impossible output before the work, not after it.
+    """Check that a file can be written before the work starts.
 
     Args:
-        path: Where a file is to be written; a link to a file stays one.
+        path: Of the file; a link to a file stays one.
 
     Returns:
         The absolute path of the file itself, behind links.
@@ -27,7 +27,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         OutputError: The path is not that of a file, or its folder is missing or not writable.
     """
     place = Path(os.path.realpath(path))
-    if place.exists() and not place.is_file():  # renaming over /dev/null would be a pity
+    if place.exists() and not place.is_file():  # /dev/null must not be replaced by a file
         reason = "is there and not a regular file"
     elif not place.parent.is_dir():
         reason = f"there is no directory {describe(place.parent)}"
@@ -40,7 +40,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Read a file and replace it while nobody else does, who does so in here too."""
+    """Lock a file's folder, so that two programs that read the file and replace it take turns."""
     import fcntl  # not on Windows
 
     folder = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
@@ -51,18 +51,38 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
         os.close(folder)
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a file under another name beside it and rename, so that a reader sees all of it or the file before.
-
-    A file that is replaced leaves its permissions to the new one. What is written is on the disk before it gets the
-    name, so that it is whole after a power failure too.
-
-    Args:
-        path: Of the file to write, there or not.
+def locked(path: Path) -> BinaryIO:
+    """Open a file, which is locked until it is closed.
 
     Raises:
-        OutputError: It cannot be written; also for an `OSError` in the body of the `with`.
+        BlockingIOError: Another program holds the lock.
+        FileNotFoundError: The folder is missing, or the file was removed by the program that held the lock.
+    """
+    import fcntl
+
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise FileNotFoundError(path)
+        return file
+    except BaseException:
+        file.close()
+        raise
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write a file beside its place and rename it, so that readers see either the old file or the whole new one.
+
+    The new file gets the permissions of the one it replaces. It is synchronized to disk before the rename, so that it
+    is whole after a power failure too.
+
+    Args:
+        path: Of the file to write; it need not exist.
+
+    Raises:
+        OutputError: It cannot be written; also in place of an `OSError` in the body of the `with`.
     """
     place = check_output(path)
     part = place.with_name(f".{place.name[:48]}.{secrets.token_hex(4)}.part")

@@ -1,4 +1,4 @@
-"""Voices that were enrolled, to tell who speaks: no server, no audio."""
+"""Enrolled voices and speaker identification, without server or audio."""
 
 from __future__ import annotations
 
@@ -19,29 +19,22 @@ from numpy.typing import NDArray
 from ._files import replacing
 from ._scoring import Utterance, Verification, check_threshold, decide, unit
 from .audio import describe
-from .errors import (
-    EcapaError,
-    EmbeddingError,
-    GalleryError,
-    GalleryFileError,
-    ModelMismatchError,
-    UnknownVoiceError,
-)
+from .errors import EcapaError, EmbeddingError, GalleryError, GalleryFileError, ModelMismatchError, UnknownVoiceError
 
 MAX_NAME = 128  # characters
-FORMAT = 1  # of the files
+FORMAT = 1  # version of the files
 MEMBERS = "format", "model", "threshold", "names", "clips", "sums"
-BLOCK = 64  # utterances that are scored by one matrix product
-SHORTEST_MEAN = 1e-6  # of unit vectors; below it rounding decides where it points
+BLOCK = 64  # utterances scored by one matrix product
+SHORTEST_MEAN = 1e-6  # of unit vectors; below it, rounding decides the direction
 
 _npy: Any = numpy_format  # not every numpy has types for it
 
 
 class Candidate(NamedTuple):
-    """A voice that may be the one heard.
+    """A voice near to an utterance.
 
     Attributes:
-        name: Whose it is.
+        name: Name of the voice.
         score: Cosine to the utterance, -1 to 1.
     """
 
@@ -51,13 +44,13 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Identification:
-    """Who of a gallery speaks.
+    """The result of identification.
 
     Attributes:
-        name: Whose voice it is; None where no voice scores above the threshold.
-        score: Cosine to the nearest voice, -1 to 1, whether or not it is above the threshold; -1 in an empty gallery.
-        threshold: The cosine that was decided by.
-        candidates: The nearest voices, best first; equal scores are in the order of their names.
+        name: The nearest voice; None if no voice scores above the threshold.
+        score: Cosine to the nearest voice, -1 to 1, above the threshold or not; -1 in an empty gallery.
+        threshold: The threshold that was applied.
+        candidates: The nearest voices, best first; equal scores are sorted by name.
     """
 
     name: str | None
@@ -67,10 +60,10 @@ class Identification:
 
 
 class Gallery:
-    """Enrolled voices, to tell who speaks.
+    """Enrolled voices, for identification and verification.
 
-    A voice is the mean direction of one or more utterances of a person. All are of one model, that of the first
-    utterance enrolled; one of another model is refused wherever it comes.
+    A voice is the mean direction of one or more utterances of a person. All utterances are of one model, that of the
+    first one enrolled; those of other models are rejected.
 
     ```python
     gallery = Gallery()
@@ -79,12 +72,12 @@ class Gallery:
     gallery.save("voices.npz")
     ```
 
-    Names are kept in Unicode's composed form (NFC) and looked up by it, so that one voice does not get two names that
-    look the same. A voice of 192 numbers takes 2.3 kB of memory and 1.6 kB in a file; one utterance is told from among
-    100,000 voices in some 10 ms on one core.
+    Names are stored in Unicode's composed form (NFC), so that names that look the same are the same. A voice of 192
+    numbers takes 2.3 kB of memory and 1.6 kB in a file; identification among 100,000 voices takes about 10 ms on one
+    core.
 
-    Many threads may read one gallery at once (identify, verify, score, save), as long as none of them changes it
-    (enrol, remove): that wants a lock of the caller's.
+    Threads may read a gallery at the same time (identify, verify, scores, save). Changes (enrol, remove) need a lock
+    of the caller's.
     """
 
     def __init__(self) -> None:
@@ -96,18 +89,18 @@ class Gallery:
         self._rows: dict[str, int] = {}  # by name, in the order of enrolment
         self._names: list[str] = []  # by row
         self._clips: list[int] = []  # by row
-        # Both have rows to spare. The sums are what a later enrolment adds to; the rows of length 1 find the nearest.
+        # Both have spare rows. Later enrolments add to the sums; the rows of length 1 serve to find the nearest.
         self._sums: NDArray[np.float64] = np.empty((0, 0))
         self._units: NDArray[np.float32] = np.empty((0, 0), np.float32)
 
     @property
     def model(self) -> str | None:
-        """Identity of the model that all voices are of, `Utterance.model`; None while the gallery is empty."""
+        """Identity of the model of all voices, as `Utterance.model`; None while the gallery is empty."""
         return self._model
 
     @property
     def threshold(self) -> float | None:
-        """The model's own, from the latest utterance enrolled that had one; None where none had."""
+        """The model's threshold, of the latest utterance enrolled that had one; None if none had."""
         return self._threshold
 
     def __len__(self) -> int:
@@ -123,26 +116,26 @@ class Gallery:
         return f"<Gallery of {len(self)} voices, model {self._model}>"
 
     def clips(self, name: str) -> int:
-        """How many utterances stand behind a voice.
+        """Number of utterances of a voice.
 
         Raises:
-            UnknownVoiceError: Nobody of this name is enrolled.
+            UnknownVoiceError: No voice of this name is enrolled.
         """
         return self._clips[self._row(name)]
 
     def enrol(self, name: str, utterances: Utterance | Iterable[Utterance | EcapaError]) -> None:
-        """Add utterances to a voice, new or there already; each ever added counts the same.
+        """Add utterances to a new or an enrolled voice, in which all its utterances have equal weight.
 
-        All of them are added or, where an error is raised, none.
+        Either all utterances are added or, if an error is raised, none.
 
         Args:
-            name: Whose they are: up to 128 printable characters, without spaces around them.
-            utterances: One, or several, such as `client.utterances(...)` yields them.
+            name: Name of the voice: up to 128 printable characters, without spaces around them.
+            utterances: One, or several as `client.utterances(...)` yields them.
 
         Raises:
-            GalleryError: The name cannot be one, or there is no utterance.
+            GalleryError: The name is not valid, or there is no utterance.
             ModelMismatchError: An utterance is of another model than the gallery or those before it.
-            EmbeddingError: An embedding has no direction or another size, or all together cancel out.
+            EmbeddingError: An embedding has no direction or another size, or all of them cancel out.
             EcapaError: The first error among `utterances`.
         """
         name = _composed(name)
@@ -175,31 +168,31 @@ class Gallery:
         self._model, self._threshold = model, threshold
 
     def remove(self, name: str) -> None:
-        """Forget a voice. With the last one the gallery forgets its model too.
+        """Remove a voice, and with the last one the gallery's model.
 
         Raises:
-            UnknownVoiceError: Nobody of this name is enrolled.
+            UnknownVoiceError: No voice of this name is enrolled.
         """
         row = self._row(name)
         del self._rows[self._names[row]]
         last, clips = self._names.pop(), self._clips.pop()
-        if row < len(self._names):  # the last row moves to where it was
+        if row < len(self._names):  # the last row takes its place
             self._rows[last], self._names[row], self._clips[row] = row, last, clips
             self._sums[row], self._units[row] = self._sums[len(self._names)], self._units[len(self._names)]
         if not self._names:
             self._clear()
 
     def identify(self, utterance: Utterance, top: int = 5, threshold: float | None = None) -> Identification:
-        """Tell who speaks.
+        """Find the voice of an utterance.
 
         Args:
-            utterance: Of a voice to be told.
-            top: Candidates to name at most.
-            threshold: Cosine above which it is the nearest voice; None takes the model's own, as the utterance says.
+            utterance: The probe.
+            top: Largest number of candidates.
+            threshold: Cosine above which the nearest voice is named; None: the model's, from the utterance.
 
         Raises:
             ModelMismatchError: The utterance is of another model than the gallery.
-            ThresholdError: No threshold is given and the model has none, or it is no cosine.
+            ThresholdError: No threshold is given and the model has none, or it is not a cosine.
             EmbeddingError: The embedding has no direction, or another size.
             ValueError: `top` is below 1.
         """
@@ -212,19 +205,19 @@ class Gallery:
     def identify_many(
         self, utterances: Iterable[Utterance | EcapaError], top: int = 5, threshold: float | None = None
     ) -> Iterator[Identification | EcapaError]:
-        """Tell who speaks in each of many utterances, 64 at a time: for one as soon as it is there use `identify`.
+        """Find the voices of many utterances, 64 at a time; `identify` answers for one without waiting for more.
 
         Args:
-            utterances: Such as `client.utterances(...)` yields them; may be a generator.
+            utterances: As `client.utterances(...)` yields them; may be a generator.
             top: As for `identify`.
             threshold: As for `identify`.
 
         Returns:
-            Each one's outcome in order. What `identify` raises for an utterance is in its place, and so is an error
-            that came among `utterances`.
+            The results in order. Errors among `utterances`, and those that `identify` would raise, take the place of
+            their results.
 
         Raises:
-            ThresholdError: The threshold given is no cosine.
+            ThresholdError: The threshold given is not a cosine.
             ValueError: `top` is below 1.
         """
         _check_options(top, threshold)
@@ -250,17 +243,17 @@ class Gallery:
         return np.clip(scores, -1, 1, out=scores)
 
     def verify(self, name: str, utterance: Utterance, threshold: float | None = None) -> Verification:
-        """Tell whether an utterance is of the voice that it is claimed to be.
+        """Decide whether an utterance is of a voice.
 
         Args:
-            name: Whose voice is claimed.
-            utterance: Of the one who claims it.
-            threshold: Cosine above which the claim holds; None takes the model's own, as the utterance says.
+            name: Name of the voice.
+            utterance: The probe.
+            threshold: Cosine above which it is the same speaker; None: the model's, from the utterance.
 
         Raises:
-            UnknownVoiceError: Nobody of this name is enrolled.
+            UnknownVoiceError: No voice of this name is enrolled.
             ModelMismatchError: The utterance is of another model than the gallery.
-            ThresholdError: No threshold is given and the model has none, or it is no cosine.
+            ThresholdError: No threshold is given and the model has none, or it is not a cosine.
             EmbeddingError: The embedding has no direction, or another size.
         """
         row = self._row(name)
@@ -268,12 +261,12 @@ class Gallery:
         return decide(self._exact([row], direction)[0], threshold, self._learned(utterance))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the gallery to an npz file, whole or not at all; a file that is there is replaced.
+        """Write the gallery to an npz file, whole or not at all, in place of an existing file.
 
-        Programs that enrol into one file have to take turns from loading to saving, as `ecapa-triton enrol` does.
+        Programs that enrol into one file must lock it from loading to saving, as `ecapa-triton enrol` does.
 
-        Voices tell who people are: mind who can read the file. It gets the permissions of the one that it replaces,
-        else the usual ones.
+        Voices identify people: restrict who can read the file. It keeps the permissions of the file it replaces; a
+        new file gets the usual ones.
 
         Raises:
             OutputError: It cannot be written.
@@ -292,12 +285,12 @@ class Gallery:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Gallery:
-        """Read a gallery that `save` wrote: the same to the last bit.
+        """Read a gallery that `save` wrote, exact to the last bit.
 
-        Nothing in the file is run, and no more memory is taken than its size calls for.
+        No code in the file is run, and the memory taken is bounded by its size.
 
         Raises:
-            GalleryFileError: The file cannot be read, or holds no gallery, or only a damaged one.
+            GalleryFileError: The file cannot be read, holds no gallery, or is damaged.
         """
         name = describe(path)
         try:
@@ -311,10 +304,10 @@ class Gallery:
             ) from exc
         except GalleryFileError as exc:
             raise GalleryFileError(f"{name}: {exc}") from exc
-        except Exception as exc:  # zipfile and numpy raise of all kinds where bytes were changed
+        except Exception as exc:  # zipfile and numpy raise many types for damaged files
             reason = " ".join(str(exc).split()) or type(exc).__name__
             raise GalleryFileError(
-                f"{name}: no gallery, or a damaged one ({reason}): pass a file that Gallery.save wrote, or enrol again"
+                f"{name}: not a gallery, or damaged ({reason}): pass a file that Gallery.save wrote, or enrol again"
             ) from exc
 
     @classmethod
@@ -326,7 +319,7 @@ class Gallery:
         if not len(names) == len(clips) == len(sums):
             raise ValueError(f"{len(names)} names, {len(clips)} counts of clips and {len(sums)} voices")
         if bool(names) != bool(model) or not model.isprintable():
-            raise ValueError("voices without a model's identity, or one without voices")
+            raise ValueError("voices without a model, or a model without voices")
         if not (math.isnan(threshold) or -1 <= threshold <= 1):
             raise ValueError(f"threshold {threshold}")
         for name in names:
@@ -335,13 +328,13 @@ class Gallery:
             if name != _composed(name):
                 raise ValueError(f"the name {name!r} is not in NFC")
         if len(set(names)) < len(names):
-            raise ValueError("a name that comes twice")
+            raise ValueError("a name occurs twice")
         if not names:
             return gallery
         lengths = _lengths(sums)
         counts = arrays["clips"]
         if not np.all((counts >= 1) & (lengths >= SHORTEST_MEAN * counts) & (lengths <= counts * (1 + 1e-6))):
-            raise ValueError("a voice that is no sum of unit vectors, as many as there were clips")
+            raise ValueError("a voice is not a sum of as many unit vectors as it has clips")
         gallery._model, gallery._threshold = model, None if math.isnan(threshold) else threshold
         gallery._names, gallery._clips = names, clips
         gallery._rows = {name: row for row, name in enumerate(names)}
@@ -356,7 +349,7 @@ class Gallery:
         row = self._rows.get(_composed(name))
         if row is None:
             raise UnknownVoiceError(
-                f"nobody of the name {name[:MAX_NAME]!r} is enrolled: enrol, or pass one of the {len(self)} names"
+                f"no voice of the name {name[:MAX_NAME]!r} is enrolled: enrol it, or pass one of the {len(self)} names"
             )
         return row
 
@@ -385,13 +378,13 @@ class Gallery:
         for one in asked:
             try:
                 outcomes.append(
-                    one if isinstance(one, EcapaError) else self._told(*one, next(nearness), top, threshold)
+                    one if isinstance(one, EcapaError) else self._identification(*one, next(nearness), top, threshold)
                 )
             except EcapaError as exc:
                 outcomes.append(exc)
         return outcomes
 
-    def _told(
+    def _identification(
         self,
         utterance: Utterance,
         direction: NDArray[np.float64],
@@ -412,7 +405,7 @@ class Gallery:
         return found
 
     def _best(self, nearness: NDArray[np.float32], direction: NDArray[np.float64], top: int) -> tuple[Candidate, ...]:
-        """The rows that rounding could have among the best are scored again, exactly."""
+        """The best candidates. Rows within rounding of them are scored again, exactly."""
         voices = len(nearness)
         if top < voices:
             rounding = 2 * len(direction) * np.finfo(np.float32).eps
@@ -437,13 +430,13 @@ def _composed(name: str) -> str:
 
 
 def _fault(name: str) -> str | None:
-    """What keeps a name from being one."""
+    """Why a name is not valid; None if it is."""
     if not name or name != name.strip():
         return "is empty or has spaces around it: expected a name"
     if len(name) > MAX_NAME:
         return f"has {len(name)} characters: expected up to {MAX_NAME}"
     if not name.isprintable():
-        return "has characters that cannot be seen: expected printable ones"
+        return "has characters that are not printable: expected printable ones"
     return None
 
 
@@ -456,12 +449,12 @@ def _good(item: Utterance | EcapaError) -> Utterance:
 
 
 def _direction(utterance: Utterance, model: str | None, dims: int | None) -> NDArray[np.float64]:
-    """The embedding at length 1, if it may stand beside those of `model`, of size `dims`; None: any."""
+    """The embedding at length 1, checked to be of `model` and of size `dims`; None: any."""
     if not utterance.model:
-        raise ModelMismatchError("the utterance does not say what model it is of: embed it again")
+        raise ModelMismatchError("the utterance has no model identity: embed it again")
     if model is not None and utterance.model != model:
         raise ModelMismatchError(
-            f"the gallery is of model {model}, the utterance of {utterance.model}: enrol again with the new model"
+            f"the utterance is of model {utterance.model}, expected the gallery's, {model}: enrol again with one model"
         )
     shape = np.shape(utterance.embedding)
     if len(shape) != 1 or dims not in (None, shape[0]):
@@ -476,14 +469,14 @@ def _check_options(top: int, threshold: float | None) -> None:
 
 
 def _lengths(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of the rows; the same for a row alone and among others, so that a saved gallery scores as before."""
+    """Lengths of the rows, each independent of the others, so that a saved gallery scores as before."""
     with np.errstate(over="ignore", invalid="ignore"):
         lengths: NDArray[np.float64] = np.sqrt((sums * sums).sum(axis=1))
     return lengths
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a gallery's file, each with the dtype and the number of dimensions that it must have."""
+    """The arrays of a gallery's file, with dtypes and dimensions checked."""
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         size = os.fstat(file.fileno()).st_size
         version = int(_array(archive, "format", size, "<i8", 0))
@@ -504,7 +497,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _array(archive: zipfile.ZipFile, name: str, size: int, dtype: str, dimensions: int) -> NDArray[Any]:
-    """One array, its header checked first: what it claims to hold must be in the file, of `size` bytes."""
+    """One array. Its header is checked first: the data must be in the file, which has `size` bytes."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED or not info.file_size == info.compress_size <= size:
         raise ValueError(f"{name} is compressed")
@@ -517,7 +510,7 @@ def _array(archive: zipfile.ZipFile, name: str, size: int, dtype: str, dimension
     if not right or fortran or len(shape) != dimensions or min(shape, default=0) < 0:
         raise ValueError(f"{name} is {found.str[:20]} {list(shape)}: expected {dtype} of {dimensions} dimensions")
     if header + math.prod(shape) * found.itemsize != info.file_size:
-        raise ValueError(f"{name} has {info.file_size} bytes, not those that its shape calls for")
+        raise ValueError(f"{name} has {info.file_size} bytes, which does not match its shape")
     with archive.open(info) as member:
         array: NDArray[Any] = _npy.read_array(member, allow_pickle=False)
     return array

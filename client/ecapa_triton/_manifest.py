@@ -12,84 +12,75 @@ from typing import Any, TextIO
 from .audio import describe
 from .errors import AudioFileError, ManifestError
 
-# Of files in folders; a file that is named itself may have any.
+# Audio files in folders; a file that is named itself may have any suffix.
 SUFFIXES = frozenset(".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .sph .w64 .rf64".split())
-COLUMNS = "path", "file", "wav", "audio_filepath", "filename"  # the first that is there holds the paths
-_STARTS = "offset", "start"  # of a segment, in NeMo's and SpeechBrain's manifests
+COLUMNS = "path", "file", "wav", "audio_filepath", "filename"  # the first one present holds the paths
+_STARTS = "offset", "start"  # of a segment, in manifests of NeMo and SpeechBrain
 _CHUNK = 1 << 16  # bytes of standard input read at a time
-
-Unreadable = Callable[[str, AudioFileError], None]
 
 
 def expand(
     inputs: Iterable[str],
+    unreadable: Callable[[str, AudioFileError], None],
     *,
     root: str | None = None,
     null: bool = False,
-    in_order: Callable[[Iterable[str]], Iterable[str]],
-    unreadable: Unreadable,
 ) -> Iterator[str]:
-    """Yield the paths of all inputs, those of a folder in the order of their bytes.
+    """Yield the paths of all inputs, those of a folder sorted by their bytes.
 
     Args:
-        inputs: Folders, audio files, manifests (`.txt`, `.lst`, `.csv`, `.tsv`, `.jsonl`, `.json`), `-` for paths on
+        inputs: Folders, audio files, lists (`.txt`, `.lst`, `.csv`, `.tsv`, `.jsonl`, `.json`), `-` for paths on
             standard input.
-        root: What relative paths of manifests are relative to; None: the manifest's own folder.
+        unreadable: Called for each folder that cannot be listed.
+        root: Where relative paths of lists start; None: in the list's own folder.
         null: Paths on standard input end in NUL, not in a line break.
-        in_order: Sorts the paths of one folder by their bytes.
-        unreadable: Told of each folder below an input that cannot be listed.
 
     Raises:
-        ManifestError: Names the manifest and its line.
+        ManifestError: Names the list and its line.
     """
     for given in inputs:
         suffix = os.path.splitext(given)[1].lower()
         if given == "-":
             yield from _standard_input(b"\0" if null else b"\n")
         elif os.path.isdir(given):
-            yield from in_order(_folder(given, unreadable))
+            yield from _folder(given, unreadable)
         elif suffix in _READERS:
             yield from _manifest(given, suffix, os.path.dirname(given) if root is None else root)
         else:
             yield given
 
 
-def by_bytes(paths: Iterable[str]) -> list[str]:
-    """Sort as file systems do, whatever the encoding of the names."""
-    return sorted(paths, key=os.fsencode)
-
-
-def _folder(top: str, unreadable: Unreadable) -> Iterator[str]:
-    """Audio files below `top` in no order. Hidden ones are left out, links are followed, though not back up."""
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
+def _folder(top: str, unreadable: Callable[[str, AudioFileError], None]) -> Iterator[str]:
+    """Audio files below `top`. Hidden ones are left out; links are followed, except back up."""
+    waiting: list[tuple[str, bool, frozenset[tuple[int, int]]]] = [(top, True, frozenset())]
     while waiting:
-        folder, above = waiting.pop()
+        path, is_folder, above = waiting.pop()
+        if not is_folder:
+            yield path
+            continue
         try:
-            status = os.stat(folder)
+            status = os.stat(path)
             identity = status.st_dev, status.st_ino
             if identity in above:
                 continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        waiting.append((entry.path, above | {identity}))
-                    elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                        yield entry.path
+            with os.scandir(path) as entries:
+                found = [
+                    (entry.path, is_folder, above | {identity} if is_folder else above)
+                    for entry in entries
+                    if not entry.name.startswith(".")
+                    and ((is_folder := entry.is_dir()) or os.path.splitext(entry.name)[1].lower() in SUFFIXES)
+                ]
         except OSError as exc:
-            unreadable(
-                folder,
-                AudioFileError(
-                    f"{describe(folder)}: cannot be listed ({exc.strerror}): get permission, or leave it out"
-                ),
-            )
+            reason = f"cannot be listed ({exc.strerror}): get permission, or leave it out"
+            unreadable(path, AudioFileError(f"{describe(path)}: {reason}"))
+        else:  # with the slash of a folder, siblings are in the order of the whole paths below them
+            waiting += sorted(found, key=lambda one: os.fsencode(one[0]) + b"/" * one[1], reverse=True)
 
 
 def _standard_input(end: bytes) -> Iterator[str]:
     rest = b""
     stdin: Any = sys.stdin.buffer
-    while chunk := stdin.read1(_CHUNK):  # what is there: the writer may be slow
+    while chunk := stdin.read1(_CHUNK):  # as much as there is: the writer may be slow
         *paths, rest = (rest + chunk).split(end)
         yield from _decoded(paths, end)
     yield from _decoded([rest], end)
@@ -152,7 +143,7 @@ def _comma_separated(file: TextIO, name: str) -> Iterator[tuple[int, str]]:
 
 
 def _tab_separated(file: TextIO, name: str) -> Iterator[tuple[int, str]]:
-    return _table(file, name, delimiter="\t", quoting=csv.QUOTE_NONE)  # quotes are text there, as in Common Voice
+    return _table(file, name, delimiter="\t", quoting=csv.QUOTE_NONE)  # quotes are text, as in Common Voice
 
 
 _READERS = {
@@ -166,18 +157,18 @@ _READERS = {
 
 
 def _column(names: Iterable[str], where: str) -> str:
-    there = list(names)
+    found = list(names)
     for column in COLUMNS:
-        if column in there:
+        if column in found:
             return column
-    raise ManifestError(f"{where}: has {', '.join(there) or 'nothing'}: expected one of {', '.join(COLUMNS)}")
+    raise ManifestError(f"{where}: has {', '.join(found) or 'no columns'}: expected one of {', '.join(COLUMNS)}")
 
 
 def _whole_file(entry: dict[str, object], where: str) -> None:
     for name in _STARTS:
         if str(entry.get(name) or 0).strip("0. "):
             raise ManifestError(
-                f"{where}: {name} is {entry[name]}, a segment of a file: only whole files are embedded, cut them first"
+                f"{where}: {name} is {entry[name]}, a segment of a file: expected whole files, cut it out first"
             )
 
 
@@ -187,4 +178,4 @@ def _checked(path: str, where: str) -> str:
             return path
     except UnicodeEncodeError:
         pass
-    raise ManifestError(f"{where}: {path!r} is no path: expected that of an audio file")
+    raise ManifestError(f"{where}: {path!r} is not a path: expected the path of an audio file")

@@ -1,187 +1,214 @@
-"""The output of a bulk run, npz or Parquet, read and written a batch of rows at a time."""
+"""Rows of results in Parquet and npz, read and written a block at a time."""
 
 from __future__ import annotations
 
 import os
 import re
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
+from numpy.lib import format as numpy_format
+from numpy.typing import NDArray
 
 from .audio import describe
 from .errors import OutputError
 
-if TYPE_CHECKING:
-    from ._workfile import WorkFile
+BLOCK = 2048  # rows in memory at a time: 1.6 MB of embeddings; a row group of Parquet
 
-BATCH = 2048  # rows that are handled at a time: 2 MB; a row group of Parquet
+Columns: TypeAlias = dict[str, NDArray[Any]]
+"""Rows as columns of one length, under the names of `COLUMNS`; the paths are bytes in an array of objects."""
 
-FACTS = "model", "long", "folder"  # on the whole, single strings
-# Kind of dtype and number of dimensions.
-_ARRAYS = {
-    "files": ("U", 1),
-    "seconds": ("f4", 1),
-    "embeddings": ("f4", 2),
-    "sizes": ("i8", 1),
-    "stamps": ("i8", 1),
+# Column of Parquet: array of npz, dtype, number of dimensions.
+COLUMNS = {
+    "path": ("files", "U", 1),
+    "seconds": ("seconds", "f4", 1),
+    "embedding": ("embeddings", "f4", 2),
+    "size": ("sizes", "i8", 1),
+    "stamp": ("stamps", "i8", 1),
 }
-_COLUMNS = "path", "size", "stamp", "seconds", "embedding"
+FACTS = "model", "long", "folder"  # strings about the whole: arrays of npz, metadata of Parquet
 
-Row: TypeAlias = tuple[bytes, int, int, float, bytes]  # path, size, stamp, seconds, embedding
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """An output of an earlier run."""
-
-    model: str
-    long: str
-    folder: str  # that relative paths start from
-    rows: Iterator[Row]
+_npy: Any = numpy_format  # not every numpy has types for it
 
 
-def write_npz(file: BinaryIO, work: WorkFile) -> None:
-    """As `np.savez` does, a batch of rows at a time."""
-    count, longest, dims = work.sizes()
-    columns: dict[str, tuple[str, str, tuple[int, ...]]] = {
-        "files": ("path", f"<U{longest}", (count,)),
-        "seconds": ("seconds", "<f4", (count,)),
-        "embeddings": ("embedding", "<f4", (count, dims)),
-        "sizes": ("size", "<i8", (count,)),
-        "stamps": ("stamp", "<i8", (count,)),
-    }
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, (column, dtype, shape) in columns.items():
-            _write_array(archive, name, dtype, shape, (_block(column, dtype, rows) for rows in work.select(column)))
-        for name, text in work.facts.items():
-            _write_array(archive, name, f"<U{max(len(text), 1)}", (), [np.array(text or "\0").tobytes()])
+# --- Parquet ---
 
 
-def _write_array(
-    archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...], data: Iterable[bytes]
+def write_parquet(
+    file: BinaryIO, blocks: Iterable[Columns], facts: Mapping[str, str], *, exact_paths: bool = False
 ) -> None:
-    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
-        header = {"descr": dtype, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[no-untyped-call]
-        for block in data:
-            stream.write(block)
+    """Write at least one block of rows.
+
+    Args:
+        file: Open for writing.
+        blocks: A row group each.
+        facts: Those of `FACTS`, and others; they become the schema's metadata.
+        exact_paths: Paths are bytes; else they are strings, with escapes in place of bytes that are not UTF-8.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    for block in blocks:
+        paths, vectors = block["path"].tolist(), block["embedding"]
+        columns = {
+            "path": pa.array(paths if exact_paths else [path.decode(errors="backslashreplace") for path in paths]),
+            "seconds": pa.array(block["seconds"], pa.float32()),
+            "embedding": pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]),
+            "model": pa.array([facts["model"]] * len(paths)),
+            "size": pa.array(block["size"], pa.int64()),
+            "stamp": pa.array(block["stamp"], pa.int64()),
+        }
+        table = pa.table(columns).replace_schema_metadata(facts)
+        if writer is None:
+            writer = pq.ParquetWriter(file, table.schema, use_dictionary=["model"], write_page_checksum=True)
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
 
 
-def _block(column: str, dtype: str, rows: Sequence[tuple[Any]]) -> bytes:
-    values = [value for (value,) in rows]
-    if column == "embedding":
-        return b"".join(values)
-    return np.array([os.fsdecode(value) for value in values] if column == "path" else values, dtype).tobytes()
+def read_parquet(place: Path) -> tuple[dict[str, str], Iterator[Columns]]:
+    """The facts of a file that `write_parquet` wrote, and its row groups; damaged pages are errors."""
+    import pyarrow.parquet as pq
+
+    def blocks() -> Iterator[Columns]:
+        with _naming(place), file:
+            for group in range(file.num_row_groups):
+                yield _columns(file, group, COLUMNS)
+
+    with _naming(place):
+        file = pq.ParquetFile(place, page_checksum_verification=True)
+        facts = {name.decode(): text.decode() for name, text in (file.schema_arrow.metadata or {}).items()}
+        if missing := {*COLUMNS, *FACTS} - {*file.schema_arrow.names, *facts}:
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        return facts, blocks()
 
 
-def read_npz(place: Path) -> Earlier:
-    def rows() -> Iterator[Row]:
-        with _refusing_foreign(place), zipfile.ZipFile(place) as archive:
-            arrays = [_Array(archive, name, *expected) for name, expected in _ARRAYS.items()]
-            if len({array.shape[0] for array in arrays}) != 1:
-                raise ValueError("its arrays are of different lengths")
-            for start in range(0, arrays[0].shape[0], BATCH):
-                count = min(BATCH, arrays[0].shape[0] - start)
-                for path, seconds, embedding, size, stamp in zip(*(a.read(count) for a in arrays), strict=True):
-                    yield os.fsencode(path), int(size), int(stamp), float(seconds), embedding.tobytes()
+def read_group(place: Path, group: int, names: Iterable[str]) -> Columns:
+    """Some columns of one row group."""
+    import pyarrow.parquet as pq
 
-    with _refusing_foreign(place), zipfile.ZipFile(place) as archive:
-        model, long, folder = (str(_Array(archive, name, "U", 0).read(1)[0]) for name in FACTS)
-        return Earlier(model, long, folder, rows())
+    with _naming(place), pq.ParquetFile(place, page_checksum_verification=True) as file:
+        return _columns(file, group, names)
+
+
+def _columns(file: Any, group: int, names: Iterable[str]) -> Columns:
+    table = file.read_row_group(group, columns=[*names], use_threads=False)
+    return _checked({name: _array(table.column(name).combine_chunks(), name) for name in names})
+
+
+def _array(column: Any, name: str) -> NDArray[Any]:
+    if name == "embedding":
+        array: NDArray[Any] = column.flatten().to_numpy().reshape(len(column), -1)
+    elif name == "path":
+        array = np.empty(len(column), object)
+        array[:] = [path if isinstance(path, bytes) else _unescaped(path) for path in column.to_pylist()]
+    else:
+        array = column.to_numpy()
+    return array
+
+
+def _unescaped(path: str) -> bytes:
+    """The path of a file, where a string has escapes in place of bytes that are not UTF-8."""
+    literal = path.encode()
+    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes([int(found[1], 16)]), literal)
+    return literal if raw == literal or os.path.lexists(literal) else raw
+
+
+# --- npz ---
+
+
+def write_npz(file: BinaryIO, blocks: Callable[[str], Iterable[Columns]], facts: Mapping[str, str]) -> None:
+    """Write what `np.savez` would.
+
+    Args:
+        file: Open for writing.
+        blocks: Yields the rows with one column, in the same order each time.
+        facts: Those of `FACTS`, and others, which are left out.
+    """
+    count = longest = 0
+    for block in blocks("path"):
+        count += len(block["path"])
+        longest = max([longest, *(len(os.fsdecode(path)) for path in block["path"])])
+    with zipfile.ZipFile(file, "w") as archive:
+        for column, (name, dtype, _) in COLUMNS.items():
+            dtype = f"<{dtype}{longest if column == 'path' else ''}"
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
+                for number, block in enumerate(blocks(column)):
+                    values = block[column]
+                    if not number:
+                        header = {"descr": dtype, "fortran_order": False, "shape": (count, *values.shape[1:])}
+                        _npy.write_array_header_1_0(stream, header)
+                    if column == "path":
+                        values = np.array([os.fsdecode(path) for path in values], dtype)
+                    stream.write(values.astype(dtype, copy=False).tobytes())
+        for name in FACTS:
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
+                _npy.write_array(stream, np.array(facts[name]), (1, 0))
+
+
+def read_npz(place: Path) -> tuple[dict[str, str], Iterator[Columns]]:
+    """The facts of a file that `write_npz` wrote, and its rows a block at a time."""
+
+    def blocks() -> Iterator[Columns]:
+        with _naming(place), zipfile.ZipFile(place) as archive:
+            arrays = {column: _Array(archive, *expected) for column, expected in COLUMNS.items()}
+            length, *others = {array.shape[0] for array in arrays.values()}
+            if others or not length:
+                raise ValueError("its arrays are empty or of different lengths")
+            for start in range(0, length, BLOCK):
+                columns = {name: array.read(min(BLOCK, length - start)) for name, array in arrays.items()}
+                columns["path"] = np.array([os.fsencode(path) for path in columns["path"]], object)
+                yield _checked(columns)
+
+    with _naming(place), zipfile.ZipFile(place) as archive:
+        return {name: str(_Array(archive, name, "U", 0).read(1)[0]) for name in FACTS}, blocks()
 
 
 class _Array:
-    """An array of an npz, read a part at a time."""
+    """An array of an npz, read a block at a time."""
 
-    def __init__(self, archive: zipfile.ZipFile, name: str, kind: str, dimensions: int) -> None:
+    def __init__(self, archive: zipfile.ZipFile, name: str, dtype: str, dimensions: int) -> None:
         self._stream = archive.open(f"{name}.npy")
-        version = np.lib.format.read_magic(self._stream)  # type: ignore[no-untyped-call]
+        version = _npy.read_magic(self._stream)
         if version != (1, 0):
-            raise ValueError(f"its {name} are of version {version} of the format")
-        read_header = np.lib.format.read_array_header_1_0
-        self.shape, fortran, self._dtype = read_header(self._stream)  # type: ignore[no-untyped-call]
-        if fortran or len(self.shape) != dimensions or kind not in (self._dtype.kind, self._dtype.str[1:]):
-            raise ValueError(f"its {name} are {self._dtype} {list(self.shape)}")
+            raise ValueError(f"{name} is of version {version} of npy")
+        self.shape, fortran, self._dtype = _npy.read_array_header_1_0(self._stream)
+        if fortran or len(self.shape) != dimensions or dtype not in (self._dtype.kind, self._dtype.str[1:]):
+            raise ValueError(f"{name} is {self._dtype} {list(self.shape)}")
 
-    def read(self, count: int) -> np.ndarray[Any, Any]:
+    def read(self, count: int) -> NDArray[Any]:
         """The next `count` rows."""
         shape = (count, *self.shape[1:])
         size = int(np.prod(shape)) * self._dtype.itemsize
         return np.frombuffer(self._stream.read(size), self._dtype).reshape(shape)
 
 
-def write_parquet(file: BinaryIO, work: WorkFile) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    _, _, dims = work.sizes()
-    fields = [("path", pa.string()), ("seconds", pa.float32()), ("embedding", pa.list_(pa.float32(), dims))]
-    fields += [("model", pa.string()), ("size", pa.int64()), ("stamp", pa.int64())]
-    schema = pa.schema(fields, metadata=work.facts)
-    with pq.ParquetWriter(file, schema, use_dictionary=["model"]) as writer:
-        for rows in work.select(", ".join(_COLUMNS)):
-            paths, sizes, stamps, seconds, embeddings = zip(*rows, strict=True)
-            columns = [
-                [path.decode(errors="backslashreplace") for path in paths],
-                seconds,
-                pa.FixedSizeListArray.from_arrays(np.frombuffer(b"".join(embeddings), "<f4"), dims),
-                [work.facts["model"]] * len(rows),
-                sizes,
-                stamps,
-            ]
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+# --- both ---
 
 
-def read_parquet(place: Path) -> Earlier:
-    import pyarrow.parquet as pq
-
-    def rows() -> Iterator[Row]:
-        with _refusing_foreign(place), pq.ParquetFile(place) as file:
-            for batch in file.iter_batches(BATCH, columns=_COLUMNS):
-                paths, sizes, stamps, seconds, embeddings = (batch.column(name) for name in _COLUMNS)
-                vectors = embeddings.flatten().to_numpy().reshape(len(paths), -1)
-                facts = zip(paths.to_pylist(), sizes.to_pylist(), stamps.to_pylist(), seconds.to_pylist(), strict=True)
-                for (path, *rest), vector in zip(facts, vectors, strict=True):
-                    yield _unescaped(path), *rest, vector.astype("<f4").tobytes()
-
-    with _refusing_foreign(place), pq.ParquetFile(place) as file:
-        if missing := {*_COLUMNS} - {*file.schema_arrow.names}:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        metadata = file.schema_arrow.metadata or {}
-        model, long, folder = (metadata[name.encode()].decode() for name in FACTS)
-        return Earlier(model, long, folder, rows())
-
-
-def _unescaped(path: str) -> bytes:
-    """The path of a file, where Parquet has escapes in place of what is not UTF-8 in its name."""
-    as_is = path.encode()
-    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes([int(found[1], 16)]), as_is)
-    return as_is if raw == as_is or os.path.lexists(as_is) else raw
+def _checked(columns: Columns) -> Columns:
+    for name, array in columns.items():
+        _, dtype, dimensions = COLUMNS[name]
+        if name != "path" and (array.dtype.str[1:] != dtype or array.ndim != dimensions):
+            raise ValueError(f"its {name} is {array.dtype} of {array.ndim} dimensions")
+    if "embedding" in columns and not (columns["embedding"].size and np.isfinite(columns["embedding"]).all()):
+        raise ValueError("with embeddings that are empty or not finite")
+    return columns
 
 
 @contextmanager
-def _refusing_foreign(place: Path) -> Iterator[None]:
+def _naming(place: Path) -> Iterator[None]:
+    """Turn whatever NumPy, zipfile and pyarrow raise for a foreign or damaged file into one error."""
     try:
         yield
-    except (OSError, ValueError, LookupError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+    except Exception as exc:
+        reason = " ".join(str(exc).split()) or type(exc).__name__
         raise OutputError(
-            f"{describe(place)}: is there, and not what this command writes ({' '.join(str(exc).split())}): choose "
-            "another output, or put it away with --replace"
-        ) from exc
-
-
-def check_pyarrow(name: str) -> None:
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as exc:  # missing, or one for another NumPy
-        raise OutputError(
-            f"{name}: Parquet is written by pyarrow, which cannot be imported ({exc}): "
-            "pip install 'ecapa-triton[bulk]', or choose an output that ends in .npz"
+            f"{describe(place)}: not written by this command, or damaged ({reason}): choose another output, or replace "
+            "this one with --replace"
         ) from exc

@@ -1,4 +1,4 @@
-"""From a path, the bytes of a file or an array to a mono waveform at 16 kHz, in bounded memory."""
+"""Reads a path, the bytes of a file or an array as a mono waveform at 16 kHz, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import (
-    AudioFileError,
-    AudioFormatError,
-    NotAudioError,
-    NotFiniteError,
-)
+from .errors import AudioFileError, AudioFormatError, NotAudioError, NotFiniteError
 
 Audio: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[Any]
 """A path, the bytes of an audio file, or an array of samples."""
@@ -28,22 +23,22 @@ Audio: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | NDA
 Waveform: TypeAlias = NDArray[np.float32]
 
 SAMPLE_RATE = 16_000
-"""Hz, of the model's training data and so of every waveform that is sent."""
+"""Hz, of the model's training data and of every waveform that is sent."""
 
-MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; outside it is a broken header rather than a recording of speech
+MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz; other rates come from broken headers
 MAX_AMPLITUDE = 1e4  # full scale is 1; beyond this the model answers NaN
-MAX_CHANNELS = 32  # of an array: more is a transposed array rather than a microphone array
-# Samples per second of a file, all channels together. A few bytes can stand for seconds of silence in 255 channels:
-# 30 s of the slowest coding (Opus, 5 million a second decoded) then take a minute at the most.
+MAX_CHANNELS = 32  # of an array; one with more is likely transposed
+# Samples per second of a file, all channels together: a few bytes can encode seconds of silence in 255 channels.
+# With this limit, 30 s of the slowest coding (Opus, 5 million samples decoded per second) take a minute.
 MAX_FLOW = 10_000_000
 INT16_SCALE = np.float32(1 / 32768)
-# How the files start that are handed to libsndfile: WAV, RF64, W64, FLAC, OGG, MP3, AIFF, AU, CAF, SPHERE.
-# Its parsers of rarer formats print to the terminal and see less use.
+# First bytes of the formats passed to libsndfile: WAV, RF64, W64, FLAC, OGG, MP3, AIFF, AU, CAF, SPHERE.
+# Its parsers of rarer formats print to the terminal and are less tested.
 MAGIC = (b"RIFF", b"RF64", b"riff", b"fLaC", b"OggS", b"ID3", b"\xff", b"FORM", b".snd", b"caff", b"NIST")
-UNKNOWN_FRAMES = 1 << 62  # libsndfile says 2^63 - 1 where a stream's header does not tell
-MAX_MISSING = 0.5  # s, that a file may end before its header says: MP3 counts are estimates
-MAX_CHUNKS = 1_000  # of a WAV file, to look at in search of its samples
-BLOCK = 1 << 18  # samples, all channels together, that are decoded at a time: 1 MiB of float32
+UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2^63 - 1 if a stream's header gives no length
+MAX_MISSING = 0.5  # s by which a file may be shorter than its header says: MP3 counts are estimates
+MAX_CHUNKS = 1_000  # of a WAV file, searched for its samples
+BLOCK = 1 << 18  # samples decoded at a time, all channels together: 1 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -51,10 +46,10 @@ class Clip:
     """The beginning of a clip, or all of it.
 
     Attributes:
-        name: How error messages call it.
+        name: Its name in error messages.
         waveform: float32 [samples], mono, 16 kHz, finite.
-        cut: Whether the source goes on behind `waveform`.
-        source_seconds: Length of the source in seconds; a file's is what its header claims, 0 where it does not tell.
+        cut: Whether the source continues after `waveform`.
+        source_seconds: Length of the source in seconds; for a file the length in its header, 0 if that gives none.
     """
 
     name: str
@@ -69,16 +64,16 @@ class Clip:
 
 
 def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) -> Clip:
-    """Read at most `max_samples` samples at 16 kHz, and decode no more of the source than that takes.
+    """Read at most `max_samples` samples at 16 kHz, and decode no more of the source than needed.
 
     Args:
-        audio: A path, the bytes of an audio file (`MAGIC` lists the formats), or float or int16
-            samples `[samples]` or `[samples, channels]`. Channels are averaged; int16 is divided by 32768.
-        sample_rate: Hz, of an array (None: 16000). A file has its own; another one given here is an error.
-        max_samples: Samples at 16 kHz to stop at.
+        audio: A path, the bytes of an audio file (formats: see `MAGIC`), or float or int16 samples `[samples]` or
+            `[samples, channels]`. Channels are averaged; int16 is divided by 32768.
+        sample_rate: Hz, of an array (None: 16000). A file has its own; a different value here is an error.
+        max_samples: Samples at 16 kHz.
 
     Raises:
-        AudioError: Not `TooShortError` or `TooLongError`: lengths are the caller's matter.
+        AudioError: Any but `TooShortError` and `TooLongError`; the caller checks the length.
     """
     name = describe(audio)
     if isinstance(audio, np.ndarray):
@@ -86,7 +81,7 @@ def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) ->
         _check_rate(name, rate)
         _check_array(name, audio)
         return _collect(name, _array_blocks(audio), rate, len(audio) / rate, max_samples)
-    import soundfile  # only where there is a file to read
+    import soundfile  # only needed for files
 
     try:
         with _open(name, audio) as (file, frames, raw):
@@ -95,12 +90,12 @@ def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) ->
             if rate * file.channels > MAX_FLOW:
                 raise AudioFormatError(
                     f"{name}: {file.channels} channels at {rate} Hz, expected at most {MAX_FLOW} samples a second "
-                    "in all: give fewer channels or a lower rate"
+                    "in total: pass fewer channels or a lower rate"
                 )
             if sample_rate not in (None, rate):
                 raise AudioFormatError(
                     f"{name}: the file is at {rate} Hz, sample_rate says {sample_rate}: "
-                    "leave sample_rate out for files, they are resampled as needed"
+                    "omit sample_rate for files, they are resampled as needed"
                 )
             source_seconds = frames / rate if file.frames < UNKNOWN_FRAMES else 0.0
             return _collect(name, _file_blocks(name, file, frames, raw), rate, source_seconds, max_samples)
@@ -135,7 +130,7 @@ def windows(samples: int, size: int) -> list[slice]:
 def _check_rate(name: str, rate: float) -> None:
     if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE):
         raise AudioFormatError(
-            f"{name}: sample rate is {rate!r}, expected {MIN_RATE} to {MAX_RATE} Hz: give the true one"
+            f"{name}: sample rate is {rate!r}, expected {MIN_RATE} to {MAX_RATE} Hz: pass the true rate"
         )
 
 
@@ -151,7 +146,7 @@ def _collect(name: str, blocks: Iterator[Waveform], rate: float, source_seconds:
         first = int((~(np.abs(waveform) <= MAX_AMPLITUDE)).argmax())
         raise NotFiniteError(
             f"{name}: the sample at {first / SAMPLE_RATE:.3f} s is {waveform[first]:g}, "
-            "expected samples in [-1, 1]: mend the recording, or divide by full scale (32768 for 16 bits)"
+            "expected samples in [-1, 1]: repair the recording, or divide by full scale (32768 for 16 bits)"
         )
     return Clip(name, waveform, samples > max_samples, source_seconds)
 
@@ -160,7 +155,7 @@ def _resample(blocks: Iterator[Waveform], rate: float) -> Iterator[Waveform]:
     if rate == SAMPLE_RATE:
         yield from blocks
         return
-    import soxr  # only where there is something to resample
+    import soxr  # only needed for other rates
 
     stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     for block in blocks:
@@ -177,7 +172,7 @@ def _check_array(name: str, array: NDArray[Any]) -> None:
     if not (_is_int16(array) or np.issubdtype(array.dtype, np.floating)):
         raise AudioFormatError(f"{name}: expected float samples in [-1, 1] or int16: convert them")
     if isinstance(array, np.ma.MaskedArray):
-        raise AudioFormatError(f"{name}: has a mask, which would be ignored: pass its filled() samples")
+        raise AudioFormatError(f"{name}: has a mask, expected a plain array: pass its filled() samples")
 
 
 def _is_int16(array: NDArray[Any]) -> bool:
@@ -188,7 +183,7 @@ def _array_blocks(array: NDArray[Any]) -> Iterator[Waveform]:
     """Mono float32 blocks of an array `[samples]` or `[samples, channels]`."""
     step = BLOCK // (array.shape[1] if array.ndim == 2 else 1)
     for start in range(0, len(array), step):
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused as such
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is rejected
             block = array[start : start + step].astype(np.float32)
         if _is_int16(array):
             block *= INT16_SCALE
@@ -197,7 +192,7 @@ def _array_blocks(array: NDArray[Any]) -> Iterator[Waveform]:
 
 @cache
 def _forward() -> type[Any]:
-    """A file only read forwards: else soundfile seeks after every read, which resets an MP3 decoder."""
+    """A file without seeks: soundfile would seek after every read, which resets an MP3 decoder."""
     import soundfile
 
     class Forward(soundfile.SoundFile):  # type: ignore[misc]
@@ -208,7 +203,7 @@ def _forward() -> type[Any]:
 
 
 class _Bytes(io.BytesIO):
-    """Bytes in which a seek before the start, asked for by a damaged header, stays where it is."""
+    """Bytes in which a seek to before the start, as damaged headers cause, has no effect."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.getbuffer().nbytes}[whence]
@@ -219,7 +214,7 @@ class _Bytes(io.BytesIO):
 def _open(
     name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview
 ) -> Iterator[tuple[Any, int, _Bytes | io.FileIO]]:
-    """The file, how many frames its header promises, and what libsndfile reads it from."""
+    """Yield the file, the number of frames in its header, and the object that libsndfile reads."""
     raw: _Bytes | io.FileIO
     if isinstance(audio, bytes | bytearray | memoryview):
         raw = _Bytes(bytes(audio))
@@ -231,15 +226,15 @@ def _open(
         )
     with raw:
         _check_magic(name, raw.read(4))
-        times = _promised(raw)
+        times = _claimed(raw)
         raw.seek(0)
-        # By descriptor: no RAW format by suffix, no encoding of the name, and reasons from the system.
+        # A descriptor avoids the RAW format by suffix and encoding of the name, and gives the system's errors.
         with _forward()(raw.fileno() if isinstance(raw, io.FileIO) else raw, closefd=False) as file:
             yield file, round(file.frames * times) if times > 1 else file.frames, raw
 
 
-def _promised(raw: io.BytesIO | io.FileIO) -> float:
-    """How many times the samples there are a WAV header promises; libsndfile lowers its count to those there."""
+def _claimed(raw: io.BytesIO | io.FileIO) -> float:
+    """The samples in a WAV header as a multiple of those in the file, to which libsndfile lowers its count."""
     size = raw.seek(0, os.SEEK_END)
     raw.seek(0)
     place = 12 if raw.read(4) in (b"RIFF", b"RF64") else size
@@ -254,7 +249,7 @@ def _promised(raw: io.BytesIO | io.FileIO) -> float:
         if kind == b"ds64":
             long_length = int.from_bytes(head[16:24], "little")
         elif kind == b"data":
-            # What a program writes that does not know yet, such as one into a pipe: 0, or about the most there is.
+            # A program that writes into a pipe does not know the length, and writes 0 or about the largest.
             if length == 0xFFFFFFFF and long_length < UNKNOWN_FRAMES:
                 length = long_length
             elif length | 0xFFF in (0x7FFFFFFF, 0x80000FFF, 0xFFFFFFFF):
@@ -272,7 +267,7 @@ def _check_magic(name: str, start: bytes) -> None:
 
 def _open_path(name: str, path: str | os.PathLike[str]) -> io.FileIO:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe could wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe could block for ever
             kind = "a directory" if os.path.isdir(path) else "not a regular file"
             raise AudioFileError(f"{name}: is {kind}: pass the path of an audio file, or the bytes of one")
         return io.FileIO(path)
@@ -284,7 +279,7 @@ def _open_path(name: str, path: str | os.PathLike[str]) -> io.FileIO:
 
 
 def _file_blocks(name: str, file: Any, frames: int, raw: _Bytes | io.FileIO) -> Iterator[Waveform]:
-    """Mono float32 blocks of a file, with an error if it ends before or goes on behind what its header promises."""
+    """Mono float32 blocks of a file; raises if it is shorter or longer than its header says."""
     step = max(1, BLOCK // file.channels)
     done, start = 0, raw.tell()
     while len(block := file.read(step, dtype="float32", always_2d=True)):
@@ -293,23 +288,23 @@ def _file_blocks(name: str, file: Any, frames: int, raw: _Bytes | io.FileIO) -> 
     missing = frames - done
     if file.frames < UNKNOWN_FRAMES and missing > MAX_MISSING * file.samplerate:
         raise NotAudioError(
-            f"{name}: ends after {done / file.samplerate:.2f} s, its header promises "
-            f"{frames / file.samplerate:.2f} s: damaged or cut off, get a whole copy"
+            f"{name}: ends after {done / file.samplerate:.2f} s, expected "
+            f"{frames / file.samplerate:.2f} s as its header says: get a whole copy"
         )
-    # libsndfile reads an MP3 up to its count, which is a guess from the first frame's bit rate where no header tells.
+    # libsndfile reads an MP3 up to its count, which without a header is a guess from the first frame's bit rate.
     place, following = raw.tell(), raw.read(2)
     if file.format == "MP3" and following[:1] == b"\xff" and following[1:] >= b"\xe0":
         seconds = done / file.samplerate
         left = (raw.seek(0, os.SEEK_END) - place) * seconds / max(place - start, 1)
         if left > MAX_MISSING:
             raise NotAudioError(
-                f"{name}: goes on behind the {seconds:.2f} s that it seems to have: several MP3 files in one, or "
-                "one whose header does not tell its length: convert it to FLAC or WAV"
+                f"{name}: continues after {seconds:.2f} s, expected its end there: several MP3 files in one, or one "
+                "without a length in its header; convert it to FLAC or WAV"
             )
 
 
 def _mono(block: Waveform) -> Waveform:
     if block.ndim == 1:
         return block
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused later
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite are rejected later
         return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
