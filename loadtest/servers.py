@@ -179,7 +179,7 @@ class Local:
         self.checkpoint: Checkpoint | None = None
         self._options, self._folder = options, folder
         try:
-            from export.__main__ import step
+            from export.pipeline import step
         except ModuleNotFoundError as error:
             raise MeasureError(f"--local: {reason(error)}: pip install -e '.[export,server,loadtest]'") from error
         for device in dict.fromkeys(options.local):
@@ -194,7 +194,7 @@ class Local:
     def _prepare(self, device: Device) -> dict[str, str]:
         """Make a model repository; return its models by contender."""
         from server import ServerError
-        from server.triton import choose_device, cuda_gpus
+        from server.preflight import choose_device, cuda_gpus
 
         from .baseline import install
 
@@ -214,8 +214,8 @@ class Local:
         Files written here are not verified, since every reply will be.
         """
         from export import artifacts, checkpoint, configs
-        from export.__main__ import step
         from export.packed import GROUP, PackedEcapa
+        from export.pipeline import step
 
         from .contenders import made_from
 

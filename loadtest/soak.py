@@ -29,10 +29,10 @@ from ecapa_triton.audio import SAMPLE_RATE
 from tritonclient.grpc import InferenceServerClient
 
 from export import checkpoint
-from export.__main__ import step
 from export.artifacts import OnnxModel, write_onnx
 from export.configs import MODEL
 from export.packed import PackedEcapa
+from export.pipeline import step
 from export.verify import Reference, clip_groups
 from server import TritonServer
 

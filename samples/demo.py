@@ -12,10 +12,10 @@ from pathlib import Path
 from ecapa_triton import EcapaError, SpeakerClient, score
 
 from export import checkpoint
-from export.__main__ import ERRORS as EXPORT_ERRORS
-from export.__main__ import export, step
 from export.artifacts import OnnxModel, up_to_date
 from export.configs import MODEL
+from export.pipeline import ERRORS as EXPORT_ERRORS
+from export.pipeline import export, step
 from server import ServerError, TritonServer
 
 FOLDER = Path(__file__).parent

@@ -19,9 +19,9 @@ from fake_triton import FakeTriton, fake_triton
 from hypothesis import HealthCheck, settings
 
 from export import checkpoint
-from export.__main__ import export
+from export.pipeline import export
 from export.verify import Reference
-from server.triton import TritonServer
+from server import TritonServer
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ".py", ".pbtxt", ".yaml", ".ckpt"

@@ -20,7 +20,7 @@ from export import checkpoint, configs
 from export.verify import clip_groups, difference
 from loadtest import baseline
 from server import TritonServer
-from server.triton import check_repository
+from server.preflight import check_repository
 
 ALONE, PADDED = baseline.MODELS
 PAIRS = "pairs"  # the padded baseline with another batcher: it waits for a second request

@@ -28,7 +28,7 @@ from export.__main__ import main as export_main
 from export.artifacts import OnnxModel
 from export.trials import compare, verify
 from export.verify import Reference, VerificationError
-from server.triton import TritonServer
+from server import TritonServer
 
 SAMPLES = ROOT / "samples"
 PHI = NormalDist().cdf

@@ -21,7 +21,7 @@ import pytest
 import soundfile
 from conftest import ROOT
 
-from server.triton import TritonServer
+from server import TritonServer
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAMPLES = ROOT / "samples"

@@ -21,7 +21,7 @@ from export.__main__ import main
 from export.artifacts import TorchScriptModel, up_to_date
 from export.verify import BOUNDS, difference
 from server import ServerError, TritonServer
-from server.triton import check_repository
+from server.preflight import check_repository
 
 Reference = Callable[[np.ndarray], np.ndarray]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -37,7 +37,7 @@ from ecapa_triton import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.triton import TritonServer
+from server import TritonServer
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 MODEL, OTHER = "1a2b3c4d" * 3, "0f" * 12

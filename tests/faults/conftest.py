@@ -13,7 +13,7 @@ import pytest
 from loadtest.hostile import Hostile, requests
 from loadtest.judge import Clip, Tally, Urls, check_apart
 from server import Limits, TritonServer, gateway
-from server.triton import find_installed
+from server.wheel import find_installed
 
 from .harness import LIMIT_MB, ROOT, SECOND, Gate, assert_right, serving_with
 

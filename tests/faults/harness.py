@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from loadtest.judge import PATIENCE, Clip, Outcome, Rejection, Tally, Urls
-from server import triton
-from server.triton import choose_ports
+from server import wheel
+from server.preflight import choose_ports
 
 ROOT = Path(__file__).parents[2]
 SECOND = 16_000  # samples
@@ -75,7 +75,7 @@ def assert_right(urls: Urls, clips: Sequence[Clip], tally: Tally) -> None:
 
 # --- stand-in backends ---
 
-BACKENDS = "_BACKENDS"  # where server.triton keeps the folder of those that it starts Triton with
+BACKENDS = "BACKENDS"  # where server.wheel keeps the folder of those that it starts Triton with
 
 
 def changed_backend(folder: Path, change: str) -> Path:
@@ -90,7 +90,7 @@ def changed_backend(folder: Path, change: str) -> Path:
 def serving_with(backends: Path) -> Iterator[None]:
     """Servers that start in the block use these backends."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, BACKENDS, backends)
+        patch.setattr(wheel, BACKENDS, backends)
         yield
 
 

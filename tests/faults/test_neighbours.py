@@ -14,7 +14,7 @@ import pytest
 from loadtest.hostile import LONGEST, STREAMS, Hostile
 from loadtest.judge import PATIENCE, ClientSender, Clip, GrpcSender, Outcome, Rejection, Tally, Traffic, Urls
 from server import TritonServer
-from server.triton import find_installed
+from server.wheel import find_installed
 
 from .harness import all_at_once, changed_backend, serving_with
 
