@@ -17,13 +17,15 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+from ecapa_triton.audio import SAMPLE_RATE
 
 from loadtest.judge import PATIENCE, Clip, Outcome, Rejection, Tally, Urls
 from server import triton
-from server.triton import choose_ports
+from server.triton import choose_ports, find_installed
 
 ROOT = Path(__file__).parents[2]
-SECOND = 16_000  # samples
+SECOND = SAMPLE_RATE  # samples
+INSTALLED = find_installed() is not None  # a tritonserver with backends of its own
 PREFERRED_BATCH = 3  # of configs/cpu.pbtxt
 LIMIT, LIMIT_MB = 128, 64  # requests in flight and megabytes of one through the gateway, as `python -m server` on a CPU
 
@@ -75,7 +77,7 @@ def assert_right(urls: Urls, clips: Sequence[Clip], tally: Tally) -> None:
 
 # --- stand-in backends ---
 
-BACKENDS = "_BACKENDS"  # where server.triton keeps the folder of those that it starts Triton with
+BACKENDS = "_BACKENDS"  # the name in server.triton of the folder of stand-in backends
 
 
 def changed_backend(folder: Path, change: str) -> Path:
