@@ -13,9 +13,8 @@ import pytest
 from loadtest.hostile import Hostile, requests
 from loadtest.judge import Clip, Tally, Urls, check_apart
 from server import Limits, TritonServer, gateway
-from server.wheel import find_installed
 
-from .harness import LIMIT_MB, ROOT, SECOND, Gate, assert_right, serving_with
+from .harness import INSTALLED, LIMIT_MB, ROOT, SECOND, Gate, assert_right, serving_with
 
 SUMMARY = pytest.StashKey[Tally]()
 LENGTHS = [640, 641, 1599, 1600, 5000, 7999, 8000, 16001, 33333, 48000, 80000]  # samples
@@ -100,7 +99,7 @@ def hostile(reference: Callable[[np.ndarray], np.ndarray]) -> dict[str, Hostile]
 
 @pytest.fixture(scope="session")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
-    if find_installed() is not None:
+    if INSTALLED:
         pytest.skip("this Triton has its own backend, which cannot be held")
     return Gate(tmp_path_factory.mktemp("gate"))
 

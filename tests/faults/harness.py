@@ -17,13 +17,16 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+from ecapa_triton.audio import SAMPLE_RATE
 
 from loadtest.judge import PATIENCE, Clip, Outcome, Rejection, Tally, Urls
 from server import wheel
 from server.preflight import choose_ports
+from server.wheel import find_installed
 
 ROOT = Path(__file__).parents[2]
-SECOND = 16_000  # samples
+SECOND = SAMPLE_RATE  # samples
+INSTALLED = find_installed() is not None  # a tritonserver with backends of its own
 PREFERRED_BATCH = 3  # of configs/cpu.pbtxt
 LIMIT, LIMIT_MB = 128, 64  # requests in flight and megabytes of one through the gateway, as `python -m server` on a CPU
 
@@ -75,7 +78,7 @@ def assert_right(urls: Urls, clips: Sequence[Clip], tally: Tally) -> None:
 
 # --- stand-in backends ---
 
-BACKENDS = "BACKENDS"  # where server.wheel keeps the folder of those that it starts Triton with
+BACKENDS = "BACKENDS"  # the name in server.wheel of the folder of stand-in backends
 
 
 def changed_backend(folder: Path, change: str) -> Path:
@@ -128,8 +131,8 @@ TritonPythonModel.execute = _execute_when_released
 WITH_BACKENDS = f"""
 import sys
 from pathlib import Path
-from server import __main__, triton
-triton.{BACKENDS} = Path(sys.argv.pop(1))
+from server import __main__, wheel
+wheel.{BACKENDS} = Path(sys.argv.pop(1))
 sys.exit(__main__.main(sys.argv[1:]))
 """
 
