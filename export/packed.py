@@ -188,7 +188,7 @@ class Clips:
         position = last - torch.abs(last - position)
         # In clips too short to reflect, and in left-over rows, any row will do: their result is not used.
         position = torch.minimum(torch.clamp(position, min=0), last)
-        # Torn lengths may ask for rows past the last one.
+        # Torn lengths may point past the last row.
         return torch.clamp(self.start[:, None] + position, max=self.position.shape[0] - 1).reshape(-1)
 
 

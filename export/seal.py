@@ -60,10 +60,10 @@ def check(path: Path) -> None:
             end = file.read()
     if not end.startswith(mark):
         raise SealError(
-            f"{path} ends without a checksum: it was cut off, or not written by this version: run python -m export"
+            f"{path} ends without a checksum: it was cut off or written by another version: run python -m export again"
         )
     if end[len(mark) :].decode(errors="replace") != _digest(path, size):
-        raise SealError(f"{path} is not as it was written (its checksum differs): run python -m export again")
+        raise SealError(f"{path} was changed after its export (its checksum differs): run python -m export again")
 
 
 def check_guards(path: Path, metadata: Mapping[str, str], required: Iterable[str] = GUARDS) -> None:
@@ -74,9 +74,7 @@ def check_guards(path: Path, metadata: Mapping[str, str], required: Iterable[str
     """
     missing = sorted(set(required) - set(metadata.get("guards", "").split(",")))
     if missing:
-        raise SealError(
-            f"{path} does not guard against bad input of the kinds {', '.join(missing)}: run python -m export again"
-        )
+        raise SealError(f"{path} lacks the guards {', '.join(missing)} against bad input: run python -m export again")
 
 
 def _mark(path: Path) -> bytes:

@@ -253,19 +253,20 @@ def test_a_failed_verification_leaves_the_old_model(
 
 
 @pytest.mark.parametrize(
-    ("operator", "to", "message"),
+    ("operator", "place", "to", "message"),
     [
-        ("Relu", "Abs", "SpeechBrain"),  # a layer
-        ("Tanh", "Sin", "SpeechBrain"),  # the attention
-        ("And", "Or", "NaN"),  # a guard
+        ("Relu", -1, "Abs", "SpeechBrain"),  # a layer
+        ("Tanh", -1, "Sin", "SpeechBrain"),  # the attention
+        ("And", -1, "Or", "NaN"),  # the guard against lengths that do not fit
+        ("And", -2, "Or", "NaN"),  # the other guards
     ],
 )
 def test_verify_finds_a_changed_graph(
-    exported: Path, operator: str, to: str, message: str, capsys: pytest.CaptureFixture[str]
+    exported: Path, operator: str, place: int, to: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = exported / "ecapa/1/model.onnx"
     proto = onnx.load(str(path))
-    [node for node in proto.graph.node if node.op_type == operator][-1].op_type = to  # both take the same inputs
+    [node for node in proto.graph.node if node.op_type == operator][place].op_type = to  # both take the same inputs
     onnx.save(proto, str(path))
     seal.seal(path)
     assert main(["verify", "--repository", str(exported)]) == 1
