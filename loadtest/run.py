@@ -347,15 +347,16 @@ def _assemble(session: Session, stack: contextlib.ExitStack) -> None:
 
 def first_replies(target: Target, model: str, clips: list[Array]) -> Array:
     """The embedding of each clip, float32 `[n, E]`, sent alone and one after another."""
-    from ecapa_triton import protocol
     from ecapa_triton.protocol import CHANNEL_ARGS
-    from tritonclient.grpc import InferenceServerClient
+    from tritonclient.grpc import InferenceServerClient, InferInput
 
     rows = []
     with InferenceServerClient(target.address, channel_args=CHANNEL_ARGS) as triton:
         for clip in clips:
+            tensor = InferInput("waveform", [1, len(clip)], "FP32")
+            tensor.set_data_from_numpy(clip[np.newaxis].astype(np.float32))
             try:
-                rows.append(triton.infer(model, **protocol.request(clip), client_timeout=60.0).as_numpy("embedding")[0])
+                rows.append(triton.infer(model, [tensor], client_timeout=60.0).as_numpy("embedding")[0])
             except Exception as error:
                 raise TargetError(f"target {target.name}: {model} does not embed a clip: {reason(error)}") from error
     if not np.isfinite(rows).all():

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
+from ._base import Long, check_many
 from ._client import SpeakerClient
 from ._commands import DONE, FAILED, INTERRUPTED, TERMINATED, at_least, complain, named, raising_once
 from ._files import check_output, replacing
-from ._flow import Long, check_many
 from ._manifest import by_bytes, expand
 from ._scoring import Utterance
 from ._tables import check_pyarrow, read_npz, read_parquet, write_npz, write_parquet

@@ -20,11 +20,11 @@ from typing import Any, TypeAlias, get_args
 from urllib.request import ProxyHandler, build_opener
 
 from . import _bulk, _evaluate
+from ._base import Long
 from ._client import SpeakerClient
 from ._commands import BROKEN_PIPE, DONE, FAILED, INTERRUPTED, at_least, complain, named, raising_once
 from ._connection import MAX_TIMEOUT, Tls
 from ._files import check_output, locked_folder
-from ._flow import Long
 from ._gallery import Gallery
 from ._scoring import check_threshold
 from .audio import describe

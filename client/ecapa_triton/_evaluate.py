@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _scoring, audio
+from ._base import Long
 from ._client import SpeakerClient
 from ._commands import DONE, at_least, complain, named
 from ._files import check_output, replacing
-from ._flow import Long
 from .audio import SAMPLE_RATE, describe
 from .errors import HOPELESS, EcapaError, EvaluationError, OutputError
 
