@@ -1,4 +1,4 @@
-"""`make demo`: export the model if need be, serve it on real Triton, tell the voices of this folder apart."""
+"""`make demo`: export the model if need be, serve it on Triton, verify each pair of clips in this folder."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from server import ServerError, TritonServer
 
 FOLDER = Path(__file__).parent
 MINI_NOTE = (
-    "NOTE: this is the small model that the project ships, not the published one: it is for trying out, "
-    "not for deciding who gets in"
+    "NOTE: this is the small model that the project ships, not the published one: it is for trials, "
+    "not for access control"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demonstration; the exit status is 0 when every verdict is right, 1 when one is not, 2 on an error."""
+    """Run the demonstration; the exit status is 0 when every verdict is right, 1 when one is wrong, 2 on an error."""
     parser = argparse.ArgumentParser(prog="python -m samples.demo", description=__doc__)
     parser.add_argument("--repository", type=Path, default=FOLDER.parent / "model_repository", metavar="DIR")
-    parser.add_argument("--source", help="as for python -m export (default: the hub, or mini where it is out of reach)")
+    parser.add_argument("--source", help="as for python -m export (default: the hub, else mini)")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     options = parser.parse_args(arguments)
     try:
@@ -79,7 +79,7 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
         print(f"  WRONG: {a} and {b} are {'one speaker' if _speaker(a) == _speaker(b) else 'two speakers'}")
     if note:
         print(note)
-    # The first status asked the model for its limits, which is a request of its own.
+    # The first status embedded a clip of silence after it had read the statistics.
     requests, executions = after.requests - before.requests - 1, after.executions - before.executions - 1
     print(
         f"Triton {server.version} on {server.device}: {requests} requests in {executions} executions "
@@ -89,7 +89,7 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
 
 
 def _model(repository: Path, source: str | None) -> OnnxModel:
-    """The model of the repository, exported first if it is missing or older than what it is made from."""
+    """The model of the repository, exported first if it is missing or out of date."""
     path = repository / MODEL / "1" / "model.onnx"
     if up_to_date(path, source):
         model = OnnxModel(path)

@@ -99,7 +99,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def wait_until(self, condition: Callable[[FakeTriton], object]) -> None:
         """Wait until requests have brought a condition about."""
         with self.changed:
-            assert self.changed.wait_for(lambda: condition(self), PATIENCE)
+            assert self.changed.wait_for(lambda: condition(self), PATIENCE), (self.busy, self.cancelled, self.lengths)
 
     def ModelInfer(self, request, context):
         if request.model_name != "ecapa":

@@ -209,7 +209,8 @@ class SpeakerClient(BaseClient):
                 while pending and (len(pending) == 2 * in_flight or pending[0].done()):
                     yield _result(pending[0])
                     pending.popleft()
-                pending.append(_start(self._outcome(audio, sample_rate, long, gate)))
+                pending.append(Future())
+                _start(self._outcome(audio, sample_rate, long, gate), pending[-1])
             while pending:
                 yield _result(pending[0])
                 pending.popleft()
@@ -218,8 +219,9 @@ class SpeakerClient(BaseClient):
                 future.cancel()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = _start(work)
+        future: Future[T] = Future()  # made before the work begins: Ctrl-C can come at any moment
         try:
+            _start(work, future)
             return _result(future)
         finally:
             future.cancel()  # without effect where it is done
@@ -228,8 +230,13 @@ class SpeakerClient(BaseClient):
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
 
 
-def _start(work: Coroutine[Any, Any, T]) -> Future[T]:
-    """Start a coroutine on the event loop that all blocking clients of this process share."""
+def _start(work: Coroutine[Any, Any, T], future: Future[T]) -> None:
+    """Run a coroutine on the event loop that all blocking clients of this process share.
+
+    Args:
+        work: The coroutine.
+        future: Receives its result or error; cancelling the future cancels the coroutine.
+    """
     process = os.getpid()  # a loop does not survive a fork
     if process not in _loops:
         loop = asyncio.new_event_loop()
@@ -237,7 +244,24 @@ def _start(work: Coroutine[Any, Any, T]) -> Future[T]:
             threading.Thread(target=loop.run_forever, name="ecapa-triton", daemon=True).start()
         else:  # another thread has just made one
             loop.close()
-    return asyncio.run_coroutine_threadsafe(work, _loops[process])
+    loop = _loops[process]
+
+    def begin() -> None:
+        task = loop.create_task(work)
+        task.add_done_callback(lambda _: _settle(future, task))
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel) if future.cancelled() else None)
+
+    loop.call_soon_threadsafe(begin)
+
+
+def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
+    error = asyncio.CancelledError() if task.cancelled() else task.exception()
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        future.set_result(task.result())
+    else:
+        future.set_exception(error)
 
 
 def _result(future: Future[T]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -149,8 +150,13 @@ def request(waveform: Waveform, model: str, version: str = "") -> service_pb2.Mo
 def read_reply(response: service_pb2.ModelInferResponse) -> Reply:
     """The reply to `request`; raises `ProtocolError` where it is not one."""
     result = InferResult(response)
-    embedding = _output(result, "embedding")
-    threshold, max_seconds, min_samples, *identity = _output(result, "model_info", size=7)
+    return Reply(_output(result, "embedding"), _model_info(_output(result, "model_info", size=7).tobytes()))
+
+
+@lru_cache(maxsize=8)  # hardly ever another one
+def _model_info(values: bytes) -> ModelInfo:
+    """The constants in an output `model_info`, float32 [7]."""
+    threshold, max_seconds, min_samples, *identity = np.frombuffer(values, np.float32)
     if not (0 < max_seconds < math.inf and 0 <= min_samples < math.inf):
         raise ProtocolError(
             f"model_info has max_seconds {max_seconds} and min_samples {min_samples}, "
@@ -164,7 +170,7 @@ def read_reply(response: service_pb2.ModelInferResponse) -> Reply:
     # The shortest decimal that rounds to this float32: 0.45, not 0.44999998807907104.
     cosine = None if np.isnan(threshold) else float(str(threshold))
     digits = "".join(f"{int(number):06x}" for number in identity)
-    return Reply(embedding, ModelInfo(cosine, float(max_seconds), int(min_samples), digits))
+    return ModelInfo(cosine, float(max_seconds), int(min_samples), digits)
 
 
 def _output(result: InferResult, name: str, size: int | None = None) -> Waveform:
