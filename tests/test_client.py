@@ -803,8 +803,8 @@ def test_embed_many_keeps_the_order(fake: FakeTriton, client: SpeakerClient) -> 
 
 
 def test_clips_in_flight_and_drawn_ahead_are_bounded(make: Make, fake: FakeTriton) -> None:
-    fake.otherwise = held
-    drawn, ahead, done = 0, 0, 0
+    client, drawn, ahead, done = make(fake.url, max_in_flight=4), 0, 0, 0
+    fake.otherwise = lambda fake, waveform: (good if len(waveform) == 2 * SECOND else held)(fake, waveform)
 
     def clips() -> Iterator[np.ndarray]:
         nonlocal drawn, ahead
@@ -813,11 +813,20 @@ def test_clips_in_flight_and_drawn_ahead_are_bounded(make: Make, fake: FakeTrito
             ahead = max(ahead, drawn - done)
             yield noise(0.1, i)
 
-    with meanwhile(lambda: (fake.wait_until(lambda fake: fake.busy == 4), fake.gate.set())):
-        for _ in make(fake.url, max_in_flight=4).utterances(clips()):
+    def look() -> None:
+        try:
+            fake.wait_until(lambda fake: fake.busy == 4)
+            while drawn < 9:
+                time.sleep(0.01)
+            client.embed(noise(2))  # would arrive after any further request of the other call
+            assert len(fake.lengths) == 4 + 1
+        finally:
+            fake.gate.set()
+
+    with meanwhile(look):
+        for _ in client.utterances(clips()):
             done += 1
-    assert (done, fake.most_busy) == (40, 4)
-    assert ahead <= 2 * 4 + 1
+    assert done == 40 and ahead <= 2 * 4 + 1
 
 
 def test_outcomes_do_not_wait_for_the_last_clip(fake: FakeTriton, make: Make) -> None:

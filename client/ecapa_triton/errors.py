@@ -220,8 +220,9 @@ def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float 
         return ConnectError(f"the server at {url} is stopping ({detail}): try again once it is back")
     if status == "UNAUTHENTICATED" or (status == "UNAVAILABLE" and re.search(_NO_TRUST, words)):
         return TrustError(
-            f"this client and the server at {url} do not trust each other ({detail}): check name and dates of the "
-            "server's certificate, pass the authority that signed it, and this client's certificate if it requires one"
+            f"this client and the server at {url} do not trust each other ({detail}): check the "
+            "names and dates of its certificate, pass the authority that signed it, and a client certificate if it "
+            "requires one"
         )
     if status == "UNAVAILABLE":
         return ConnectError(
