@@ -1,11 +1,11 @@
-"""The API reference, made of the docstrings: `python docs/api.py build/api` (`make api`)."""
+"""Renders the API reference from the docstrings: `python docs/api.py build/api` (`make api`)."""
 
 import sys
 from pathlib import Path
 
 import ecapa_triton
 import pdoc
-from ecapa_triton import _flow, audio
+from ecapa_triton import _base, audio
 
 
 def place(name: str) -> tuple[bool, bool, bool]:
@@ -16,11 +16,9 @@ def place(name: str) -> tuple[bool, bool, bool]:
 
 
 ecapa_triton.__all__.sort(key=place)
-for name in ecapa_triton.__all__:  # pdoc does not see what a module's __getattr__ would import
-    setattr(ecapa_triton, name, getattr(ecapa_triton, name))
 page = pdoc.doc.Module(ecapa_triton)
-# Values have no docstring that goes along when they are imported.
-for name, module in ("SAMPLE_RATE", audio), ("Audio", audio), ("Embedding", _flow), ("Long", _flow):
+# pdoc finds the docstring of a plain value only in the module that defines it.
+for name, module in ("SAMPLE_RATE", audio), ("Audio", audio), ("Embedding", _base), ("Long", _base):
     page.members[name].docstring = pdoc.doc.Module(module).members[name].docstring
 pdoc.render.configure(docformat="google", show_source=False, search=False)
 folder = Path(sys.argv[1])

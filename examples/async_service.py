@@ -1,9 +1,9 @@
-"""A service in asyncio that tells who speaks, to many callers at once, each with a deadline.
+"""An asyncio service that identifies speakers for many callers at once, each with a deadline.
 
     python examples/async_service.py 127.0.0.1:8001 voices.npz 9000   # the voices that login.py enrolled
     nc -N 127.0.0.1 9000 < samples/anna_2.flac                        # the bytes of a file in, a line out
 
-It listens on this machine alone; for others it would need a limit on what one caller may send.
+It listens on loopback only: a public service would also limit the bytes of one caller.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ client, gallery = AsyncSpeakerClient(url), Gallery.load(voices)
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer one caller; a request given up at the deadline does not keep the server busy."""
+    """Reply to one caller; at the deadline the request is cancelled on the server, too."""
     try:
         recording = await asyncio.wait_for(reader.read(), timeout=5)
         line = gallery.identify(await asyncio.wait_for(client.utterance(recording), timeout=5)).name or "unknown"
     except (OverloadedError, asyncio.TimeoutError):
         line = "busy: try again later"
-    except EcapaError as exc:  # most likely an AudioError: nothing to be embedded
+    except EcapaError as exc:  # most likely an AudioError
         line = f"{type(exc).__name__}: {exc}"
     writer.write(f"{line}\n".encode())
     writer.close()

@@ -1,9 +1,9 @@
-"""Data cleaning: which clips of a data set are there twice, and which sound like somebody else than their label says.
+"""Data cleaning: find the clips of a data set that occur twice, and those that sound like another speaker.
 
     python examples/clean.py 127.0.0.1:8001 speakers.txt   # lines of SPEAKER PATH
 
-A speaker needs two clips or more. All scores are held at once, 4 bytes each: 400 MB for 10,000 clips. Listen before
-you delete: a score is a hint.
+A speaker needs two clips or more. All scores are in memory at once, 4 bytes each: 400 MB for 10,000 clips. Listen
+before you delete: a score is a hint.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ecapa_triton import SpeakerClient
 
-TWICE = 0.99  # cosine; two recordings of one speaker are hardly ever so near
+TWICE = 0.99  # cosine; two recordings of one speaker rarely reach it
 
 speakers, paths = zip(*(line.split(maxsplit=1) for line in Path(sys.argv[2]).read_text().splitlines()), strict=True)
 with SpeakerClient(sys.argv[1]) as client:

@@ -2,8 +2,8 @@
 
     python examples/embed.py 127.0.0.1:8001 samples embeddings.npz
 
-Many clips are with the server at a time, and few in memory. What cannot be embedded is told and left out.
-`ecapa-triton embed` does the same with a progress bar, and goes on where an earlier run stopped.
+Many requests are in flight at a time, few clips in memory. Files that cannot be embedded are listed and left out.
+`ecapa-triton embed` does the same with a progress bar, and resumes an interrupted run.
 """
 
 import sys
@@ -22,7 +22,7 @@ with SpeakerClient(url, max_in_flight=16) as client:
         else:
             files.append(str(path))
             embeddings.append(outcome.embedding)  # float32 [192]
-            models.add(outcome.model)  # embeddings of two do not compare
+            models.add(outcome.model)  # embeddings of two models do not compare
 np.savez(out, files=np.array(files, str), embeddings=np.array(embeddings, np.float32), models=np.array([*models], str))
 print(f"{out}: {len(files)} of {len(paths)} files")
 sys.exit(len(files) < len(paths))

@@ -1,8 +1,8 @@
-"""Who speaks: a few known voices, and for each further clip the nearest three of them, or nobody.
+"""Speaker identification: enrol a few voices, then name the nearest three for each further clip, or none.
 
     python examples/identify.py 127.0.0.1:8001 anna=samples/anna_1.flac berta=samples/berta_1.flac samples/*_2.*
 
-`NAME=FILE` enrols a clip; the same name may come again. All other arguments are clips to tell.
+`NAME=FILE` enrols a clip; a name may have several clips. All other arguments are clips to identify.
 """
 
 import sys

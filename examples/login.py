@@ -1,10 +1,10 @@
-"""Voice login: enrol a person once, with several clips, then check who claims to be that person.
+"""Voice login: enrol a person once, with several clips, then verify a clip against the claimed name.
 
     python examples/login.py 127.0.0.1:8001 voices.npz enrol anna samples/anna_1.flac samples/anna_2.flac
     python examples/login.py 127.0.0.1:8001 voices.npz verify anna samples/berta_1.flac
 
-The exit status of `verify` is 0 if the voice is the one claimed, else 1. A recording of a voice passes as well as the
-voice: ask for something else besides, or for words that are new each time.
+The exit status of `verify` is 0 if the voice is the claimed one, else 1. A replayed recording passes, too: require a
+second factor, or new words each time.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""A corpus too large for one machine: Ray spreads the files over workers, all of which ask one server or several.
+"""A corpus too large for one machine: Ray distributes the files over workers, which share one server or several.
 
     pip install 'ecapa-triton[ray]'
     python examples/ray_embed.py 127.0.0.1:8001 paths.txt embeddings 4   # 4 workers; a cluster's by RAY_ADDRESS
 
-`paths.txt` has a path a line, as the workers see them. Into the folder `embeddings`, which must be a new one, come
-Parquet files with the columns of `SCHEMA`; a file that cannot be embedded has its reason in `error` and does not stop
-the job. Each worker keeps 32 clips in flight and half a core busy with reading: four fill a server's queue of 128. A
-worker that dies is started again, and its 1,000 paths are embedded again: Ray Data does both by itself.
+`paths.txt` has one path a line, valid on the workers. The job writes Parquet files with the columns of `SCHEMA` into
+the folder `embeddings`, which must not exist; a file that cannot be embedded has the reason in `error` and does not
+stop the job. Each worker keeps 32 requests in flight and half a core busy with reading: four fill a server's queue of
+128. Ray Data restarts a worker that dies, and embeds its 1,000 paths again.
 """
 
 import sys
@@ -15,18 +15,18 @@ import pyarrow as pa
 import ray
 from ecapa_triton import EcapaError, SpeakerClient
 
-NUMBERS = pa.list_(pa.float32())  # [192]; of fixed size, a missing one could not be read back from Parquet
+NUMBERS = pa.list_(pa.float32())  # [192]; Parquet cannot read back a missing list of fixed size
 SCHEMA = pa.schema({"path": "string", "seconds": "float32", "embedding": NUMBERS, "model": "string", "error": "string"})
 
 
 class Embed:
-    """One worker, with a client of its own for as long as it lives."""
+    """One worker with its own client."""
 
     def __init__(self, url: str) -> None:
         self.client = SpeakerClient(url, timeout=60, max_in_flight=32)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """The rows of a block of paths."""
+        """Embed a block of paths."""
         paths = block["text"].to_pylist()
         outcomes = self.client.utterances(paths)
         rows = [{"error": str(one)} if isinstance(one, EcapaError) else vars(one) for one in outcomes]

@@ -1,7 +1,8 @@
-"""An in-process gRPC server that speaks Triton's protocol and can be told to misbehave."""
+"""An in-process gRPC server that speaks Triton's protocol, misbehaves on demand, and holds replies until released."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 SIZE = 192
 MODEL = "0123456789abcdeffedcba98"
+PATIENCE = 60  # s, for events that a working client brings about at once
 Answer = Callable[["FakeTriton", np.ndarray], "dict[str, np.ndarray]"]
 
 
@@ -32,7 +34,7 @@ def fingerprint(waveform: np.ndarray) -> np.ndarray:
 
 
 def model_info(*limits: float, model: str = MODEL) -> np.ndarray:
-    """Threshold, max_seconds, min_samples, and the model's identity."""
+    """Threshold, max_seconds, min_samples, and the model identity."""
     return np.array([[*limits, *(int(model[i : i + 6], 16) for i in range(0, 24, 6))]], np.float32)
 
 
@@ -42,6 +44,12 @@ def good(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
 
 def nan(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
     return good(fake, waveform) | {"embedding": np.full((1, SIZE), np.nan, np.float32)}
+
+
+def held(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
+    """The good answer, once `fake.gate` is set."""
+    fake.gate.wait()
+    return good(fake, waveform)
 
 
 def outputs(**arrays: np.ndarray | None) -> Answer:
@@ -72,7 +80,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     answers: list[Answer] = field(default_factory=list)
     otherwise: Answer = good
     model: Callable[[FakeTriton], str] = lambda fake: MODEL
+    gate: threading.Event = field(default_factory=threading.Event)
+    changed: threading.Condition = field(default_factory=threading.Condition)
     lengths: list[int] = field(default_factory=list)  # samples of the requests seen
+    times: list[float] = field(default_factory=list)  # of their arrival, s
+    deadlines: list[float | None] = field(default_factory=list)  # seconds that they had left at their arrival
     busy: int = 0
     most_busy: int = 0
     ready: bool = True
@@ -84,6 +96,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def calls(self) -> int:
         return len(self.metadata)
 
+    def wait_until(self, condition: Callable[[FakeTriton], object]) -> None:
+        """Wait until requests have brought a condition about."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: condition(self), PATIENCE), (self.busy, self.cancelled, self.lengths)
+
     def ModelInfer(self, request, context):
         if request.model_name != "ecapa":
             context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.model_name}' is not found")
@@ -91,17 +108,32 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         assert [o.name for o in request.outputs] == ["embedding", "model_info"]
         waveform = np.frombuffer(request.raw_input_contents[0], np.float32)
         assert list(request.inputs[0].shape) == [1, len(waveform)]
-        self.lengths.append(len(waveform))
-        self.busy += 1
-        self.most_busy = max(self.most_busy, self.busy)
-        answer = self.answers.pop(0) if self.answers else self.otherwise
+        answered = []
+
+        def ended() -> None:
+            with self.changed:
+                self.cancelled += not answered
+                self.changed.notify_all()
+
+        context.add_callback(ended)
+        with self.changed:
+            self.lengths.append(len(waveform))
+            self.times.append(time.monotonic())
+            self.deadlines.append(context.time_remaining())
+            self.busy += 1
+            self.most_busy = max(self.most_busy, self.busy)
+            answer = self.answers.pop(0) if self.answers else self.otherwise
+            self.changed.notify_all()
         try:
             arrays = answer(self, waveform)
         except Refusal as refusal:
+            answered.append(True)
             context.abort(refusal.status, refusal.detail)
         finally:
-            self.busy -= 1
-            self.cancelled += not context.is_active()
+            with self.changed:
+                answered.append(True)
+                self.busy -= 1
+                self.changed.notify_all()
         response = service_pb2.ModelInferResponse(model_name="ecapa", model_version="1")
         for name, array in arrays.items():
             kind = {"float32": "FP32", "float64": "FP64"}[array.dtype.name]
@@ -173,4 +205,5 @@ def fake_triton() -> Iterator[FakeTriton]:
     try:
         yield fake
     finally:
+        fake.gate.set()
         server.stop(grace=None).wait()

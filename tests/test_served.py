@@ -127,7 +127,7 @@ def test_malformed_requests_are_rejected(
 
 def test_the_demo(repository: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "samples.demo", "--repository", str(repository)],
+        [sys.executable, "-m", "examples.demo", "--repository", str(repository)],
         cwd=ROOT,
         capture_output=True,
         text=True,

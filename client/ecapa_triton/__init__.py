@@ -9,11 +9,10 @@ with SpeakerClient("127.0.0.1:8001") as client:
 ```
 """
 
-from typing import TYPE_CHECKING, Any
-
+from ._async_client import AsyncSpeakerClient
+from ._base import Embedding, Long, Status
 from ._client import SpeakerClient
 from ._connection import State, Tls
-from ._flow import Embedding, Long, Status
 from ._gallery import Candidate, Gallery, Identification
 from ._scoring import Utterance, Verification, score
 from .audio import SAMPLE_RATE, Audio
@@ -49,9 +48,6 @@ from .errors import (
     UnknownVoiceError,
 )
 from .protocol import Deployment, ModelInfo, Statistics
-
-if TYPE_CHECKING:
-    from ._async_client import AsyncSpeakerClient
 
 __all__ = [
     "SAMPLE_RATE",
@@ -102,17 +98,3 @@ __all__ = [
     "Verification",
     "score",
 ]
-
-
-if not TYPE_CHECKING:  # to type checkers it would stand for every name
-
-    def __getattr__(name: str) -> Any:
-        if name == "AsyncSpeakerClient":  # asyncio's gRPC takes time to import
-            from ._async_client import AsyncSpeakerClient
-
-            return AsyncSpeakerClient
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

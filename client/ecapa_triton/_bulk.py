@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ._base import Long
 from ._client import SpeakerClient
 from ._commands import DONE, FAILED, TERMINATED, at_least, complain, named, raising_once
 from ._files import check_output
-from ._flow import Long
 from ._manifest import expand
 from ._parts import KEY, MISSING, Parts, Stat, key, stat_of
 from ._scoring import Utterance

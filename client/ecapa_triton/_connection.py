@@ -1,30 +1,34 @@
-"""How a client reaches the server: checked once, the same for both clients."""
+"""How a client reaches the server: its options, checked once, and the channel that carries its calls."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .errors import AddressError, TrustError
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+from .errors import AddressError, ClosedError, TrustError, from_grpc
 from .protocol import CHANNEL_ARGS, GRPC_KEY_HEADER, SCHEME, TLS_SCHEME
 
 MAX_TIMEOUT = 1e6  # s; gRPC takes deadlines in the far future for ones in the past
 MAX_DURATION = 86_400  # s
 CLOSED = "the client is closed: make a new one"
-FORKED = "this client was used before this process was forked off, and gRPC would hang in it: make one in each process"
 
 
 class State(Enum):
-    """What a client can do.
+    """Life of a client.
 
     Attributes:
-        NEW: Nothing was asked of the server yet, and there is no connection.
-        OPEN: It has a connection, or finds one again.
-        CLOSED: It was closed, and takes no more requests.
+        NEW: Not used yet; there is no connection.
+        OPEN: Connected, or reconnecting after a lost connection.
+        CLOSED: Closed; takes no more requests.
     """
 
     NEW = "new"
@@ -34,14 +38,13 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Tls:
-    """An encrypted connection.
+    """Options of an encrypted connection; files are in PEM format.
 
     Attributes:
-        ca: File with the certificates of the authorities that the server's is trusted by, PEM. None: those that
-            gRPC brings along.
-        certificate: File with this client's own certificate, PEM, where the server asks for one.
-        key: File with its private key, PEM.
-        name: What the server's certificate is for, where the url does not say: a list of addresses.
+        ca: File with the authorities that sign the server's certificate. None: the public ones that gRPC ships.
+        certificate: File with the client's own certificate, where the server requires one.
+        key: File with the private key of `certificate`.
+        name: Host name in the server's certificate, where the url has none: a list of addresses.
     """
 
     ca: Path | str | None = None
@@ -49,22 +52,23 @@ class Tls:
     key: Path | str | None = None
     name: str | None = None
 
-    def _arguments(self) -> dict[str, Any]:
+    def _credentials(self) -> grpc.ChannelCredentials:
+        """GRPC's credentials, with the content of the files."""
         if (self.certificate is None) != (self.key is None):
             raise TrustError("a client's certificate and its key go together: pass both or neither")
-        named = {"root_certificates": self.ca, "certificate_chain": self.certificate, "private_key": self.key}
-        paths = {name: str(path) for name, path in named.items() if path is not None}
-        for path in paths.values():
-            try:
-                open(path, "rb").close()
-            except OSError as exc:
-                raise TrustError(f"{path}: {exc.strerror}: pass a file in PEM format") from exc
-        return {"ssl": True} | paths
+        return grpc.ssl_channel_credentials(_content(self.ca), _content(self.key), _content(self.certificate))
+
+
+def _content(path: Path | str | None) -> bytes | None:
+    try:
+        return None if path is None else Path(path).read_bytes()
+    except OSError as exc:
+        raise TrustError(f"{path}: {exc.strerror}: pass a file in PEM format") from exc
 
 
 @dataclass(frozen=True)
-class Connection:
-    """The options of a client, checked. Those of `SpeakerClient` say what they mean."""
+class Options:
+    """The options of a client, checked; `SpeakerClient` documents them."""
 
     url: str
     model: str
@@ -88,33 +92,112 @@ class Connection:
         for name, least in ("max_in_flight", 1), ("retries", 0):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected {least} or more")
-        for name, value in self.headers.items():
-            # What gRPC would refuse with words of its own, at the first request.
+        for name, value in self.headers.items():  # gRPC would reject them only at the first request
             if not re.fullmatch(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", name):
                 raise ValueError(
                     f"metadata has the name {name!r}: expected small letters, digits, and _ . - (not grpc-..., ...-bin)"
                 )
             if not (value.isascii() and value.isprintable()):
                 what = "api_key" if name == GRPC_KEY_HEADER else f"metadata {name!r}"
-                raise TrustError(f"{what} is not of visible ASCII characters alone: pass it as the server has it")
+                raise TrustError(f"{what} has characters other than printable ASCII: pass it as the server has it")
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with every request."""
+        """GRPC metadata of every request."""
         return dict(self.metadata) | ({} if self.api_key is None else {GRPC_KEY_HEADER: self.api_key})
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of Triton's clients."""
-        target = self.url.removeprefix(SCHEME).removeprefix(TLS_SCHEME).rstrip("/")
-        # A name that gRPC would give another port, or that goes by a resolver of its own.
-        plain = re.fullmatch(r"[\w.\-\[\]:]+:(\d+)", target, re.ASCII)
-        if not (plain and 0 < int(plain[1]) < 65536 or re.fullmatch(r"(dns|ipv4|ipv6|unix|xds):[!-~]+", target)):
-            raise AddressError(
-                f"url is {self.url!r}: expected HOST:PORT of Triton's gRPC endpoint, such as 127.0.0.1:8001 "
-                "(8000 is its HTTP port)"
-            )
-        tls = self.tls or (Tls() if self.url.startswith(TLS_SCHEME) else None)
-        channel = list(CHANNEL_ARGS)
-        if tls is not None and tls.name is not None:
-            channel.append(("grpc.ssl_target_name_override", tls.name))
-        return {"url": target, "channel_args": channel} | ({} if tls is None else tls._arguments())
+
+class Connection:
+    """A gRPC channel to the server whose calls are awaited.
+
+    The channel is gRPC's threaded one, not its asyncio one, which hangs in a process that is forked off, even where
+    that process makes a client of its own. It connects when first used.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._target = _target(options.url)
+        self._metadata = tuple(options.headers.items())
+        tls = options.tls or (Tls() if options.url.startswith(TLS_SCHEME) else None)
+        self._credentials = None if tls is None else tls._credentials()
+        self._name = [] if tls is None or tls.name is None else [("grpc.ssl_target_name_override", tls.name)]
+        self._channel: grpc.Channel | None = None
+        self.closed = False
+
+    @property
+    def opened(self) -> bool:
+        """Whether there is a channel."""
+        return self._channel is not None
+
+    def open(self) -> None:
+        """Make the channel, unless there is one."""
+        if self._channel is not None:
+            return
+        arguments = [*CHANNEL_ARGS, *self._name]
+        if self._credentials is None:
+            self._channel = grpc.insecure_channel(self._target, arguments)
+        else:
+            self._channel = grpc.secure_channel(self._target, self._credentials, arguments)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Close the channel; calls in flight raise `ClosedError`. Any thread may close it."""
+        self.closed = True
+        if self._channel is not None:
+            self._channel.close()
+
+    async def call(self, method: str, request: Any, timeout: float | None) -> Any:
+        """Call a method of Triton's GRPCInferenceService; a cancelled task cancels its call.
+
+        Args:
+            method: Name of the method.
+            request: Its message.
+            timeout: Seconds to wait for the reply; None waits for ever.
+
+        Returns:
+            The message of the reply.
+        """
+        if self.closed:
+            raise ClosedError(CLOSED)
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def notify(_: grpc.Future) -> None:  # in a thread of gRPC's
+            with suppress(RuntimeError):  # the event loop is closed, nothing waits in it
+                loop.call_soon_threadsafe(_set, ended)
+
+        try:
+            call = getattr(self._stub, method).future(request, timeout=timeout, metadata=self._metadata)
+        except ValueError as exc:  # another thread has just closed the channel
+            if self.closed:
+                raise ClosedError(CLOSED) from exc
+            raise
+        call.add_done_callback(notify)
+        try:
+            await ended
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        if call.code() is grpc.StatusCode.OK:
+            return call.result()
+        if self.closed:
+            raise ClosedError(CLOSED) from call
+        url, model = self._options.url, self._options.model
+        error = from_grpc(call.code().name, call.details() or "", url=url, model=model, timeout=self._options.timeout)
+        raise error from call
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _target(url: str) -> str:
+    target = url.removeprefix(SCHEME).removeprefix(TLS_SCHEME).rstrip("/")
+    # gRPC would complete a HOST without a port, and resolve other schemes in ways of its own.
+    plain = re.fullmatch(r"[\w.\-\[\]:]+:(\d+)", target, re.ASCII)
+    if plain and 0 < int(plain[1]) < 65536 or re.fullmatch(r"(dns|ipv4|ipv6|unix|xds):[!-~]+", target):
+        return target
+    raise AddressError(
+        f"url is {url!r}: expected HOST:PORT of Triton's gRPC endpoint, such as 127.0.0.1:8001 (8000 is its HTTP port)"
+    )

@@ -1,4 +1,4 @@
-"""Numbers from embeddings: no server, no audio."""
+"""Scores of embeddings: no server, no audio."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .errors import EmbeddingError, ThresholdError
 
 @dataclass(frozen=True, eq=False)
 class Utterance:
-    """An embedding with what is known about its making.
+    """The result for one clip: its embedding and facts about it.
 
     Attributes:
-        embedding: float32 `[192]`; not of unit length.
-        seconds: Of audio that it stands for.
-        model: Whose it is: the first 24 hexadecimal digits of the SHA-256 of the model's weights. Embeddings of two
-            models do not compare.
-        threshold: The model's own: cosine above which two utterances are of one speaker; None where it has none.
+        embedding: float32 `[192]`, not of unit length.
+        seconds: Seconds of audio that were embedded.
+        model: Model identity: the first 24 hexadecimal digits of the SHA-256 of the weights. Embeddings of two models
+            do not compare.
+        threshold: The model's threshold: cosine above which two utterances are of one speaker; None where it has none.
     """
 
     embedding: NDArray[np.float32]
@@ -37,7 +37,7 @@ class Verification:
 
     Attributes:
         score: Cosine of the two embeddings, -1 to 1.
-        threshold: The cosine that was decided by.
+        threshold: The threshold of this decision.
         same: `score > threshold`, as SpeechBrain decides.
     """
 
@@ -58,7 +58,7 @@ def score(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def unit(embedding: NDArray[Any]) -> NDArray[np.float64]:
-    """The embedding `[dims]` at length 1."""
+    """The embedding `[dims]` scaled to length 1."""
     vector = np.asarray(embedding, np.float64)
     length = float(np.linalg.norm(vector))
     if not 0 < length < math.inf:
@@ -67,21 +67,21 @@ def unit(embedding: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def mean_direction(embeddings: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Mean of the embeddings `[dims]`, each taken at length 1, so that each counts the same."""
+    """Mean of the embeddings `[dims]`, each scaled to length 1 for equal weight."""
     mean: NDArray[np.float64] = np.mean([unit(embedding) for embedding in embeddings], axis=0)
     return mean.astype(np.float32)
 
 
 def check_threshold(threshold: float | None) -> None:
-    """Refuse one that is no cosine before any work; None is the model's own."""
+    """Reject a threshold that is not a cosine; None stands for the model's own."""
     if threshold is not None and not -1 <= threshold <= 1:
         raise ThresholdError(f"threshold is {threshold}: expected a cosine, -1 to 1")
 
 
 def decide(score: float, given: float | None, learned: float | None) -> Verification:
-    """Compare with the threshold given, else with the one learned from the model."""
+    """Compare a score with the given threshold or, where it is None, with the model's own."""
     threshold = learned if given is None else given
     if threshold is None:
-        raise ThresholdError("the model on the server has no threshold of its own: pass threshold, a cosine")
+        raise ThresholdError("the model has no threshold of its own: pass threshold, a cosine")
     check_threshold(threshold)
     return Verification(score, float(threshold), score > threshold)

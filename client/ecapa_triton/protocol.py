@@ -1,53 +1,49 @@
-"""What goes over the wire: build a request, read a reply. Pure functions, no connection."""
+"""The wire contract: build a request, read a reply. Pure functions, no connection."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult, service_pb2
+from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import InferenceServerException
 
 from .audio import SAMPLE_RATE, Waveform
 from .errors import ProtocolError
 
 SCHEME, TLS_SCHEME = "grpc://", "grpcs://"
-# The header that carries a key: of HTTP, and with Triton's prefix of gRPC.
-KEY_HEADER = "api-key"
-GRPC_KEY_HEADER = f"triton-grpc-protocol-{KEY_HEADER}"
+KEY_HEADER = "api-key"  # HTTP header of a key
+GRPC_KEY_HEADER = f"triton-grpc-protocol-{KEY_HEADER}"  # the same in gRPC metadata, with Triton's prefix
 
 CHANNEL_ARGS = [
-    # No clip is longer than the model's limit: the client cuts or refuses it before.
-    ("grpc.max_send_message_length", -1),
+    ("grpc.max_send_message_length", -1),  # the client limits the length of a clip before it is sent
     ("grpc.max_receive_message_length", 16 << 20),  # bytes; the largest reply is that of the model's config
-    # A long-lived client must find a restarted server soon: gRPC's own waits grow to two minutes.
-    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt to connect takes; a mute address takes no more
+    # Find a restarted server soon: gRPC's own backoff grows to two minutes.
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # the longest attempt to connect
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # A server whose machine is gone says nothing, and gRPC would send to it for a quarter of an hour. With keepalive, a
-    # connection ends on which what was sent is not acknowledged in 10 s. Pings themselves come once in 330 s at most: a
-    # server with gRPC's usual settings ends connections that ping more than once in 300 s.
+    # gRPC would send to a vanished machine for a quarter of an hour. With keepalive, a connection ends when sent bytes
+    # are not acknowledged in 10 s. Pings are rare, as gRPC servers end connections with more than one ping in 300 s.
     ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # A Triton endpoint is addressed directly; gRPC would hand clips, even those for 127.0.0.1, to $http_proxy.
-    ("grpc.enable_http_proxy", 0),
-    # Where a name or a list stands for several servers they take turns, not the first one everything.
-    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.enable_http_proxy", 0),  # gRPC would send clips, even those for 127.0.0.1, through $http_proxy
+    ("grpc.lb_policy_name", "round_robin"),  # spread requests over all servers of a name or a list
 ]
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Constants of a model; they come with every one of its replies.
+    """Constants of a model, part of each of its replies.
 
     Attributes:
         threshold: Cosine above which two clips are of one speaker; None where the model has none.
-        max_seconds: Of a clip; the model embeds no more seconds of it than these.
-        min_samples: Smallest clip, in samples at 16 kHz.
-        id: Which model it is: the first 24 hexadecimal digits of the SHA-256 of its weights.
+        max_seconds: Longest clip in seconds; the model ignores samples beyond.
+        min_samples: Shortest clip in samples at 16 kHz.
+        id: Model identity: the first 24 hexadecimal digits of the SHA-256 of the weights.
     """
 
     threshold: float | None
@@ -61,31 +57,31 @@ class ModelInfo:
         return round(self.max_seconds * SAMPLE_RATE)
 
 
-# What an export gives when not told otherwise; only a guess how much to read before a first reply is there.
+# The defaults of an export: a guess of how much to read before the first reply.
 USUAL = ModelInfo(threshold=None, max_seconds=30.0, min_samples=640, id="")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model says about one clip: `embedding` float32 [dims], NaN where it has none."""
+    """Reply for one clip: `embedding` float32 [dims], all NaN where a guard rejected the clip."""
 
     embedding: Waveform
     info: ModelInfo
 
     @property
     def finite(self) -> bool:
-        """Whether there is an embedding."""
+        """Whether the reply has an embedding."""
         return bool(np.isfinite(self.embedding).all())
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the server counted for a model since it was loaded, over its versions.
+    """Triton's counters of a model since it was loaded, summed over its versions.
 
     Attributes:
         requests: Requests answered.
-        failures: Requests that Triton counts as failed; those refused at a full queue are not among them.
-        executions: Runs of the model; several requests share one.
+        failures: Requests that Triton counts as failed; those rejected at a full queue are not included.
+        executions: Executions of the model; each serves a batch of requests.
         mean_batch: Clips per execution; NaN before the first.
         queue_ms: Mean milliseconds of a request in the queue; NaN before the first.
         compute_ms: Mean milliseconds of a request in the model, copies included; NaN before the first.
@@ -101,14 +97,14 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Deployment:
-    """How a model is served, by its config.
+    """How a model is served, according to its config.
 
     Attributes:
-        backend: Triton's backend for it.
-        file: The model file in the version's folder; empty where the backend's usual one is taken.
-        instances: What it runs on, such as "1 on the CPU" or "2 on GPU 0".
-        precision: "fp32" or "fp16"; empty where the config does not say.
-        max_batch: Clips that share one execution at most.
+        backend: Name of the Triton backend.
+        file: Name of the model file; empty for the backend's default.
+        instances: Instances and their devices, such as "1 on the CPU" or "2 on GPU 0".
+        precision: "fp32" or "fp16"; empty where the config has none.
+        max_batch: Most clips in one execution.
     """
 
     backend: str
@@ -120,13 +116,13 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as Triton's metrics show it; NaN where they do not.
+    """A GPU in Triton's metrics; a figure that they lack is NaN.
 
     Attributes:
-        uuid: NVIDIA's name for it.
-        memory_used: Bytes in use, by any process.
+        uuid: NVIDIA's identifier.
+        memory_used: Bytes in use by all processes.
         memory_total: Bytes.
-        utilization: Share of the time in which it computes, 0 to 1.
+        utilization: Share of time spent computing, 0 to 1.
     """
 
     uuid: str
@@ -135,34 +131,46 @@ class Gpu:
     utilization: float
 
 
-def request(waveform: Waveform) -> dict[str, Any]:
-    """Arguments of Triton's `infer` for one clip, float32 [samples] at 16 kHz."""
-    tensor = InferInput("waveform", [1, len(waveform)], "FP32")
-    tensor.set_data_from_numpy(np.ascontiguousarray(waveform[np.newaxis], np.float32))
-    return {
-        "inputs": [tensor],
-        "outputs": [InferRequestedOutput("embedding"), InferRequestedOutput("model_info")],
-    }
+def request(waveform: Waveform, model: str, version: str = "") -> service_pb2.ModelInferRequest:
+    """The request to embed one clip.
+
+    Args:
+        waveform: float32 [samples] at 16 kHz.
+        model: Name of the model.
+        version: Version of the model; empty: the server chooses.
+    """
+    message = service_pb2.ModelInferRequest(model_name=model, model_version=version)
+    message.inputs.add(name="waveform", datatype="FP32", shape=[1, len(waveform)])
+    message.raw_input_contents.append(np.ascontiguousarray(waveform, np.float32).tobytes())
+    for output in "embedding", "model_info":
+        message.outputs.add(name=output)
+    return message
 
 
-def read_reply(result: InferResult) -> Reply:
-    """The reply to `request`, or `ProtocolError` if it is not one."""
-    embedding = _output(result, "embedding")
-    threshold, max_seconds, min_samples, *identity = _output(result, "model_info", size=7)
+def read_reply(response: service_pb2.ModelInferResponse) -> Reply:
+    """The reply to `request`; raises `ProtocolError` where it is not one."""
+    result = InferResult(response)
+    return Reply(_output(result, "embedding"), _model_info(_output(result, "model_info", size=7).tobytes()))
+
+
+@lru_cache(maxsize=8)  # hardly ever another one
+def _model_info(values: bytes) -> ModelInfo:
+    """The constants in an output `model_info`, float32 [7]."""
+    threshold, max_seconds, min_samples, *identity = np.frombuffer(values, np.float32)
     if not (0 < max_seconds < math.inf and 0 <= min_samples < math.inf):
         raise ProtocolError(
-            f"model_info says max_seconds {max_seconds} and min_samples {min_samples}, "
+            f"model_info has max_seconds {max_seconds} and min_samples {min_samples}, "
             "expected positive numbers: export the model again"
         )
     if not all(0 <= number < 1 << 24 and number == int(number) for number in identity):
         raise ProtocolError(
-            f"model_info ends with {', '.join(map(str, identity))}, expected the model's identity, "
-            "whole numbers of 24 bits: export the model again"
+            f"model_info ends with {', '.join(map(str, identity))}, expected the model identity "
+            "as whole numbers of 24 bits: export the model again"
         )
-    # As the shortest decimal that this float32 is nearest to: 0.45, not 0.44999998807907104.
+    # The shortest decimal that rounds to this float32: 0.45, not 0.44999998807907104.
     cosine = None if np.isnan(threshold) else float(str(threshold))
     digits = "".join(f"{int(number):06x}" for number in identity)
-    return Reply(embedding, ModelInfo(cosine, float(max_seconds), int(min_samples), digits))
+    return ModelInfo(cosine, float(max_seconds), int(min_samples), digits)
 
 
 def _output(result: InferResult, name: str, size: int | None = None) -> Waveform:
@@ -185,7 +193,7 @@ def _not_ours(name: str, found: str, size: int | None) -> ProtocolError:
 
 
 def read_statistics(response: service_pb2.ModelStatisticsResponse) -> Statistics:
-    """Triton's statistics of one model, summed over its versions."""
+    """The counters in Triton's statistics of one model, summed over its versions."""
     stats = response.model_stats
     requests = sum(s.inference_stats.success.count for s in stats)
     executions = sum(s.execution_count for s in stats)
@@ -203,7 +211,7 @@ def read_statistics(response: service_pb2.ModelStatisticsResponse) -> Statistics
 
 
 def read_config(config: Any) -> Deployment:
-    """What Triton's `ModelConfig` says of a deployment."""
+    """The deployment that Triton's `ModelConfig` describes."""
     instances = []
     for group in config.instance_group:
         kind = type(group).Kind.Name(group.kind)
@@ -216,7 +224,7 @@ def read_config(config: Any) -> Deployment:
 
 
 def read_gpus(metrics: str) -> list[Gpu]:
-    """The GPUs on Triton's page of metrics."""
+    """The GPUs in the text of Triton's metrics."""
     found: dict[str, dict[str, float]] = {}
     for name, uuid, value in re.findall(r'^nv_gpu_(\w+)\{[^}]*gpu_uuid="([^"]+)"[^}]*\} (\S+)$', metrics, re.MULTILINE):
         found.setdefault(uuid, {})[name] = float(value)

@@ -1,4 +1,4 @@
-"""`make demo`: export the model if need be, serve it on real Triton, tell the voices of this folder apart."""
+"""`make demo`: export the model if need be, serve it on Triton, verify each pair of clips in this folder."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from export.pipeline import ERRORS as EXPORT_ERRORS
 from export.pipeline import export, step
 from server import ServerError, TritonServer
 
-FOLDER = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 MINI_NOTE = (
-    "NOTE: this is the small model that the project ships, not the published one: it is for trying out, "
-    "not for deciding who gets in"
+    "NOTE: this is the small model that the project ships, not the published one: it is for trials, "
+    "not for access control"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demonstration; the exit status is 0 when every verdict is right, 1 when one is not, 2 on an error."""
-    parser = argparse.ArgumentParser(prog="python -m samples.demo", description=__doc__)
-    parser.add_argument("--repository", type=Path, default=FOLDER.parent / "model_repository", metavar="DIR")
-    parser.add_argument("--source", help="as for python -m export (default: the hub, or mini where it is out of reach)")
+    """Run the demonstration; the exit status is 0 when every verdict is right, 1 when one is wrong, 2 on an error."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", metavar="DIR")
+    parser.add_argument("--source", help="as for python -m export (default: the hub, else mini)")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     options = parser.parse_args(arguments)
     try:
@@ -49,7 +49,7 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
         print(f"error: {model.metadata['source']} has no threshold, so there is no verdict", file=sys.stderr)
         return 2
 
-    clips = sorted(path for path in FOLDER.iterdir() if path.suffix in {".flac", ".wav"})
+    clips = sorted(path for path in (ROOT / "samples").iterdir() if path.suffix in {".flac", ".wav"})
     server = TritonServer(repository, device=device)  # type: ignore[arg-type]
     with step("start tritonserver"):
         server.start()
@@ -61,6 +61,7 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
                 embeddings = client.embed_many(clips)
             time.sleep(0.2)  # Triton counts a request just after it has replied
             after = client.status().statistics
+            assert before is not None and after is not None  # the server is ready
     finally:
         with step("stop the server"):
             server.stop()
@@ -79,7 +80,7 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
         print(f"  WRONG: {a} and {b} are {'one speaker' if _speaker(a) == _speaker(b) else 'two speakers'}")
     if note:
         print(note)
-    # The first status asked the model for its limits, which is a request of its own.
+    # The first status embedded a clip of silence after it had read the statistics.
     requests, executions = after.requests - before.requests - 1, after.executions - before.executions - 1
     print(
         f"Triton {server.version} on {server.device}: {requests} requests in {executions} executions "
@@ -89,7 +90,7 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
 
 
 def _model(repository: Path, source: str | None) -> OnnxModel:
-    """The model of the repository, exported first if it is missing or older than what it is made from."""
+    """The model of the repository, exported first if it is missing or out of date."""
     path = repository / MODEL / "1" / "model.onnx"
     if up_to_date(path, source):
         model = OnnxModel(path)
