@@ -13,7 +13,7 @@ help: ## this list
 demo: $(BIN)/installed ## export, serve on real Triton, tell the voices of samples/ apart
 	@$(BIN)/python -m examples.demo
 
-# The fault tests have the machine to themselves: they tell how much a server can do.
+# The fault tests have the machine to themselves: they hold many requests in flight.
 test: $(BIN)/installed lint ## lint, types and tests, the served ones against a real tritonserver
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/faults -m "not slow"
 	$(BIN)/python -m pytest tests/faults
@@ -41,8 +41,8 @@ verify: $(BIN)/installed ## the exported model against SpeechBrain once more
 serve: $(BIN)/installed ## Triton on 127.0.0.1, ports 8000 (HTTP), 8001 (gRPC), 8002 (metrics)
 	$(BIN)/python -m server
 
-bench: $(BIN)/installed ## the model against SpeechBrain and the machine's matrix products, on the CPU
-	$(BIN)/python -m loadtest model
+bench: $(BIN)/installed ## the model in process on the CPU, against SpeechBrain: agreement, speed
+	$(BIN)/python -m loadtest bench $(if $(SOURCE),--source $(SOURCE))
 
 loadtest: $(BIN)/installed ## servers under load, CPU and GPU, ours and SpeechBrain's: a report in loadtest/results/ (SOURCE=random)
 	$(BIN)/python -m loadtest run --local cpu --local gpu $(if $(SOURCE),--source $(SOURCE))
@@ -53,7 +53,8 @@ soak: $(BIN)/installed ## a minute of damaged audio files, then the server under
 		--json build/soak.json --plot build/soak.png
 
 gpu-check: $(BIN)/installed ## all that needs a GPU, measured on this host's, into loadtest/results/
-	$(BIN)/python -m loadtest gpu $(if $(SOURCE),--source $(SOURCE))
+	$(BIN)/python -m loadtest bench --device gpu --json loadtest/results/$$(date +%F)-gpu-model.json $(if $(SOURCE),--source $(SOURCE))
+	$(BIN)/python -m loadtest run --local gpu $(if $(SOURCE),--source $(SOURCE))
 
 api: $(BIN)/installed ## the client's reference from its docstrings: build/api/index.html
 	@$(BIN)/python -W error docs/api.py build/api && echo build/api/index.html
