@@ -78,7 +78,7 @@ def run(command: str, checkout: Path, server: TritonServer) -> None:
     elif command.startswith("locust"):
         adapted = f"locust --headless --users 1 --run-time 5s --scenario single --host grpc://{server.grpc_url}"
     else:
-        adapted = re.sub(r"(ecapa-triton \w+)(?= )", rf"\1 --url {server.grpc_url}", adapted)
+        adapted = re.sub(r"(ecapa-triton \w+)\b", rf"\1 --url {server.grpc_url}", adapted)
     done = subprocess.run(adapted, shell=True, cwd=checkout, env=environment(), capture_output=True, text=True)
     different = command == "ecapa-triton verify samples/anna_1.flac samples/berta_1.flac"
     assert done.returncode == (1 if different else 0), f"{command}\n{done.stderr}"
