@@ -1,4 +1,4 @@
-"""`make demo`: export the model if need be, serve it on Triton, verify each pair of clips in this folder."""
+"""`make demo`: export the model if need be, serve it on Triton, verify each pair of clips in samples/."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from conftest import ROOT
 
 from server.triton import TritonServer
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "demo.py")
 SAMPLES = ROOT / "samples"
 Run = Callable[..., tuple[int, list[str], str]]
 # Ray in little memory and on loopback; its processes end with it.

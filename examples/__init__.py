@@ -1,1 +1,0 @@
-"""Clips to try the service on, and the demonstration that uses them."""
