@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
-import http.client
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, entry_point
+from launcher import http_status, wait_until
 
 from server import gateway
 from server.preflight import choose_ports
@@ -53,10 +53,11 @@ class Process:
             )
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 90
-        while not holds():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text()[-2000:]
-            time.sleep(0.1)
+        def holds_or_ended() -> bool:
+            assert self.process.poll() is None, self.text()[-2000:]
+            return holds()
+
+        wait_until(holds_or_ended, 90)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Returns the exit status."""
@@ -64,10 +65,8 @@ class Process:
         try:
             return self.process.wait(40)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # nginx's worker, too
-            except ProcessLookupError:
-                pass
             self.process.wait()
 
     def text(self) -> str:
@@ -79,17 +78,20 @@ def nginx(configuration: Path) -> list[str]:
     return [gateway.find() or "nginx", "-c", str(configuration), "-g", f"user {getpass.getuser()};"]
 
 
+def nginx_config(folder: Path, **variables: object) -> Path:
+    """Fills nginx's template as a container does from its environment; without TLS and without a log by default."""
+    usual = {"FOLDER": folder, "RESOLVER": "127.0.0.1", "REQUEST_LOG": "off", "SSL": "", "TLS_CONF": "/dev/null"}
+    template = (ROOT / "server/nginx.conf.template").read_text()
+    (folder / "nginx.conf").write_text(entry_point(template, usual | variables))
+    return folder / "nginx.conf"
+
+
 def succeeds(command: list[str]) -> bool:
     return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
 def status(port: int, method: str, path: str, headers: Mapping[str, str] | None = None) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    try:
-        connection.request(method, path, "{}" if method == "POST" else None, dict(headers or {}))
-        return connection.getresponse().status
-    finally:
-        connection.close()
+    return http_status(f"127.0.0.1:{port}", method, path, b"{}" if method == "POST" else None, headers)
 
 
 # --- images ---
