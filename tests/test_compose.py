@@ -335,11 +335,11 @@ def test_contexts_have_no_secrets_and_no_tests() -> None:
     assert not [file for file in containers.context() if re.search(r"__pycache__|results/|\.env|\.git/|tests/", file)]
 
 
-@pytest.mark.parametrize("dockerfile, option", zip(DOCKERFILES, ["--help", "--help", "--list"], strict=True))
+@pytest.mark.parametrize("dockerfile, option", list(zip(DOCKERFILES, ["--help", "--help", "--list"], strict=True)))
 def test_command_finds_its_modules_in_its_image(dockerfile: str, option: str, tmp_path: Path) -> None:
     folder = containers.build(dockerfile, tmp_path)
     (entry,) = map(json.loads, containers.instruction(dockerfile, "ENTRYPOINT"))
-    arguments = entry[1:] if entry[0] == "python3" else ["-m", *entry]
+    arguments = entry[1:] if entry[0].startswith("python") else ["-m", *entry]
     command = SERVICES["locust"]["command"][:2] if option == "--list" else []
     run = python(folder, *arguments, *command, option)
     assert run.returncode == 0, run.stderr
