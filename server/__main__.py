@@ -106,10 +106,7 @@ def _start(server: TritonServer, warnings: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    own, extra = arguments, list[str]()
-    if "--" in arguments:
-        end = arguments.index("--")
-        own, extra = arguments[:end], arguments[end + 1 :]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m server",
         description="Serves the model repository on a real Triton until SIGTERM or Ctrl-C.",
@@ -118,7 +115,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument = parser.add_argument
     argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="default: %(default)s")
     argument(
-        "--models", type=_names, metavar="NAME,NAME", help="serve only these, each exported (default: all exported)"
+        "--models", type=_list, metavar="NAME,NAME", help="serve only these, each exported (default: all exported)"
     )
     argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): a GPU if one is usable")
     argument("--gpus", type=_numbers, metavar="N,N", help="run on the GPUs with these numbers (default: all)")
@@ -158,7 +155,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--restart", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "append Triton's log here, - is standard output (default: a temporary file, kept only after a failure)"
     argument("--log", type=Path, metavar="FILE", help=text)
-    options = parser.parse_args(own)
+    options = parser.parse_args(arguments[:end])
     limited = options.max_requests or options.max_request_mb != Limits.request_mb
     if options.gateway in ("off", "external") and (limited or options.tls_cert):
         parser.error(f"limits and TLS need nginx: leave out --gateway {options.gateway}")
@@ -169,7 +166,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"two keys for {', '.join(sorted(twice))}: expected one")
     if options.device == "cpu" and options.gpus is not None:
         parser.error("--gpus is for --device gpu or auto, not cpu")
-    return options, extra
+    return options, arguments[end + 1 :]
 
 
 def _numbers(text: str) -> list[int] | None:
@@ -180,10 +177,8 @@ def _numbers(text: str) -> list[int] | None:
     return [int(number) for number in text.split(",")]
 
 
-def _names(text: str) -> list[str]:
-    if not all(names := text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected names of models, such as ecapa")
-    return names
+def _list(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _key_file(text: str) -> list[tuple[str, str]]:

@@ -74,11 +74,7 @@ def listens(pid: int, port: int) -> bool:
 
 
 def memory(groups: Mapping[int, str]) -> dict[str, int]:
-    """Resident bytes of processes by group, and "shared" for their shared memory; see `TritonServer.memory`.
-
-    Args:
-        groups: The name of the group of each process, by process id.
-    """
+    """Resident bytes of the processes of each group (its name by process id); see `TritonServer.memory`."""
     used = dict.fromkeys([*groups.values(), "shared"], 0)
     segments = set()
     for pid, group in groups.items():

@@ -13,11 +13,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from server import child
-from server.options import Limits, ServerError, Tls
+from server.options import Limits, Place, ServerError, Tls
 
 TEMPLATES = [Path(__file__).parent / f"{name}.conf.template" for name in ("tls", "nginx")]
 PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the PATH of root alone
@@ -33,13 +33,7 @@ class Gateway:
     """A running nginx that passes gRPC and HTTP on to a Triton."""
 
     def __init__(
-        self,
-        folder: Path,
-        limits: Limits,
-        tls: Tls | None = None,
-        *,
-        grpc: tuple[str, str],
-        http: tuple[str, str],
+        self, folder: Path, limits: Limits, tls: Tls | None, front: Mapping[str, Place], behind: Mapping[str, Place]
     ) -> None:
         """Starts it.
 
@@ -47,8 +41,8 @@ class Gateway:
             folder: An empty folder for its files.
             limits: What it lets through.
             tls: Encryption; None: plain text.
-            grpc: For gRPC, the ADDRESS:PORT that it listens on, and that of Triton; `http` likewise.
-            http: See `grpc`.
+            front: By API ("grpc", "http"), the address and port that it listens on.
+            behind: Likewise those of Triton.
 
         Raises:
             ServerError: nginx is missing, or rejects its configuration.
@@ -58,10 +52,10 @@ class Gateway:
             raise ServerError("nginx is not installed: apt install nginx-light, or --gateway off")
         values = {
             "FOLDER": folder,
-            "GRPC": grpc[0],
-            "GRPC_BEHIND": grpc[1],
-            "HTTP": http[0],
-            "HTTP_BEHIND": http[1],
+            "GRPC": "{}:{}".format(*front["grpc"]),
+            "GRPC_BEHIND": "{}:{}".format(*behind["grpc"]),
+            "HTTP": "{}:{}".format(*front["http"]),
+            "HTTP_BEHIND": "{}:{}".format(*behind["http"]),
             "RESOLVER": "127.0.0.1",  # never queried: Triton has a fixed address here
             "MAX_REQUESTS": limits.requests,
             "REQUEST_LOG": "off",
@@ -84,19 +78,15 @@ class Gateway:
         )
         if test.returncode != 0:
             raise ServerError(f"nginx does not start: {_reason(test.stderr)}")
+        self._ports = [port for _, port in front.values()]
         self._log = folder / "nginx.log"
         with self._log.open("wb") as log:
             self._process = child.start(command, log)
 
-    @property
-    def pid(self) -> int:
-        """Process id of nginx's master process."""
-        return self._process.pid
-
-    def wait_until_ready(self, ports: Sequence[int], timeout: float) -> None:
-        """Waits until nginx listens on all ports; ServerError if it ends or needs more than `timeout` seconds."""
+    def wait_until_ready(self, timeout: float) -> None:
+        """Waits until nginx listens; ServerError if it ends or needs more than `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while not all(child.listens(self.pid, port) for port in ports):
+        while not all(child.listens(self._process.pid, port) for port in self._ports):
             self.check()
             if time.monotonic() > deadline:
                 raise ServerError(f"nginx was not ready within {timeout:g} s")
@@ -119,7 +109,7 @@ class Gateway:
 
     def _kill_workers(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _quoted(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 Device = Literal["auto", "cpu", "gpu"]
 Precision = Literal["fp32", "fp16"]
+Place = tuple[str, int]  # address and port
 
 # Triton's groups of APIs, by the names that tritonserver's options use. The ADMIN groups are for operators alone:
 # shared memory, for example, would show the clips of one client to another.

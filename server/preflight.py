@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from export import configs
-from server.options import Device, Precision, ServerError, Tls
+from server.options import Device, Place, Precision, ServerError, Tls
 
 SHM = Path("/dev/shm")
 # Bytes. Batches pass through shared memory on their way to a stub, and Triton limits no request. Where a batch does not
@@ -202,9 +202,9 @@ def resolve(address: str) -> str:
         ) from error
 
 
-def choose_ports(wanted: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
+def choose_ports(wanted: Mapping[str, Place]) -> dict[str, Place]:
     """Checks that a server can listen on each address and port, and finds a free port for each that is 0."""
-    chosen: dict[str, tuple[str, int]] = {}
+    chosen: dict[str, Place] = {}
     with contextlib.ExitStack() as stack:  # all stay open until the end, so that no port is chosen twice
         for api, place in wanted.items():
             try:

@@ -22,26 +22,11 @@ from urllib.request import ProxyHandler, Request, build_opener
 import psutil  # type: ignore[import-untyped]
 from ecapa_triton.protocol import KEY_HEADER
 
-from server import child
+from server import child, preflight, wheel
 from server.gateway import Gateway
-from server.options import ADMIN, DEFAULT_REQUESTS, Device, Limits, Precision, ServerError, Tls, check_keys
-from server.preflight import (
-    all_models,
-    check_repository,
-    choose_device,
-    choose_gpus,
-    choose_ports,
-    cuda_gpus,
-    exposure_warning,
-    gpu_environment,
-    models_to_serve,
-    resolve,
-    shm_warning,
-)
-from server.wheel import assemble_wheel, check_packages, find_installed, package_without_cuda
+from server.options import ADMIN, DEFAULT_REQUESTS, Device, Limits, Place, Precision, ServerError, Tls, check_keys
 from server.workdir import Workdir
 
-Place = tuple[str, int]  # address and port
 STDOUT = Path("/dev/stdout")
 LONGEST_TIMEOUT = 86400  # s
 _WITHOUT_PROXY = build_opener(ProxyHandler({}))
@@ -216,34 +201,37 @@ class TritonServer:
         if self.tls is not None and self.limits is None:
             raise ServerError("TLS needs nginx in front of Triton: apt install nginx-light")
         check_keys(self.keys)
-        installed = find_installed()
-        gpus, no_gpu = cuda_gpus()
+        installed = wheel.find_installed()
+        gpus, no_gpu = preflight.cuda_gpus()
         if gpus and self._gpus is not None:
-            gpus = choose_gpus(gpus, self._gpus)
-        models = models_to_serve(self.repository, self._names)
-        if gpus and installed is None and (package := package_without_cuda(models)):
+            gpus = preflight.choose_gpus(gpus, self._gpus)
+        models = preflight.models_to_serve(self.repository, self._names)
+        if gpus and installed is None and (package := wheel.package_without_cuda(models)):
             gpus, no_gpu = [], f"the installed {package} cannot use the {gpus[0]}: install its build for CUDA"
-        self.device, self.chosen, config_name = choose_device(self._device, gpus, no_gpu, self._precision)
-        backends = check_repository(self.repository, config_name, self._names)
+        self.device, self.chosen, config_name = preflight.choose_device(self._device, gpus, no_gpu, self._precision)
+        backends = preflight.check_repository(self.repository, config_name, self._names)
         self.models = list(backends)
         if installed is None:
-            check_packages(backends.values())
+            wheel.check_packages(backends.values())
         listen = self._choose_places()
         # The C++ backends of an installed server run in its process and need no shared memory.
-        warnings = ["" if installed else shm_warning()]
+        warnings = ["" if installed else preflight.shm_warning()]
         if self._warn_exposed:
-            warnings.append(exposure_warning(self._address, self.tls, self.keys))
+            warnings.append(preflight.exposure_warning(self._address, self.tls, self.keys))
         self.warnings = [warning for warning in warnings if warning]
         return installed, config_name, listen
 
     def _choose_places(self) -> dict[str, Place]:
         """Settles the addresses and ports for clients; returns those at which Triton itself listens."""
-        self._address, self._metrics_address = resolve(self._address), resolve(self._metrics_address)
+        self._address, self._metrics_address = (
+            preflight.resolve(self._address),
+            preflight.resolve(self._metrics_address),
+        )
         wanted = {api: (self._address, port) for api, port in self._ports.items()}
         wanted["metrics"] = self._metrics_address, self._ports["metrics"]
         if self.limits is not None:
             wanted |= {f"{api} behind nginx": ("127.0.0.1", 0) for api in ("http", "grpc")}
-        places = choose_ports(wanted)
+        places = preflight.choose_ports(wanted)
         self._ports = {api: places[api][1] for api in self._ports}  # a restarted server keeps them
         self.http_url, self.grpc_url = _url(places["http"]), _url(places["grpc"])
         self.metrics_url = f"http://{_url(places['metrics'])}/metrics"
@@ -269,7 +257,7 @@ class TritonServer:
     def _launch(self, installed: Path | None, config_name: str, listen: dict[str, Place]) -> None:
         models = [self.repository / name for name in self.models]
         threads = self._threads if self.device == "CPU" else None
-        changed = threads is not None or len(models) < len(all_models(self.repository))
+        changed = threads is not None or len(models) < len(preflight.all_models(self.repository))
         options: dict[str, object] = {
             "model-repository": self._workdir.link(models, threads) if changed else self.repository.absolute(),
             "model-config-name": config_name,
@@ -281,9 +269,9 @@ class TritonServer:
         }
         for api, (address, port) in listen.items():
             options |= {f"{api}-address": address, f"{api}-port": port}
-        environment = dict(os.environ) | gpu_environment(self.device, self._gpus)
+        environment = dict(os.environ) | preflight.gpu_environment(self.device, self._gpus)
         if installed is None:
-            binary, backends = assemble_wheel(self._workdir.path, environment)
+            binary, backends = wheel.assemble(self._workdir.path, environment)
             options["backend-config"] = f"python,shm-region-prefix-name={self._workdir.path.name}-"
         else:
             binary, backends = installed, installed.resolve().parents[1] / "backends"
@@ -329,11 +317,9 @@ class TritonServer:
         folder.mkdir()
         if limits.requests is None:
             self.limits = limits = replace(limits, requests=DEFAULT_REQUESTS[self.device])
-        places = {
-            api: (f"{self._address}:{self._ports[api]}", "{}:{}".format(*behind[api])) for api in ("grpc", "http")
-        }
-        self._gateway = Gateway(folder, limits, self.tls, **places)
-        self._gateway.wait_until_ready([self._ports[api] for api in places], self._start_timeout)
+        front = {api: (self._address, self._ports[api]) for api in ("grpc", "http")}
+        self._gateway = Gateway(folder, limits, self.tls, front, behind)
+        self._gateway.wait_until_ready(self._start_timeout)
 
     def _failure(self, message: str) -> ServerError:
         """An error that names the log, which is then kept."""

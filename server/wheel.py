@@ -33,7 +33,7 @@ def find_installed() -> Path | None:
     return None
 
 
-def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Path]:
+def assemble(folder: Path, environment: dict[str, str]) -> tuple[Path, Path]:
     """Makes a backend directory of the wheel's Python backend and the stand-in backends.
 
     Args:

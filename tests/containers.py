@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,23 @@ def free_ports(names: Iterable[str]) -> dict[str, int]:
     return {name: port for name, (_, port) in choose_ports(dict.fromkeys(names, ("127.0.0.1", 0))).items()}
 
 
+def change(node: Any, text: Callable[[str], str]) -> Any:
+    """A part of a YAML file with each of its strings changed."""
+    if isinstance(node, dict):
+        return {key: change(value, text) for key, value in node.items()}
+    if isinstance(node, list):
+        return [change(value, text) for value in node]
+    return text(node) if isinstance(node, str) else node
+
+
 def replace(node: Any, places: Mapping[str, str]) -> Any:
     """A part of a YAML file with the places of this machine in place of those in the containers."""
-    if isinstance(node, dict):
-        return {key: replace(value, places) for key, value in node.items()}
-    if isinstance(node, list):
-        return [replace(value, places) for value in node]
     pattern = "|".join(map(re.escape, sorted(places, key=len, reverse=True)))
-    return re.sub(pattern, lambda found: places[found[0]], node) if isinstance(node, str) else node
+    return change(node, lambda text: re.sub(pattern, lambda found: places[found[0]], text))
 
 
-class Process:
-    """A container's command in the background."""
+class Process(AbstractContextManager["Process"]):
+    """A container's command in the background, killed after a `with` block."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path, folder: Path = ROOT) -> None:
         self.log = log
@@ -58,6 +64,9 @@ class Process:
             return holds()
 
         wait_until(holds_or_ended, 90)
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGKILL)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Returns the exit status."""

@@ -10,11 +10,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -24,7 +22,7 @@ import pytest
 import trustme
 import yaml
 from conftest import ROOT, entry_point
-from containers import Process, free_ports, needs_curl, needs_nginx, replace, status, succeeds
+from containers import Process, change, free_ports, needs_curl, needs_nginx, replace, status, succeeds
 from ecapa_triton import KeyRefusedError, SpeakerClient
 from ecapa_triton.protocol import KEY_HEADER
 from launcher import wait_until
@@ -48,14 +46,11 @@ def read(**variables: str) -> dict[str, Service]:
     def value(found: re.Match[str]) -> str:
         return "$" if found[0] == "$$" else variables.get(found[1]) or found[2]
 
-    def fill(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: fill(below) for key, below in node.items()}
-        if isinstance(node, list):
-            return [fill(below) for below in node]
-        return re.sub(r"\$\$|\$\{(\w+):-([^}]*)\}", value, node) if isinstance(node, str) else node
-
-    return fill(yaml.safe_load(TEXT)["services"])  # type: ignore[no-any-return]
+    services: dict[str, Service] = yaml.safe_load(TEXT)["services"]
+    return {
+        name: change(service, lambda text: re.sub(r"\$\$|\$\{(\w+):-([^}]*)\}", value, text))
+        for name, service in services.items()
+    }
 
 
 SERVICES = read()
@@ -239,28 +234,11 @@ def healthy(service: Service) -> bool:
     return succeeds(service["healthcheck"]["test"][1:])
 
 
-@contextmanager
-def front(service: Service, folder: Path, ports: Mapping[str, int], tls: Path | None = None) -> Iterator[Service]:
-    service = render(service, folder, ports, tls)
-    process = Process(nginx(service), {}, folder / "nginx.log")
-    try:
-        process.wait_until(lambda: healthy(service))
-        yield service
-    finally:
-        process.stop()
-
-
-@contextmanager
-def counter(folder: Path, port: int) -> Iterator[None]:
+def counter(folder: Path, port: int) -> Process:
     (script, _), (_, target) = (mount.split(":")[:2] for mount in SERVICES["counter"]["volumes"])
-    places = {"0.0.0.0": "127.0.0.1", ":9514": f":{port}", f"/{Path(script).name}": str(ROOT / script)}
-    service = replace(SERVICES["counter"], places | {target: str(folder)})
-    process = Process([*service["command"], f"--port={port}"], {}, folder / "counter.log")
-    try:
-        process.wait_until(lambda: succeeds(["curl", "-fsS", service["healthcheck"]["test"][-1]]))
-        yield
-    finally:
-        assert process.stop() == 0
+    places = {"0.0.0.0": "127.0.0.1", f"/{Path(script).name}": str(ROOT / script), target: str(folder)}
+    command = replace(SERVICES["counter"]["command"], places)
+    return Process([*command, f"--port={port}"], {}, folder / "counter.log")
 
 
 @needs_nginx
@@ -268,20 +246,23 @@ def counter(folder: Path, port: int) -> Iterator[None]:
 def test_through_the_gateway(image: Path, repository: Path, tmp_path: Path) -> None:
     ports = free_ports(APIS)
     services = read(MAX_REQUEST_MB="1", INFERENCE_KEY=KEY)
-    with ExitStack() as stack:
-        with counter(tmp_path, ports["counter"]):
-            triton = serve(services["triton-cpu"], image, repository, tmp_path, ports)
-            stack.callback(triton.stop, signal.SIGKILL)
-            triton.wait_until(lambda: server_is_ready(ports))
-            gateway = stack.enter_context(front(services["gateway-cpu"], tmp_path, ports))
-            url = f"127.0.0.1:{ports['gateway grpc']}"
-            with SpeakerClient(url, api_key=KEY) as client:
-                assert client.verify(CLIP, ROOT / "samples/anna_2.flac").same
-            with SpeakerClient(url) as client, pytest.raises(KeyRefusedError):
-                client.embed(CLIP)
-            counted = 'gateway_requests_total{api="grpc",result="ok"} 2'
-            wait_until(lambda: counted in urlopen(f"http://127.0.0.1:{ports['counter']}/metrics").read().decode())
-        # nginx does without the counter. Administrators' APIs have no key, so they are closed to every key.
+    gateway = render(services["gateway-cpu"], tmp_path, ports)
+    with (
+        counter(tmp_path, ports["counter"]) as counting,
+        serve(services["triton-cpu"], image, repository, tmp_path, ports) as triton,
+        Process(nginx(gateway), {}, tmp_path / "nginx.log") as front,
+    ):
+        triton.wait_until(lambda: server_is_ready(ports))
+        front.wait_until(lambda: healthy(gateway))
+        url = f"127.0.0.1:{ports['gateway grpc']}"
+        with SpeakerClient(url, api_key=KEY) as client:
+            assert client.verify(CLIP, ROOT / "samples/anna_2.flac").same
+        with SpeakerClient(url) as client, pytest.raises(KeyRefusedError):
+            client.embed(CLIP)
+        counted = 'gateway_requests_total{api="grpc",result="ok"} 2'
+        wait_until(lambda: counted in urlopen(f"http://127.0.0.1:{ports['counter']}/metrics").read().decode())
+        assert counting.stop() == 0  # nginx does without the counter
+        # Administrators' APIs have no key, so they are closed to every key.
         path = "/v2/repository/models/ecapa/unload"
         found = [status(ports["gateway http"], "POST", path, {KEY_HEADER: key}) for key in ("", KEY)]
         assert found == [403, 403]

@@ -225,8 +225,7 @@ def test_a_pod_runs(
 ) -> None:
     """Its flags are the launcher's, its probes are right, closed APIs are closed, and it stops in order."""
     pod = Pod(overlays["cpu"], repository, tmp_path)
-    triton, gateway = pod.start_triton(), pod.start_gateway()
-    try:
+    with pod.start_triton() as triton, pod.start_gateway() as gateway:
         gateway.wait_until(lambda: pod.probe("gateway", "livenessProbe"))
         triton.wait_until(lambda: pod.probe("triton", "startupProbe"))
         gateway.wait_until(lambda: pod.probe("gateway", "readinessProbe"))
@@ -259,9 +258,6 @@ def test_a_pod_runs(
         assert gateway.stop(signal.SIGQUIT) == 0
         assert pod.probe("triton", "livenessProbe") and not pod.probe("gateway", "readinessProbe")
         assert triton.stop() == 0, triton.text()
-    finally:
-        for process in triton, gateway:
-            process.stop(signal.SIGKILL)
 
 
 @needs_kubectl
@@ -270,14 +266,11 @@ def test_an_empty_key_opens_nothing(overlays: dict[str, dict[str, Object]], repo
     """Triton does not start, and the gateway without it is alive and not ready."""
     pod = Pod(overlays["cpu"], repository, tmp_path)
     (tmp_path / "keys/inference").write_text("\n")
-    triton, gateway = pod.start_triton(), pod.start_gateway()
-    try:
+    with pod.start_triton() as triton, pod.start_gateway() as gateway:
         assert triton.process.wait(60) != 0
         assert "0 characters" in triton.text()
         gateway.wait_until(lambda: pod.probe("gateway", "livenessProbe"))
         assert not pod.probe("gateway", "readinessProbe")
-    finally:
-        gateway.stop(signal.SIGKILL)
 
 
 # --- the autoscaler's metric ---

@@ -248,8 +248,8 @@ def test_the_launcher_and_the_client_with_all_of_it(
 @pytest.mark.parametrize(
     "options, fact",
     [
-        *(([option], option.split("=")[1]) for option in ("--max-requests=0", "--max-requests=²", "--models=a,,b")),
-        *(([option], option.split("=")[1]) for option in ("--max-request-mb=x", "--gpus=0,", "--threads=-1")),
+        *(([option], option.split("=")[1]) for option in ("--max-requests=0", "--max-requests=²", "--threads=-1")),
+        *(([option], option.split("=")[1]) for option in ("--max-request-mb=x", "--gpus=0,")),
         (["--device=cpu", "--gpus=0"], "--gpus"),
         (["--tls-cert=x"], "--tls-key"),
         (["--tls-client-ca=x"], "--tls-cert"),

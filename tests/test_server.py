@@ -22,13 +22,12 @@ import stand_in
 from launcher import launched, wait_until
 from tritonclient.utils import InferenceServerException
 
-from server import Limits, ServerError, TritonServer, gateway
+from server import Limits, ServerError, TritonServer, gateway, wheel
 from server.preflight import choose_ports
-from server.wheel import assemble_wheel, find_installed
 
 CLIP = np.ones((1, 10), np.float32)
 needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
-needs_wheel = pytest.mark.skipif(find_installed() is not None, reason="an installed tritonserver is used instead")
+needs_wheel = pytest.mark.skipif(wheel.find_installed() is not None, reason="an installed tritonserver is used instead")
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ def test_in_a_container(sums: Path, tmp_path: Path) -> None:
     stand_in.write(sums / "other")
     environment = dict(os.environ)
     (tmp_path / "wheel").mkdir()
-    binary, backends = assemble_wheel(tmp_path / "wheel", environment)
+    binary, backends = wheel.assemble(tmp_path / "wheel", environment)
     script = tmp_path / "opt/bin/tritonserver"
     script.parent.mkdir(parents=True)
     script.write_text(
@@ -166,7 +165,7 @@ def test_another_servers_reply_is_not_mistaken_for_ours(sums: Path, monkeypatch:
         ports = {"http": first.http_url, "grpc": first.grpc_url, "metrics": first.metrics_url.split("/")[2]}
         taken = {api: ("127.0.0.1", int(url.rpartition(":")[2])) for api, url in ports.items()}
         chosen = [taken, taken, taken]
-        monkeypatch.setattr("server.triton.choose_ports", lambda wanted: chosen.pop(0))
+        monkeypatch.setattr("server.preflight.choose_ports", lambda wanted: chosen.pop(0))
         with pytest.raises(ServerError) as info:
             TritonServer(sums, device="cpu").start()
         assert not chosen
@@ -208,8 +207,8 @@ def test_gpus_are_those_that_are_visible(
     binary.parent.mkdir(parents=True)
     binary.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $NVIDIA_TF32_OVERRIDE $@" > {seen}\nexit 1\n')
     binary.chmod(0o755)
-    monkeypatch.setattr("server.triton.find_installed", lambda: binary)
-    monkeypatch.setattr("server.triton.cuda_gpus", lambda: (["A", "B"], ""))
+    monkeypatch.setattr("server.wheel.find_installed", lambda: binary)
+    monkeypatch.setattr("server.preflight.cuda_gpus", lambda: (["A", "B"], ""))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     server = TritonServer(sums, device="gpu", gpus=[1, 0], precision="fp16", log=tmp_path / "log")
     with pytest.raises(ServerError):
