@@ -81,11 +81,11 @@ class Workdir:
 def _discard(folder: Path, keep: Path | None = None) -> None:
     for segment in SHM.glob(f"{folder.name}-*"):
         segment.unlink(missing_ok=True)
+    if keep is None:
+        return shutil.rmtree(folder, ignore_errors=True)
     for entry in folder.iterdir():
         if entry != keep:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    if keep is None:
-        folder.rmdir()
 
 
 def _locked(folder: Path) -> IO[bytes]:

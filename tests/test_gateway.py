@@ -21,7 +21,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import stand_in
-from containers import free_ports, nginx_config
+from containers import Process, free_ports, nginx_config
 from launcher import http_status, wait_until
 from tritonclient.grpc import InferenceServerClient, service_pb2
 from tritonclient.utils import InferenceServerException
@@ -93,12 +93,9 @@ def nginx(folder: Path, binary: object = gateway.find(), **environment: object) 
     usual = {"GRPC": grpc, "GRPC_BEHIND": nowhere, "HTTP": http_, "HTTP_BEHIND": nowhere}
     config = nginx_config(folder, **usual | {"MAX_REQUESTS": 2, "MAX_REQUEST_MB": 2} | environment)
     command = [str(binary), "-c", str(config), "-p", str(folder)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            wait_until(lambda: child.listens(process.pid, ports[1]))
-            yield ports[1]
-        finally:
-            process.terminate()
+    with Process(command, {}, folder / "nginx.log") as front:
+        front.wait_until(lambda: child.listens(front.process.pid, ports[1]))
+        yield ports[1]
 
 
 @pytest.mark.parametrize("encodings", [("identity", "gzip"), ("gzip", "identity")])

@@ -42,9 +42,7 @@ def kubectl() -> int:
     return int(re.match(r"\d+", found["clientVersion"]["minor"])[0])
 
 
-needs_kubectl = pytest.mark.skipif(
-    kubectl() < 27, reason="kubectl 1.27 or newer is missing: https://kubernetes.io/docs"
-)
+pytestmark = pytest.mark.skipif(kubectl() < 27, reason="kubectl 1.27 or newer is missing: https://kubernetes.io/docs")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,6 @@ def by_name(objects: dict[str, Object]) -> dict[str, Object]:
     return {one["name"]: one for kind in ("initContainers", "containers") for one in pod(objects)[kind]}
 
 
-@needs_kubectl
 @pytest.mark.parametrize("version", VERSIONS)
 def test_objects_are_valid(objects: dict[str, Object], version: str) -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate").validate
@@ -82,7 +79,6 @@ def test_objects_are_valid(objects: dict[str, Object], version: str) -> None:
             validate(one, version, strict=True)
 
 
-@needs_kubectl
 def test_references_have_targets(objects: dict[str, Object]) -> None:
     deployment, service = objects["Deployment"], objects["Service"]
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
@@ -118,7 +114,6 @@ def test_references_have_targets(objects: dict[str, Object]) -> None:
     assert re.findall(r"--from-literal=(\w+)=", command) == list(KEYS)
 
 
-@needs_kubectl
 def test_pods_keep_to_the_policy(objects: dict[str, Object]) -> None:
     """The "restricted" Pod Security Standard, and a read-only root; keys in Triton's container alone."""
     assert pod(objects)["automountServiceAccountToken"] is False
@@ -140,7 +135,6 @@ def test_pods_keep_to_the_policy(objects: dict[str, Object]) -> None:
     assert "egress" not in objects["NetworkPolicy"]["spec"]  # nothing is allowed
 
 
-@needs_kubectl
 def test_there_is_time_to_start_and_stop(objects: dict[str, Object]) -> None:
     """nginx stops first, with its requests in flight, and then Triton, a sidecar for that; their times add up."""
     assert [one["name"] for one in pod(objects)["initContainers"]] == ["triton"]
@@ -214,7 +208,6 @@ class Pod:
         return False
 
 
-@needs_kubectl
 @needs_nginx
 @needs_curl
 def test_a_pod_runs(
@@ -260,7 +253,6 @@ def test_a_pod_runs(
         assert triton.stop() == 0, triton.text()
 
 
-@needs_kubectl
 @needs_nginx
 def test_an_empty_key_opens_nothing(overlays: dict[str, dict[str, Object]], repository: Path, tmp_path: Path) -> None:
     """Triton does not start, and the gateway without it is alive and not ready."""

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import stand_in
 import trustme
+from containers import needs_nginx
 from ecapa_triton import ConnectError, KeyRefusedError, SpeakerClient, Tls
 from ecapa_triton.protocol import GRPC_KEY_HEADER, KEY_HEADER
 from launcher import http_status, launched
@@ -25,7 +26,6 @@ from server import Limits, ServerError, TritonServer, __main__, gateway
 from server.options import ADMIN, GROUPS
 
 CLIP = np.ones((1, 5), np.float32)
-needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
 KEYS = {group: f"the:key=of,{group}/{'x' * 16}" for group in GROUPS}
 
 # A request to each group: over gRPC the client's method and arguments, over HTTP the method and path.

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import stand_in
+from containers import needs_nginx
 from launcher import launched, wait_until
 from tritonclient.utils import InferenceServerException
 
@@ -26,7 +27,6 @@ from server import Limits, ServerError, TritonServer, gateway, wheel
 from server.preflight import choose_ports
 
 CLIP = np.ones((1, 10), np.float32)
-needs_nginx = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
 needs_wheel = pytest.mark.skipif(wheel.find_installed() is not None, reason="an installed tritonserver is used instead")
 
 
