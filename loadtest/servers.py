@@ -276,7 +276,7 @@ class Local:
         running = TritonServer(folder, device=device, precision=precision, limits=limits)
         try:
             running.start()
-        except (ServerError, gateway.GatewayError) as error:
+        except ServerError as error:
             raise _CannotServe(str(error)) from error
         try:
             yield Server(device, SCHEME + running.grpc_url, running.metrics_url, models, running)

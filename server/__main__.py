@@ -21,6 +21,8 @@ from server.triton import TritonServer
 # Seconds before a restart: doubled each time, until the server has been up for CALM.
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+# Options of the launcher alone; the others have the names of TritonServer's parameters.
+OWN = "gateway", "max_requests", "max_request_mb", "tls_cert", "tls_key", "tls_client_ca", "keys", "restart"
 
 
 class _Stop(BaseException):
@@ -39,26 +41,13 @@ def main(arguments: list[str]) -> int:
     options, extra = _parse(arguments)
     limits = None
     if options.gateway == "on" or (options.gateway == "auto" and gateway.find()):
-        limits = Limits(options.max_requests, options.max_request_mb or Limits.request_mb)
+        limits = Limits(options.max_requests, options.max_request_mb)
     server = TritonServer(
-        options.repository,
-        device=options.device,
-        gpus=options.gpus,
-        precision=options.precision,
-        models=options.models,
-        threads=options.threads,
-        http_port=options.http_port,
-        grpc_port=options.grpc_port,
-        metrics_port=options.metrics_port,
-        address=options.address,
-        metrics_address=options.metrics_address,
+        **{name: value for name, value in vars(options).items() if name not in OWN},
         limits=limits,
         tls=Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None,
         keys=dict(itertools.chain.from_iterable(options.keys)),
         extra=extra,
-        log=options.log,
-        start_timeout=options.start_timeout,
-        exit_timeout=options.exit_timeout,
         warn_exposed=options.gateway != "external",
     )
     warnings = []
@@ -117,10 +106,7 @@ def _start(server: TritonServer, warnings: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    own, extra = arguments, list[str]()
-    if "--" in arguments:
-        end = arguments.index("--")
-        own, extra = arguments[:end], arguments[end + 1 :]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m server",
         description="Serves the model repository on a real Triton until SIGTERM or Ctrl-C.",
@@ -129,7 +115,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument = parser.add_argument
     argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="default: %(default)s")
     argument(
-        "--models", type=_names, metavar="NAME,NAME", help="serve only these, each exported (default: all exported)"
+        "--models", type=_list, metavar="NAME,NAME", help="serve only these, each exported (default: all exported)"
     )
     argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): a GPU if one is usable")
     argument("--gpus", type=_numbers, metavar="N,N", help="run on the GPUs with these numbers (default: all)")
@@ -141,39 +127,27 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help="of the metrics (default: %(default)s)")
     argument("--tls-cert", type=Path, metavar="FILE", help="certificate for HTTP and gRPC, PEM; with --tls-key")
     argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
-    argument(
-        "--tls-client-ca", type=Path, metavar="FILE", help="require a client certificate of these authorities, PEM"
+    text = "require a client certificate of these authorities, PEM"
+    argument("--tls-client-ca", type=Path, metavar="FILE", help=text)
+    text = (
+        f"require the key in this file for these groups of Triton's APIs: {', '.join(GROUPS)}; "
+        f"admin means the last {len(ADMIN)}, which are closed unless they have a key"
     )
     argument(
-        "--key-file",
-        type=_key_file,
-        action="append",
-        default=[],
-        dest="keys",
-        metavar="GROUP,...=FILE",
-        help=f"require the key in this file for these groups of Triton's APIs: {', '.join(GROUPS)}; "
-        f"admin means the last {len(ADMIN)}, which are closed unless they have a key",
+        "--key-file", type=_key_file, action="append", default=[], dest="keys", metavar="GROUP,...=FILE", help=text
     )
-    argument(
-        "--key-env",
-        type=_key_variable,
-        action="append",
-        dest="keys",
-        metavar="GROUP,...=NAME",
-        help="the same with the key in the environment variable NAME; unset or empty: no key for these groups",
+    text = "the same with the key in the environment variable NAME; unset or empty: no key for these groups"
+    argument("--key-env", type=_key_variable, action="append", dest="keys", metavar="GROUP,...=NAME", help=text)
+    text = (
+        "nginx in front of Triton, for TLS and the limits below; auto (default): where nginx is installed; "
+        "external: another gateway protects this server, so do not warn of an open address"
     )
-    argument(
-        "--gateway",
-        choices=["auto", "on", "off", "external"],
-        default="auto",
-        help="nginx in front of Triton, for TLS and the limits below; auto (default): where nginx is installed; "
-        "external: another gateway protects this server, so do not warn of an open address",
-    )
+    argument("--gateway", choices=["auto", "on", "off", "external"], default="auto", help=text)
     defaults = f"{DEFAULT_REQUESTS['CPU']} on a CPU, {DEFAULT_REQUESTS['GPU']} on GPUs"
     text = f"limit of inference requests in flight; one more is rejected with UNAVAILABLE (default: {defaults})"
     argument("--max-requests", type=_positive, metavar="N", help=text)
-    text = f"limit of the size of a request (default: {Limits.request_mb})"
-    argument("--max-request-mb", type=_positive, metavar="MB", help=text)
+    text = "limit of the size of a request (default: %(default)s)"
+    argument("--max-request-mb", type=_positive, default=Limits.request_mb, metavar="MB", help=text)
     for name, seconds, purpose in ("start", 120, "to load and warm the models"), ("exit", 30, "for requests in flight"):
         text = f"{purpose} (default: %(default)s)"
         argument(f"--{name}-timeout", type=float, default=seconds, metavar="SECONDS", help=text)
@@ -181,10 +155,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--restart", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "append Triton's log here, - is standard output (default: a temporary file, kept only after a failure)"
     argument("--log", type=Path, metavar="FILE", help=text)
-    options = parser.parse_args(own)
-    if options.gateway in ("off", "external"):
-        if options.max_requests or options.max_request_mb or options.tls_cert:
-            parser.error(f"limits and TLS need nginx: leave out --gateway {options.gateway}")
+    options = parser.parse_args(arguments[:end])
+    limited = options.max_requests or options.max_request_mb != Limits.request_mb
+    if options.gateway in ("off", "external") and (limited or options.tls_cert):
+        parser.error(f"limits and TLS need nginx: leave out --gateway {options.gateway}")
     if (options.tls_cert is None) != (options.tls_key is None) or (options.tls_client_ca and not options.tls_cert):
         parser.error("--tls-cert and --tls-key go together, and --tls-client-ca with them")
     groups = [group for keys in options.keys for group, _ in keys]
@@ -192,7 +166,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"two keys for {', '.join(sorted(twice))}: expected one")
     if options.device == "cpu" and options.gpus is not None:
         parser.error("--gpus is for --device gpu or auto, not cpu")
-    return options, extra
+    return options, arguments[end + 1 :]
 
 
 def _numbers(text: str) -> list[int] | None:
@@ -203,23 +177,18 @@ def _numbers(text: str) -> list[int] | None:
     return [int(number) for number in text.split(",")]
 
 
-def _names(text: str) -> list[str]:
-    if not all(names := text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected names of models, such as ecapa")
-    return names
+def _list(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _key_file(text: str) -> list[tuple[str, str]]:
     names, _, path = text.partition("=")
-    if not path:
-        raise argparse.ArgumentTypeError("expected groups and a file, such as inference=key.txt")
     try:
-        return _keys(names, Path(path).read_text("utf-8-sig").strip())
-    # The message omits the path: it may be the key itself, by mistake.
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{names}: {error.strerror}: expected a file that holds the key") from error
-    except UnicodeError as error:
-        raise argparse.ArgumentTypeError(f"{names}: the file is not text: expected one that holds the key") from error
+        key = Path(path).read_text("utf-8-sig").strip()
+    except (OSError, UnicodeError) as error:  # the message omits the path: it may be the key itself, by mistake
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise argparse.ArgumentTypeError(f"{names}: {reason}: expected a file that holds the key") from error
+    return _keys(names, key)
 
 
 def _key_variable(text: str) -> list[tuple[str, str]]:

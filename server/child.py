@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,20 +31,16 @@ except OSError as error:
 """
 
 
-def start(command: Sequence[str], log: IO[bytes], environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Starts a command in a process group of its own.
+def start(
+    command: Sequence[str], log: IO[bytes] | None, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a command in a process group of its own; one that cannot run says so in its log and ends at once.
 
     Args:
         command: The path of the binary and its arguments.
-        log: Receives standard output and error.
+        log: Receives standard output and error; None: the parent's standard output.
         environment: As `env` of `subprocess.Popen`.
-
-    Raises:
-        OSError: The binary is missing or not executable.
     """
-    if shutil.which(command[0]) is None:
-        code = errno.EACCES if os.path.exists(command[0]) else errno.ENOENT
-        raise OSError(code, os.strerror(code), command[0])
     return subprocess.Popen(
         [sys.executable, "-ISc", _FIRST, str(os.getpid()), *command],
         env=environment,
@@ -80,11 +74,7 @@ def listens(pid: int, port: int) -> bool:
 
 
 def memory(groups: Mapping[int, str]) -> dict[str, int]:
-    """Resident bytes of processes by group, and "shared" for their shared memory; see `TritonServer.memory`.
-
-    Args:
-        groups: The name of the group of each process, by process id.
-    """
+    """Resident bytes of the processes of each group (its name by process id); see `TritonServer.memory`."""
     used = dict.fromkeys([*groups.values(), "shared"], 0)
     segments = set()
     for pid, group in groups.items():

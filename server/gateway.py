@@ -13,19 +13,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from server import child
-from server.options import Limits, ServerError, Tls
+from server.options import Limits, Place, ServerError, Tls
 
 TEMPLATES = [Path(__file__).parent / f"{name}.conf.template" for name in ("tls", "nginx")]
 PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the PATH of root alone
 _STOP_TIMEOUT = 3  # s until nginx is killed; Triton has ended before, so few replies are left to pass on
-
-
-class GatewayError(ServerError):
-    """nginx did not start or did not stay up. The message is one line."""
 
 
 def find() -> str | None:
@@ -37,13 +33,7 @@ class Gateway:
     """A running nginx that passes gRPC and HTTP on to a Triton."""
 
     def __init__(
-        self,
-        folder: Path,
-        limits: Limits,
-        tls: Tls | None = None,
-        *,
-        grpc: tuple[str, str],
-        http: tuple[str, str],
+        self, folder: Path, limits: Limits, tls: Tls | None, front: Mapping[str, Place], behind: Mapping[str, Place]
     ) -> None:
         """Starts it.
 
@@ -51,21 +41,21 @@ class Gateway:
             folder: An empty folder for its files.
             limits: What it lets through.
             tls: Encryption; None: plain text.
-            grpc: For gRPC, the ADDRESS:PORT that it listens on, and that of Triton; `http` likewise.
-            http: See `grpc`.
+            front: By API ("grpc", "http"), the address and port that it listens on.
+            behind: Likewise those of Triton.
 
         Raises:
-            GatewayError: nginx is missing, or rejects its configuration.
+            ServerError: nginx is missing, or rejects its configuration.
         """
         binary = find()
         if binary is None:
-            raise GatewayError("nginx is not installed: apt install nginx-light, or --gateway off")
+            raise ServerError("nginx is not installed: apt install nginx-light, or --gateway off")
         values = {
             "FOLDER": folder,
-            "GRPC": grpc[0],
-            "GRPC_BEHIND": grpc[1],
-            "HTTP": http[0],
-            "HTTP_BEHIND": http[1],
+            "GRPC": "{}:{}".format(*front["grpc"]),
+            "GRPC_BEHIND": "{}:{}".format(*behind["grpc"]),
+            "HTTP": "{}:{}".format(*front["http"]),
+            "HTTP_BEHIND": "{}:{}".format(*behind["http"]),
             "RESOLVER": "127.0.0.1",  # never queried: Triton has a fixed address here
             "MAX_REQUESTS": limits.requests,
             "REQUEST_LOG": "off",
@@ -87,32 +77,27 @@ class Gateway:
             [*command, "-t"], stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True
         )
         if test.returncode != 0:
-            raise GatewayError(f"nginx does not start: {_reason(test.stderr)}")
+            raise ServerError(f"nginx does not start: {_reason(test.stderr)}")
+        self._ports = [port for _, port in front.values()]
         self._log = folder / "nginx.log"
         with self._log.open("wb") as log:
             self._process = child.start(command, log)
 
-    @property
-    def pid(self) -> int:
-        """Process id of nginx's master process."""
-        return self._process.pid
-
-    def wait_until_ready(self, ports: Sequence[int], timeout: float) -> None:
-        """Waits until nginx listens on all ports; GatewayError if it ends or needs more than `timeout` seconds."""
+    def wait_until_ready(self, timeout: float) -> None:
+        """Waits until nginx listens; ServerError if it ends or needs more than `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while not all(child.listens(self.pid, port) for port in ports):
+        while not all(child.listens(self._process.pid, port) for port in self._ports):
             self.check()
             if time.monotonic() > deadline:
-                raise GatewayError(f"nginx was not ready within {timeout:g} s")
+                raise ServerError(f"nginx was not ready within {timeout:g} s")
             time.sleep(0.01)
 
     def check(self) -> None:
-        """Raises GatewayError when nginx has ended."""
+        """Raises ServerError when nginx has ended."""
         if (code := self._process.poll()) is not None:
             self._kill_workers()  # they outlive the master and would pass clients on to a Triton that is stopping
             reason = _reason(self._log.read_text(errors="replace"))
-            message = f"nginx in front of tritonserver {child.ending(code)}"
-            raise GatewayError(f"{message}: {reason}" if reason else message)
+            raise ServerError(f"nginx in front of tritonserver {child.ending(code)}{reason and f': {reason}'}")
 
     def stop(self) -> None:
         """Ends nginx after it has passed on the last replies."""
@@ -124,26 +109,16 @@ class Gateway:
 
     def _kill_workers(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _quoted(path: Path) -> str:
-    """The path of a readable certificate or key, in nginx's syntax."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise GatewayError(f"cannot read {path}: {error.strerror}") from error
-    if b"ENCRYPTED" in content:
-        raise GatewayError(f"{path} is encrypted: expected a key without pass phrase (openssl pkey -in ... -out ...)")
-    if "$" in str(path.absolute()):
-        raise GatewayError(f"{path} has a $ in its path, which nginx cannot open: move the file")
+    """The path of a certificate or key, in nginx's syntax."""
     escaped = re.sub(r'(["\\])', r"\\\1", str(path.absolute()))
     return f'"{escaped}"'
 
 
 def _reason(log: str) -> str:
-    """The most severe line of nginx's log. Alerts come last: some only say that a default log is not writable."""
-    for level in "emerg", "crit", "alert":
-        if found := re.search(rf"\[{level}\] (?:\d+#\d+: )?(.*)", log):
-            return found[1].strip()
-    return ""
+    """The first line of nginx's log that ends it."""
+    found = re.search(r"\[(?:emerg|crit)\] (?:\d+#\d+: )?(.*)", log)
+    return found[1] if found else ""

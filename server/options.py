@@ -10,6 +10,7 @@ from typing import Literal
 
 Device = Literal["auto", "cpu", "gpu"]
 Precision = Literal["fp32", "fp16"]
+Place = tuple[str, int]  # address and port
 
 # Triton's groups of APIs, by the names that tritonserver's options use. The ADMIN groups are for operators alone:
 # shared memory, for example, would show the clips of one client to another.
@@ -17,7 +18,6 @@ ADMIN = "shared-memory", "model-repository", "trace", "logging"
 GROUPS = ("health", "metadata", "inference", "model-config", "statistics", *ADMIN)
 _KEY = re.compile(r"[\x21-\x7e]{16,1024}")
 
-_LONGEST_TIMEOUT = 86400  # s
 DEFAULT_REQUESTS = {"CPU": 128, "GPU": 1024}  # in flight
 
 
@@ -67,10 +67,3 @@ def check_keys(keys: Mapping[str, str]) -> None:
             raise ServerError(
                 f"key of {group} has {len(key)} characters: expected 16 to 1024, visible ASCII, no blanks"
             )
-
-
-def check_timeouts(**seconds: float) -> None:
-    """Raises ServerError for a timeout that is not positive, not finite or longer than a day."""
-    for name, value in seconds.items():
-        if not 0 < value <= _LONGEST_TIMEOUT:
-            raise ServerError(f"{name} timeout is {value:g} s: expected more than 0 and at most {_LONGEST_TIMEOUT}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ipaddress
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from export import configs
-from server.options import Device, Precision, ServerError, Tls
+from server.options import Device, Place, Precision, ServerError, Tls
 
 SHM = Path("/dev/shm")
 # Bytes. Batches pass through shared memory on their way to a stub, and Triton limits no request. Where a batch does not
@@ -31,19 +32,16 @@ def models_to_serve(repository: Path, names: Sequence[str] | None = None) -> lis
     Raises:
         ServerError: There is no such repository or model.
     """
-    if not repository.is_dir():
-        raise ServerError(f"model repository {repository} is not a folder: give its path with --repository")
-    models = all_models(repository)
+    models = {model.name: model for model in all_models(repository)}
     if not models:
         raise ServerError(f"model repository {repository} has no models: expected a folder {repository}/ecapa")
     if names is None:
-        return [model for model in models if _is_exported(model)] or models
-    if unknown := sorted(set(names) - {model.name for model in models}):
+        return [model for model in models.values() if _is_exported(model)] or list(models.values())
+    if unknown := set(names) - models.keys():
         raise ServerError(
-            f"model repository {repository} has no model {', '.join(unknown)}: "
-            f"expected some of {', '.join(model.name for model in models)}"
+            f"model repository {repository} has no model {', '.join(unknown)}: expected some of {', '.join(models)}"
         )
-    return [model for model in models if model.name in names]
+    return [models[name] for name in sorted(set(names))]
 
 
 def check_repository(repository: Path, config_name: str, names: Sequence[str] | None = None) -> dict[str, str]:
@@ -63,12 +61,11 @@ def check_repository(repository: Path, config_name: str, names: Sequence[str] | 
     backends = {}
     for model in models_to_serve(repository, names):
         path = config_path(model, config_name)
+        config = read_config(path)
+        files = _served_files(model, config)
         try:
-            config = configs.read(path)
-            files = _served_files(model, config)
-            if configs.is_ours(config):
-                for file in files:
-                    configs.check(path, configs.ModelFile.read(file), model.name)
+            for file in files if configs.is_ours(config) else []:
+                configs.check(path, configs.ModelFile.read(file), model.name)
         except (configs.ConfigError, configs.ModelFileError) as error:
             raise ServerError(str(error)) from error
         backends[model.name] = str(config.backend)
@@ -83,8 +80,18 @@ def config_path(model: Path, config_name: str) -> Path:
     raise ServerError(f"model {model} has no config: expected {path}")
 
 
+def read_config(path: Path) -> Any:
+    """The config as protobuf message; ServerError if it is none."""
+    try:
+        return configs.read(path)
+    except configs.ConfigError as error:
+        raise ServerError(str(error)) from error
+
+
 def all_models(repository: Path) -> list[Path]:
     """The model folders of a repository."""
+    if not repository.is_dir():
+        raise ServerError(f"model repository {repository} is not a folder: give its path with --repository")
     return sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -100,16 +107,13 @@ def _served_files(model: Path, config: Any) -> list[Path]:
     filename = config.default_model_filename or configs.USUAL_FILES.get(config.backend, usual)
     if not filename:
         return []
-    names = (path.name for path in model.iterdir() if path.is_dir())
-    versions = sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]*", name))
+    versions = sorted(int(path.name) for path in model.iterdir() if re.fullmatch("[1-9][0-9]*", path.name))
     if config.version_policy.WhichOneof("policy_choice") in (None, "latest"):
         versions = versions[-(config.version_policy.latest.num_versions or 1) :]
     files = [file for version in versions if (file := model / str(version) / filename).exists()]
     if not files:
-        raise ServerError(
-            f"{model / str(versions[-1] if versions else 1) / filename} is missing: write it with `python -m export`"
-            f"{', or correct default_model_filename in the config' if config.default_model_filename else ''}"
-        )
+        missing = model / str(versions[-1] if versions else 1) / filename
+        raise ServerError(f"{missing} is missing: write it with `python -m export`")
     return files
 
 
@@ -141,10 +145,9 @@ def choose_gpus(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
     Raises:
         ServerError: A number is not that of a GPU, or is given twice.
     """
-    for number in numbers:
-        if not 0 <= number < len(names) or numbers.count(number) > 1:
-            available = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
-            raise ServerError(f"gpus {','.join(map(str, numbers))}: expected different numbers of {available}")
+    if not set(numbers) <= set(range(len(names))) or len(set(numbers)) < len(numbers):
+        available = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
+        raise ServerError(f"gpus {','.join(map(str, numbers))}: expected different numbers of {available}")
     return [names[number] for number in numbers]
 
 
@@ -191,47 +194,33 @@ def gpu_environment(device: str, gpus: Sequence[int] | None) -> dict[str, str]:
 def resolve(address: str) -> str:
     """Finds the IPv4 address of a name; Triton's HTTP server accepts no names."""
     try:
-        if not address:
-            raise OSError("it is empty")
-        return str(socket.getaddrinfo(address, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        return str(socket.getaddrinfo(address or "(none)", None, socket.AF_INET)[0][4][0])
     except (OSError, UnicodeError) as error:
         raise ServerError(
-            f"address {address!r} cannot be used ({getattr(error, 'strerror', None) or error}): "
+            f"address {address!r} cannot be used ({error}): "
             "give an IPv4 address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
         ) from error
 
 
-def choose_ports(wanted: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
+def choose_ports(wanted: Mapping[str, Place]) -> dict[str, Place]:
     """Checks that a server can listen on each address and port, and finds a free port for each that is 0."""
-    sockets: list[socket.socket] = []
-    chosen: dict[str, tuple[str, int]] = {}
-    try:
-        for api, (address, port) in wanted.items():
-            listener = socket.socket(socket.AF_INET)
-            sockets.append(listener)  # all stay open until the end, so that no port is chosen twice
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    chosen: dict[str, Place] = {}
+    with contextlib.ExitStack() as stack:  # all stay open until the end, so that no port is chosen twice
+        for api, place in wanted.items():
             try:
-                listener.bind((address, port))
-                listener.listen()
+                listener = stack.enter_context(socket.create_server(place))
             except (OSError, OverflowError) as error:
-                why = error.strerror if isinstance(error, OSError) else "a port is 0 to 65535"
                 raise ServerError(
-                    f"cannot listen on {address} port {port} for {api}: {why}; "
+                    f"cannot listen on {place[0]} port {place[1]} for {api}: {error}; "
                     f"choose another with --{api}-port (0: any free port) or --address"
                 ) from error
-            chosen[api] = (address, listener.getsockname()[1])
-    finally:
-        for listener in sockets:
-            listener.close()
+            chosen[api] = (place[0], listener.getsockname()[1])
     return chosen
 
 
 def shm_warning() -> str:
     """A warning where shared memory is short; empty where there is enough."""
-    try:
-        free = shutil.disk_usage(SHM).free
-    except OSError as error:
-        return f"{SHM} cannot be used ({error.strerror}): tritonserver passes clips to the model through it"
+    free = shutil.disk_usage(SHM).free
     if free >= ENOUGH_SHM:
         return ""
     return (

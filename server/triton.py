@@ -7,6 +7,7 @@ import http.client
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -16,41 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
+from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil  # type: ignore[import-untyped]
 from ecapa_triton.protocol import KEY_HEADER
 
-from server import child
-from server.gateway import Gateway, GatewayError
-from server.log import STDOUT, failure_reason, open_log
-from server.options import (
-    ADMIN,
-    DEFAULT_REQUESTS,
-    Device,
-    Limits,
-    Precision,
-    ServerError,
-    Tls,
-    check_keys,
-    check_timeouts,
-)
-from server.preflight import (
-    all_models,
-    check_repository,
-    choose_device,
-    choose_gpus,
-    choose_ports,
-    cuda_gpus,
-    exposure_warning,
-    gpu_environment,
-    models_to_serve,
-    resolve,
-    shm_warning,
-)
-from server.wheel import assemble_wheel, check_packages, find_installed, package_without_cuda
+from server import child, preflight, wheel
+from server.gateway import Gateway
+from server.options import ADMIN, DEFAULT_REQUESTS, Device, Limits, Place, Precision, ServerError, Tls, check_keys
 from server.workdir import Workdir
 
-Place = tuple[str, int]  # address and port
+STDOUT = Path("/dev/stdout")
+LONGEST_TIMEOUT = 86400  # s
+_WITHOUT_PROXY = build_opener(ProxyHandler({}))
 
 
 class TritonServer:
@@ -164,64 +143,6 @@ class TritonServer:
                 self._workdir.remove()
                 self._ports = ports
 
-    def _prepare(self) -> tuple[Path | None, str, dict[str, Place]]:
-        """Checks and choices: the installed tritonserver, the name of the configs, Triton's addresses and ports."""
-        check_timeouts(start=self._start_timeout, exit=self._exit_timeout)
-        if self.tls is not None and self.limits is None:
-            raise ServerError("TLS needs nginx in front of Triton: apt install nginx-light")
-        check_keys(self.keys)
-        installed = find_installed()
-        models = models_to_serve(self.repository, self._names)
-        gpus, no_gpu = cuda_gpus()
-        if gpus and self._gpus is not None:
-            gpus = choose_gpus(gpus, self._gpus)
-        if gpus and installed is None and (package := package_without_cuda(models)):
-            gpus, no_gpu = [], f"the installed {package} cannot use the {gpus[0]}: install its build for CUDA"
-        self.device, self.chosen, config_name = choose_device(self._device, gpus, no_gpu, self._precision)
-        backends = check_repository(self.repository, config_name, self._names)
-        self.models = list(backends)
-        if installed is None:
-            check_packages(backends.values())
-        listen = self._choose_places()
-        # The C++ backends of an installed server run in its process and need no shared memory.
-        warnings = ["" if installed else shm_warning()]
-        if self._warn_exposed:
-            warnings.append(exposure_warning(self._address, self.tls, self.keys))
-        self.warnings = [warning for warning in warnings if warning]
-        return installed, config_name, listen
-
-    def _run(self, installed: Path | None, config_name: str, listen: dict[str, Place]) -> None:
-        self._keep_log = False
-        self._workdir = Workdir()
-        own_log = self._workdir.path / "tritonserver.log"
-        self.log_path = STDOUT if self._log == Path("-") else (self._log or own_log).absolute()
-        try:
-            self._launch(installed, config_name, listen)
-            self._wait_until_ready(_url(listen["http"]))
-            self._stubs = psutil.Process(self.pid).children()  # of the wheel's Python backend
-            if self.limits is not None:
-                self._open_gateway(self.limits, listen)
-            self.version = self._version(_url(listen["http"]))
-        except BaseException as error:
-            self._keep_log = isinstance(error, ServerError) and not isinstance(error, GatewayError)
-            self._clean_up()
-            if isinstance(error, OSError):  # a full disk, for example
-                raise ServerError(f"cannot set up the server in {self._workdir.path}: {error}") from error
-            raise
-
-    def _choose_places(self) -> dict[str, Place]:
-        """Settles the addresses and ports for clients; returns those at which Triton itself listens."""
-        self._address, self._metrics_address = resolve(self._address), resolve(self._metrics_address)
-        wanted = {api: (self._address, port) for api, port in self._ports.items()}
-        wanted["metrics"] = self._metrics_address, self._ports["metrics"]
-        if self.limits is not None:
-            wanted |= {f"{api} behind nginx": ("127.0.0.1", 0) for api in ("http", "grpc")}
-        places = choose_ports(wanted)
-        self._ports = {api: places[api][1] for api in self._ports}  # a restarted server keeps them
-        self.http_url, self.grpc_url = _url(places["http"]), _url(places["grpc"])
-        self.metrics_url = f"http://{_url(places['metrics'])}/metrics"
-        return {api: places.get(f"{api} behind nginx", places[api]) for api in self._ports}
-
     def stop(self) -> bool:
         """Lets requests in flight finish, then ends the server and everything it started.
 
@@ -249,19 +170,14 @@ class TritonServer:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self._process.wait(timeout=1)
-                self._keep_log = True
-                raise ServerError(f"tritonserver {child.ending(code)} while serving; its log: {self.log_path}")
+                raise self._failure(f"tritonserver {child.ending(code)} while serving")
             if self._gateway is not None:
                 self._gateway.check()
             for stub in self._stubs:
                 if not child.is_alive(stub):
                     # Triton itself would claim to be ready, fail every request and never stop in order.
                     self._process.kill()
-                    self._keep_log = True
-                    raise ServerError(
-                        f"process {stub.pid} of tritonserver, in which a model ran, ended while serving "
-                        f"(out of memory?); its log: {self.log_path}"
-                    )
+                    raise self._failure(f"process {stub.pid} of a model ended while serving (out of memory?)")
 
     @property
     def pid(self) -> int:
@@ -275,15 +191,73 @@ class TritonServer:
         A page of a library that several processes map counts in equal parts (PSS). Shared memory counts whole,
         whether or not a process has touched it.
         """
-        assert self._process is not None
-        return {"model": 0} | child.memory(
-            {self._process.pid: "tritonserver"} | {stub.pid: "model" for stub in self._stubs}
+        return {"model": 0} | child.memory({self.pid: "tritonserver"} | {stub.pid: "model" for stub in self._stubs})
+
+    def _prepare(self) -> tuple[Path | None, str, dict[str, Place]]:
+        """Checks and choices: the installed tritonserver, the name of the configs, Triton's addresses and ports."""
+        for name, seconds in ("start", self._start_timeout), ("exit", self._exit_timeout):
+            if not 0 < seconds <= LONGEST_TIMEOUT:
+                raise ServerError(f"{name} timeout is {seconds:g} s: expected more than 0, at most {LONGEST_TIMEOUT}")
+        if self.tls is not None and self.limits is None:
+            raise ServerError("TLS needs nginx in front of Triton: apt install nginx-light")
+        check_keys(self.keys)
+        installed = wheel.find_installed()
+        gpus, no_gpu = preflight.cuda_gpus()
+        if gpus and self._gpus is not None:
+            gpus = preflight.choose_gpus(gpus, self._gpus)
+        models = preflight.models_to_serve(self.repository, self._names)
+        if gpus and installed is None and (package := wheel.package_without_cuda(models)):
+            gpus, no_gpu = [], f"the installed {package} cannot use the {gpus[0]}: install its build for CUDA"
+        self.device, self.chosen, config_name = preflight.choose_device(self._device, gpus, no_gpu, self._precision)
+        backends = preflight.check_repository(self.repository, config_name, self._names)
+        self.models = list(backends)
+        if installed is None:
+            wheel.check_packages(backends.values())
+        listen = self._choose_places()
+        # The C++ backends of an installed server run in its process and need no shared memory.
+        warnings = ["" if installed else preflight.shm_warning()]
+        if self._warn_exposed:
+            warnings.append(preflight.exposure_warning(self._address, self.tls, self.keys))
+        self.warnings = [warning for warning in warnings if warning]
+        return installed, config_name, listen
+
+    def _choose_places(self) -> dict[str, Place]:
+        """Settles the addresses and ports for clients; returns those at which Triton itself listens."""
+        self._address, self._metrics_address = (
+            preflight.resolve(self._address),
+            preflight.resolve(self._metrics_address),
         )
+        wanted = {api: (self._address, port) for api, port in self._ports.items()}
+        wanted["metrics"] = self._metrics_address, self._ports["metrics"]
+        if self.limits is not None:
+            wanted |= {f"{api} behind nginx": ("127.0.0.1", 0) for api in ("http", "grpc")}
+        places = preflight.choose_ports(wanted)
+        self._ports = {api: places[api][1] for api in self._ports}  # a restarted server keeps them
+        self.http_url, self.grpc_url = _url(places["http"]), _url(places["grpc"])
+        self.metrics_url = f"http://{_url(places['metrics'])}/metrics"
+        return {api: places.get(f"{api} behind nginx", places[api]) for api in self._ports}
+
+    def _run(self, installed: Path | None, config_name: str, listen: dict[str, Place]) -> None:
+        self._keep_log = False
+        self._workdir = Workdir()
+        own_log = self._workdir.path / "tritonserver.log"
+        self.log_path = STDOUT if self._log == Path("-") else (self._log or own_log).absolute()
+        try:
+            self._launch(installed, config_name, listen)
+            self._wait_until_ready(listen)
+            self._stubs = psutil.Process(self.pid).children()  # of the wheel's Python backend
+            if self.limits is not None:
+                self._open_gateway(self.limits, listen)
+        except BaseException as error:
+            self._clean_up()
+            if isinstance(error, OSError):  # a full disk, for example
+                raise ServerError(f"cannot set up the server: {error}") from error
+            raise
 
     def _launch(self, installed: Path | None, config_name: str, listen: dict[str, Place]) -> None:
         models = [self.repository / name for name in self.models]
         threads = self._threads if self.device == "CPU" else None
-        changed = threads is not None or len(models) < len(all_models(self.repository))
+        changed = threads is not None or len(models) < len(preflight.all_models(self.repository))
         options: dict[str, object] = {
             "model-repository": self._workdir.link(models, threads) if changed else self.repository.absolute(),
             "model-config-name": config_name,
@@ -295,9 +269,9 @@ class TritonServer:
         }
         for api, (address, port) in listen.items():
             options |= {f"{api}-address": address, f"{api}-port": port}
-        environment = dict(os.environ) | gpu_environment(self.device, self._gpus)
+        environment = dict(os.environ) | preflight.gpu_environment(self.device, self._gpus)
         if installed is None:
-            binary, backends = assemble_wheel(self._workdir.path, environment)
+            binary, backends = wheel.assemble(self._workdir.path, environment)
             options["backend-config"] = f"python,shm-region-prefix-name={self._workdir.path.name}-"
         else:
             binary, backends = installed, installed.resolve().parents[1] / "backends"
@@ -305,60 +279,70 @@ class TritonServer:
         command = [str(binary), *(f"--{name}={value}" for name, value in options.items())]
         # The configs are complete; completing them would start each model once more.
         command += ["--disable-auto-complete-config", *_restricted(self.keys), *self._extra]
-        try:
-            log = open_log(self.log_path)
-        except OSError as error:
-            raise ServerError(f"cannot write the log {self.log_path}: {error.strerror}") from error
-        with log:
-            self._log_start = log.tell() if self.log_path.is_file() else None
-            try:
-                self._process = child.start(command, log, environment)
-            except OSError as error:
-                raise ServerError(f"cannot run {binary}: {error.strerror}") from error
+        with contextlib.ExitStack() as stack:
+            log = None if self.log_path == STDOUT else stack.enter_context(self.log_path.open("ab"))
+            self._log_start = log.tell() if log else 0
+            self._process = child.start(command, log, environment)
+
+    def _wait_until_ready(self, listen: dict[str, Place]) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + self._start_timeout
+        for api, path, group in (
+            ("http", "/v2/health/ready", "health"),
+            ("metrics", "/metrics", ""),
+            ("http", "/v2", "metadata"),
+        ):
+            headers = {KEY_HEADER: self.keys[group]} if group in self.keys else {}
+            while True:
+                if (code := self._process.poll()) is not None:
+                    reason = (code >= 0 and self._reason()) or child.ending(code)
+                    raise self._failure(f"tritonserver did not start: {reason}")
+                try:
+                    request = Request(f"http://{_url(listen[api])}{path}", headers=headers)
+                    body = _WITHOUT_PROXY.open(request, timeout=5).read()
+                    if child.listens(self.pid, listen[api][1]):  # else another server has replied
+                        break
+                    reason = "another process answers"
+                except (OSError, http.client.HTTPException) as error:
+                    reason = str(error)
+                if time.monotonic() > deadline:
+                    raise self._failure(
+                        f"tritonserver was not ready within {self._start_timeout:g} s ({api} API, {path}: {reason})"
+                    )
+                time.sleep(0.05)
+        self.version = str(json.loads(body)["version"])
 
     def _open_gateway(self, limits: Limits, behind: dict[str, Place]) -> None:
         folder = self._workdir.path / "gateway"
         folder.mkdir()
         if limits.requests is None:
             self.limits = limits = replace(limits, requests=DEFAULT_REQUESTS[self.device])
-        places = {
-            api: (f"{self._address}:{self._ports[api]}", "{}:{}".format(*behind[api])) for api in ("grpc", "http")
-        }
-        self._gateway = Gateway(folder, limits, self.tls, **places)
-        self._gateway.wait_until_ready([self._ports[api] for api in places], self._start_timeout)
+        front = {api: (self._address, self._ports[api]) for api in ("grpc", "http")}
+        self._gateway = Gateway(folder, limits, self.tls, front, behind)
+        self._gateway.wait_until_ready(self._start_timeout)
 
-    def _wait_until_ready(self, http_url: str) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + self._start_timeout
-        metrics_url = self.metrics_url.removeprefix("http://").removesuffix("/metrics")
-        awaited = [(http_url, "/v2/health/ready"), (metrics_url, "/metrics")]
-        while awaited:
-            url, path = awaited[0]
-            if (code := self._process.poll()) is not None:
-                reason = (failure_reason(self.log_path, self._log_start) if code >= 0 else "") or child.ending(code)
-                raise ServerError(f"tritonserver did not start: {reason}; its log: {self.log_path}")
-            try:
-                _get(url, path, self._key("health"))
-                if not child.listens(self.pid, int(url.rpartition(":")[2])):
-                    raise ConnectionError("another process answers")
-                awaited.pop(0)
-            except (OSError, http.client.HTTPException) as error:
-                if time.monotonic() > deadline:
-                    raise ServerError(
-                        f"tritonserver was not ready within {self._start_timeout:g} s "
-                        f"(http://{url}{path}: {error}); its log: {self.log_path}"
-                    ) from error
-                time.sleep(0.05)
+    def _failure(self, message: str) -> ServerError:
+        """An error that names the log, which is then kept."""
+        self._keep_log = True
+        return ServerError(f"{message}; its log: {self.log_path}")
 
-    def _version(self, http_url: str) -> str:
-        try:
-            return str(json.loads(_get(http_url, "/v2", self._key("metadata")))["version"])
-        except http.client.HTTPException as error:  # `extra` may restrict the group
-            raise ServerError(f"tritonserver hides its version ({error}): check the options after --") from error
-
-    def _key(self, group: str) -> dict[str, str]:
-        """The header that a group of the HTTP API requires."""
-        return {KEY_HEADER: self.keys[group]} if group in self.keys else {}
+    def _reason(self) -> str:
+        """The line of the log that says why the server did not start; empty where there is none."""
+        if self.log_path == STDOUT:
+            return ""
+        text = self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
+        for pattern in (
+            r"(?:failed to load|Poll failed for model directory) '(?P<model>[^']+)'.*?: (?P<reason>.*)",
+            # CudaDriverHelper is in the log of every CPU.
+            r"(?m)^(?!.*CudaDriverHelper)(?:E\d.*?\] |[Ee]rror: |.*tritonserver: )(?P<reason>.*)",
+            r"(?P<reason>[^\n]*\S)\s*\Z",
+        ):
+            if match := re.search(pattern, text):
+                reason = match["reason"].partition(r"\n\nAt:")[0].strip(' ";')  # without the traceback
+                model = match.groupdict().get("model")
+                hint = f"model {model} does not load ({reason}): check its configs or export it again"
+                return hint if model else reason
+        return ""
 
     def _clean_up(self) -> None:
         if self._process is not None:
@@ -386,13 +370,3 @@ def _url(place: Place) -> str:
     """Where a client on this machine reaches a server: one on all addresses, on the loopback one."""
     address, port = place
     return f"{'127.0.0.1' if address == '0.0.0.0' else address}:{port}"
-
-
-def _get(url: str, path: str, headers: dict[str, str]) -> bytes:
-    with contextlib.closing(http.client.HTTPConnection(url, timeout=5)) as connection:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        body = response.read()
-    if response.status != http.HTTPStatus.OK:
-        raise http.client.HTTPException(f"status {response.status}")
-    return body

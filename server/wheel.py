@@ -14,8 +14,9 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-from export import configs, seal
+from export import seal
 from server.options import ServerError
+from server.preflight import read_config
 
 BACKENDS = Path(__file__).parent / "backends"
 _INSTALLED = "/opt/tritonserver/bin/tritonserver"
@@ -32,7 +33,7 @@ def find_installed() -> Path | None:
     return None
 
 
-def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Path]:
+def assemble(folder: Path, environment: dict[str, str]) -> tuple[Path, Path]:
     """Makes a backend directory of the wheel's Python backend and the stand-in backends.
 
     Args:
@@ -49,7 +50,7 @@ def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Pat
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = wheel / "python_backend_stubs" / python / "triton_python_backend_stub"
     if not stub.exists():
-        versions = ", ".join(sorted(path.name for path in stub.parents[1].iterdir()))
+        versions = ", ".join(path.name for path in stub.parents[1].iterdir())
         raise ServerError(f"nvidia-pytriton has no stub for Python {python}: use one of {versions}")
     backends = folder / "backends"
     # Copies, since Triton rejects a library that links out of its backend directory.
@@ -62,12 +63,10 @@ def assemble_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, Pat
     (modules / "__init__.py").touch()
     shutil.copy2(seal.__file__, modules)
 
+    # The stub links to libpython, embeds it, and finds this environment by the first python3 on PATH.
     libraries = [str(wheel.parents[1] / "nvidia_pytriton.libs"), *_libpython_folder(python)]
-    libraries += filter(None, [environment.get("LD_LIBRARY_PATH")])
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
-    # The stub embeds Python and finds this environment by the first python3 on PATH.
-    path = environment.get("PATH", os.defpath)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
+    for variable, folders in ("LD_LIBRARY_PATH", libraries), ("PATH", [str(Path(sys.executable).parent)]):
+        environment[variable] = os.pathsep.join(filter(None, [*folders, environment.get(variable)]))
     environment.setdefault("OPENBLAS_NUM_THREADS", "1")  # stubs do no linear algebra in numpy
     return wheel / "bin/tritonserver", backends
 
@@ -80,16 +79,9 @@ def check_packages(backends: Iterable[str]) -> None:
 
 
 def package_without_cuda(models: Iterable[Path]) -> str:
-    """The first installed package that a model needs and that has no CUDA; empty if all have.
-
-    Args:
-        models: Folders of the models.
-    """
+    """The first installed package that one of these model folders needs and that has no CUDA; empty if all have."""
     for model in models:
-        try:
-            package = _PACKAGES.get(configs.read(model / "config.pbtxt").backend)
-        except configs.ConfigError:  # reported when the repository is checked
-            continue
+        package = _PACKAGES.get(read_config(model / "config.pbtxt").backend)
         spec = importlib.util.find_spec(package) if package else None  # not imported: it would stay in memory
         if package and spec and spec.origin and not (Path(spec.origin).parent / _CUDA_LIBRARIES[package]).exists():
             return package
@@ -97,9 +89,9 @@ def package_without_cuda(models: Iterable[Path]) -> str:
 
 
 def _libpython_folder(python: str) -> list[str]:
-    name = f"libpython{python}.so.1.0"  # the stub links to it
-    for folder in sysconfig.get_config_var("LIBDIR"), os.path.join(sys.base_prefix, "lib"):
-        if folder and os.path.exists(os.path.join(folder, name)):
+    name = f"libpython{python}.so.1.0"
+    for folder in str(sysconfig.get_config_var("LIBDIR")), f"{sys.base_prefix}/lib":
+        if Path(folder, name).exists():
             return [folder]
     if ctypes.util.find_library(f"python{python}"):  # the system's loader finds it
         return []

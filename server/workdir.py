@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -9,10 +10,10 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
-from export import configs
 from server.options import ServerError
-from server.preflight import SHM, config_path
+from server.preflight import SHM, config_path, read_config
 
 _PREFIX = "ecapa-triton-"  # in the system's folder for temporary files
 _LOCK = "lock"  # held by the process that owns the folder
@@ -34,10 +35,14 @@ class Workdir:
         Raises:
             ServerError: There is no place for it.
         """
+        for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError), _locked(folder):  # in use, another user's, or just removed
+                if time.time() - (folder / _LOCK).stat().st_mtime > _SETTING_UP:
+                    _discard(folder)
         try:
-            _remove_stale()
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            self._lock = _try_lock(self.path)
+            (self.path / _LOCK).touch(0o600)
+            self._lock = _locked(self.path)
         except OSError as error:
             raise ServerError(f"cannot make a temporary folder ({error}): set TMPDIR to a writable one") from error
 
@@ -52,9 +57,9 @@ class Workdir:
         repository.mkdir()
         for model in models:
             linked = repository / model.name
-            config = config_path(model, "cpu") if threads else None
-            parameter = _THREADS.get(configs.read(config).backend) if config else None
-            if config is None or parameter is None:
+            config = config_path(model, "cpu")
+            parameter = _THREADS.get(read_config(config).backend)
+            if threads is None or parameter is None:
                 linked.symlink_to(model.absolute())
                 continue
             linked.mkdir()
@@ -69,9 +74,7 @@ class Workdir:
     def remove(self, keep: Path | None = None) -> None:
         """Removes everything except `keep`, a file in the folder."""
         (self.path / _LOCK).unlink(missing_ok=True)  # first: another server must not take the folder for a stale one
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
         _discard(self.path, keep)
 
 
@@ -79,31 +82,18 @@ def _discard(folder: Path, keep: Path | None = None) -> None:
     for segment in SHM.glob(f"{folder.name}-*"):
         segment.unlink(missing_ok=True)
     if keep is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
+        return shutil.rmtree(folder, ignore_errors=True)
     for entry in folder.iterdir():
         if entry != keep:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _remove_stale() -> None:
-    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
-        try:
-            status = lock.lstat()
-            old = status.st_uid == os.getuid() and time.time() - status.st_mtime > _SETTING_UP
-            if old and (descriptor := _try_lock(lock.parent)) is not None:
-                _discard(lock.parent)
-                os.close(descriptor)
-        except OSError:  # another user's, or just removed
-            continue
-
-
-def _try_lock(folder: Path) -> int | None:
-    """The descriptor of the folder's lock, which the kernel frees with this process; None if another process has it."""
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+def _locked(folder: Path) -> IO[bytes]:
+    """Locks a folder until the file is closed or this process ends; OSError if another process holds the lock."""
+    lock = open(os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW), "rb")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        lock.close()
+        raise
+    return lock

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
-import http.client
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, entry_point
+from launcher import http_status, wait_until
 
 from server import gateway
 from server.preflight import choose_ports
@@ -30,18 +31,23 @@ def free_ports(names: Iterable[str]) -> dict[str, int]:
     return {name: port for name, (_, port) in choose_ports(dict.fromkeys(names, ("127.0.0.1", 0))).items()}
 
 
+def change(node: Any, text: Callable[[str], str]) -> Any:
+    """A part of a YAML file with each of its strings changed."""
+    if isinstance(node, dict):
+        return {key: change(value, text) for key, value in node.items()}
+    if isinstance(node, list):
+        return [change(value, text) for value in node]
+    return text(node) if isinstance(node, str) else node
+
+
 def replace(node: Any, places: Mapping[str, str]) -> Any:
     """A part of a YAML file with the places of this machine in place of those in the containers."""
-    if isinstance(node, dict):
-        return {key: replace(value, places) for key, value in node.items()}
-    if isinstance(node, list):
-        return [replace(value, places) for value in node]
     pattern = "|".join(map(re.escape, sorted(places, key=len, reverse=True)))
-    return re.sub(pattern, lambda found: places[found[0]], node) if isinstance(node, str) else node
+    return change(node, lambda text: re.sub(pattern, lambda found: places[found[0]], text))
 
 
-class Process:
-    """A container's command in the background."""
+class Process(AbstractContextManager["Process"]):
+    """A container's command in the background, killed after a `with` block."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path, folder: Path = ROOT) -> None:
         self.log = log
@@ -53,10 +59,14 @@ class Process:
             )
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 90
-        while not holds():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text()[-2000:]
-            time.sleep(0.1)
+        def holds_or_ended() -> bool:
+            assert self.process.poll() is None, self.text()[-2000:]
+            return holds()
+
+        wait_until(holds_or_ended, 90)
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGKILL)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Returns the exit status."""
@@ -64,10 +74,8 @@ class Process:
         try:
             return self.process.wait(40)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # nginx's worker, too
-            except ProcessLookupError:
-                pass
             self.process.wait()
 
     def text(self) -> str:
@@ -79,17 +87,20 @@ def nginx(configuration: Path) -> list[str]:
     return [gateway.find() or "nginx", "-c", str(configuration), "-g", f"user {getpass.getuser()};"]
 
 
+def nginx_config(folder: Path, **variables: object) -> Path:
+    """Fills nginx's template as a container does from its environment; without TLS and without a log by default."""
+    usual = {"FOLDER": folder, "RESOLVER": "127.0.0.1", "REQUEST_LOG": "off", "SSL": "", "TLS_CONF": "/dev/null"}
+    template = (ROOT / "server/nginx.conf.template").read_text()
+    (folder / "nginx.conf").write_text(entry_point(template, usual | variables))
+    return folder / "nginx.conf"
+
+
 def succeeds(command: list[str]) -> bool:
     return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
 def status(port: int, method: str, path: str, headers: Mapping[str, str] | None = None) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    try:
-        connection.request(method, path, "{}" if method == "POST" else None, dict(headers or {}))
-        return connection.getresponse().status
-    finally:
-        connection.close()
+    return http_status(f"127.0.0.1:{port}", method, path, b"{}" if method == "POST" else None, headers)
 
 
 # --- images ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -108,12 +109,9 @@ def http_status(
     context: ssl.SSLContext | None = None,
 ) -> int:
     """The status of the reply to one request, over TLS with `context`."""
-    if context is None:
-        connection = http.client.HTTPConnection(url, timeout=20)
-    else:
+    connection = http.client.HTTPConnection(url, timeout=20)
+    if context:
         connection = http.client.HTTPSConnection(url, timeout=20, context=context)
-    try:
+    with contextlib.closing(connection):
         connection.request(method, path, body, dict(headers or {}))
         return connection.getresponse().status
-    finally:
-        connection.close()

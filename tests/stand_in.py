@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx.parser
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 PATH = "/v2/models/sums/infer"
@@ -61,43 +61,27 @@ def ask(triton: InferenceServerClient | str, clips: np.ndarray, scale: float = 1
 
 
 def _model(one_row: bool) -> onnx.ModelProto:
-    node = helper.make_node
-    constants = {
-        "zero": np.zeros(1, np.int64),
-        "one": np.ones(1, np.int64),
-        "axis": np.array(0, np.int64),
-        "silence": np.zeros(1, np.float32),
-        "lengths": np.arange(LONGEST + 1, dtype=np.float32),
-    }
-    nodes = [
-        node("Cast", ["samples"], ["n"], to=TensorProto.INT64),
-        node("CumSum", ["n", "axis"], ["end"]),
-        node("Sub", ["end", "n"], ["start"]),
-        node("Concat", ["silence", "clip"], ["padded"], axis=0),
-        node("CumSum", ["padded", "axis"], ["sums"]),
-        node("Gather", ["sums", "end"], ["sum_to_end"]),
-        node("Gather", ["sums", "start"], ["sum_to_start"]),
-        node("Sub", ["sum_to_end", "sum_to_start"], ["unscaled"]),
-        node("Mul", ["unscaled", "scale"], ["sum_rows"]),
-        node("Gather", ["lengths", "n"], ["length"]),  # refuses an index past the table's end
-        node("Slice", ["sum_rows", "zero", "one"], ["first_row"]),
-        node("Identity", ["first_row" if one_row else "sum_rows"], ["sum"]),
-    ]
-
-    def tensor(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, kind, shape)
-
-    graph = helper.make_graph(
-        nodes,
-        "stand_in",
-        [
-            tensor("clip", TensorProto.FLOAT, "S"),
-            tensor("scale", TensorProto.FLOAT, "B", 1),
-            tensor("samples", TensorProto.INT32, "B", 1),
-        ],
-        [tensor("sum", TensorProto.FLOAT, "R", 1), tensor("length", TensorProto.FLOAT, "B", 1)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    model = onnx.parser.parse_model(
+        f"""
+        <ir_version: 10, opset_import: ["": 18]>
+        stand_in (float[S] clip, float[B, 1] scale, int32[B, 1] samples) => (float[R, 1] sum, float[B, 1] length)
+        <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64 axis = {{0}}, float[1] silence = {{0}},
+         float first = {{0}}, float end_of_table = {{{LONGEST + 1}}}, float step = {{1}}> {{
+            n = Cast <to = 7> (samples)
+            end = CumSum (n, axis)
+            start = Sub (end, n)
+            padded = Concat <axis = 0> (silence, clip)
+            sums = CumSum (padded, axis)
+            sum_to_end = Gather (sums, end)
+            sum_to_start = Gather (sums, start)
+            unscaled = Sub (sum_to_end, sum_to_start)
+            sum_rows = Mul (unscaled, scale)
+            first_row = Slice (sum_rows, zero, one)
+            sum = Identity ({"first_row" if one_row else "sum_rows"})
+            lengths = Range (first, end_of_table, step)
+            length = Gather (lengths, n)
+        }}
+        """
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
     return model

