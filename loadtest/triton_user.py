@@ -12,7 +12,7 @@ import gevent
 import grpc.experimental.gevent
 from locust import User, events
 
-from .infer import CallFailed, Connection, Rejected, Request, WrongReply, check
+from .infer import FAILURES, Connection, Request, check
 
 IN_FLIGHT = 5000  # requests of one process, at most
 
@@ -50,18 +50,16 @@ class TritonUser(User):
         """
         connection = self._connections[self._sent % len(self._connections)]
         self._sent += 1
-        now = time.perf_counter()
-        begun = now if due is None else due
-        start = time.time() - (now - begun)
+        begun = due or time.perf_counter()
+        start = time.time() - (time.perf_counter() - begun)
         failure: Exception | None = None
-        error, size = 0.0, 0
+        error, took, size = 0.0, 0.0, 0
         try:
             reply = connection.embed(request.body)
-            took = time.perf_counter() - begun
-            size = reply.nbytes
+            took, size = time.perf_counter() - begun, reply.nbytes
             error = check(reply, request)
-        except (Rejected, CallFailed, WrongReply) as exc:
-            took, failure = time.perf_counter() - begun, exc
+        except FAILURES as exc:
+            took, failure = took or time.perf_counter() - begun, exc
         self.environment.events.request.fire(
             request_type="gRPC",
             name=request.name,
