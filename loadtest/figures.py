@@ -72,6 +72,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str], Callable[[Iterable[float]]
     "rejected": ("rejected", "{:,}".format, None),
     "failures": ("failed", "{:,}".format, None),
     "wrong": ("wrong", "{:,}".format, None),
+    "worst_error": ("largest L2 error", "{:.1e}".format, None),
     "cpu": ("CPU", "{:.0%}".format, None),
     "memory_mb": ("memory, MB", number, None),
     "gpu": ("GPU", "{:.0%}".format, None),
@@ -137,20 +138,12 @@ def write(results: Sequence[Row], stem: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Results:
-    """One or several results together.
-
-    Attributes:
-        results: as they are.
-        servers: of all results, each with a name that no other has.
-        rows: with figures, each with the name of its server.
-        failed: rows without figures.
-        agreement: of embeddings, with the names of the servers.
-    """
+    """One or several results together; each server has a name that no other has."""
 
     results: Sequence[Row]
     servers: list[Row]
-    rows: list[Row]
-    failed: list[Row]
+    rows: list[Row]  # with figures
+    failed: list[Row]  # without
     agreement: list[Row]
 
     @classmethod
@@ -275,8 +268,8 @@ def _facts(result: Row) -> dict[str, str]:
         "weights": conditions["source"] or "those of the servers",
         "clips": conditions["clips"],
         "mix": ", ".join(f"{seconds} s {count / sum(mix.values()):.0%}" for seconds, count in mix.items()),
-        "warm-up": f"{conditions['warm_up_s']:g} s before each measurement, whose latencies do not count",
-        "measured": f"{_span(seconds)} s for each row and round, contenders in turn" if seconds else "nothing",
+        "measured": f"{_span(seconds or [0])} s for each row and round after {conditions['warm_up_s']:g} s of warm-up, "
+        "contenders in turn",
         "loop": LOOP,
         "load generator": f"Locust, processes: {conditions['processes']}",
         "contenders": "; ".join(f"{one}: {CONTENDERS[one]}" for one in present),
@@ -287,17 +280,24 @@ def _facts(result: Row) -> dict[str, str]:
 
 
 def _servers(every: Results) -> Table:
-    header = ["server", "URL", "device", "GPUs", "Triton", "limit of requests", "model", "contender", "backend", "file"]
-    header += ["instances", "precision", "largest batch", "weights, SHA-256"]
     rows = []
     for server in every.servers:
-        about = [server[key] for key in ("name", "url", "device")]
-        about += [", ".join(server["gpus"]), server["version"], server["max_requests"]]
         for model, served in server["models"].items():
-            cells = [model, *(served[key] for key in ("contender", "backend", "file")), ", ".join(served["instances"])]
-            cells += [served["precision"], served["max_batch"], (served["sha256"] or "")[:12]]
-            rows.append([str(cell or MISSING) for cell in about + cells])
-    return Table(header, rows)
+            cells = {
+                "server": server["name"],
+                "URL": server["url"],
+                "device": server["device"],
+                "GPUs": ", ".join(server["gpus"]),
+                "Triton": server["version"],
+                "limit of requests": server["max_requests"],
+                "model": model,
+                **{key: served[key] for key in ("contender", "backend", "file", "precision")},
+                "instances": ", ".join(served["instances"]),
+                "largest batch": served["max_batch"],
+                "weights, SHA-256": (served["sha256"] or "")[:12],
+            }
+            rows.append([str(cell or MISSING) for cell in cells.values()])
+    return Table(list(cells), rows)
 
 
 def _scenario(every: Results, scenario: str, plot: str | None) -> Section:
@@ -347,13 +347,9 @@ def _agreement(every: Results) -> Section:
     for one in every.agreement:
         error = f"{one['error']:.1e}" if one["error"] <= one["bound"] else Strong(f"{one['error']:.1e}")
         rows.append([one["a"], one["b"], f"{one['clips']:,}", f"{one['cosine']:.12g}", error, f"{one['bound']:g}"])
-    furthest: dict[str, float] = defaultdict(float)
-    for row in every.rows:
-        name = f"{row['server']}, {row['contender']}"
-        furthest[name] = max(furthest[name], row["worst_error"])
-    under_load = "; ".join(f"{name}: {error:.1e}" for name, error in furthest.items())
-    text = f"Under load, the largest relative L2 error of a reply that counts as right: {under_load or 'none'}."
-    return Section("Agreement of embeddings", text, Table(header, rows) if rows else None)
+    return Section(
+        "Agreement of embeddings", "Each clip alone, before the load.", Table(header, rows) if rows else None
+    )
 
 
 def _devices(every: Results) -> Section:

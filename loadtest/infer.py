@@ -5,6 +5,7 @@ They fit any model with input `waveform` FP32 `[n, samples]` and output `embeddi
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,64 +23,45 @@ _FULL = "Exceeds maximum queue size"  # in the message of Triton and of the gate
 _CHANNEL_ARGS = [*CHANNEL_ARGS, ("grpc.use_local_subchannel_pool", 1)]  # else all clients share one connection
 
 
-class Rejected(Exception):
+class Failure(Exception):
+    """A request has no right reply."""
+
+
+class Rejected(Failure):
     """The server has reached its limit of requests in flight."""
 
 
-class CallFailed(Exception):
+class CallFailed(Failure):
     """The call failed; the message has gRPC's code and the server's message."""
 
 
-class WrongReply(Exception):
+class WrongReply(Failure):
     """The reply does not hold the embeddings of the clips that were sent."""
-
-
-FAILURES = (Rejected, CallFailed, WrongReply)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A serialised request and the expected reply.
+    """A serialised request and the expected reply."""
 
-    Attributes:
-        name: in Locust's statistics.
-        body: the message ModelInferRequest.
-        clips: in the request.
-        seconds: of audio, all clips together.
-        embeddings: expected, float32 `[clips, E]`; None: any finite ones.
-        max_error: largest relative L2 distance from `embeddings` that is right.
-    """
-
-    name: str
-    body: bytes
+    name: str  # in Locust's statistics
+    body: bytes  # a ModelInferRequest
     clips: int
-    seconds: float
-    embeddings: Array | None
-    max_error: float
+    seconds: float  # of audio, all clips together
+    embeddings: Array | None  # expected, float32 [clips, E]; None: any finite ones
+    max_error: float  # largest relative L2 distance from them that is right
 
 
 class Sent(NamedTuple):
-    """A request that was sent: a line of the log that the locustfile writes and the load test reads.
+    """A request that was sent: a line of the log that the locustfile writes and the load test reads."""
 
-    Attributes:
-        start: seconds since the epoch, in the open loop of the time when it was due.
-        latency: seconds until the reply.
-        clips: in the request.
-        audio: seconds of audio.
-        users: clients at the time of the reply.
-        result: "right", or the failure.
-        error: relative L2 distance of a right reply from the expected embeddings.
-        cpu: seconds of CPU time that the process of Locust has used so far.
-    """
-
-    start: float
-    latency: float
+    start: float  # s since the epoch; in the open loop when it was due
+    latency: float  # s until the reply
     clips: int
-    audio: float
-    users: int
-    result: str
-    error: float
-    cpu: float
+    audio: float  # s, all clips together
+    users: int  # at the time of the reply
+    result: str  # "right" or the failure
+    error: float  # relative L2 distance of a right reply from the expected embeddings
+    cpu: float  # s of CPU time that the process of Locust has used so far
 
     @property
     def end(self) -> float:
@@ -129,7 +111,7 @@ class Connection:
             response_deserializer=service_pb2.ModelInferResponse.FromString,
         )
 
-    def embed(self, body: bytes, timeout: float = TIMEOUT) -> Array:
+    def embed(self, body: bytes) -> Array:
         """Send a serialised request and return its embeddings, float32 `[clips, E]`.
 
         Raises:
@@ -138,12 +120,12 @@ class Connection:
             WrongReply: the reply has no embeddings.
         """
         try:
-            reply = self._infer(body, timeout=timeout)
+            reply = self._infer(body, timeout=TIMEOUT)
         except grpc.RpcError as error:
             code, message = error.code(), error.details() or ""
             if code is grpc.StatusCode.UNAVAILABLE and _FULL in message:
                 raise Rejected("the server has reached its limit of requests in flight") from error
-            raise CallFailed(f"{code.name}: {message.partition(chr(10))[0][:200]}") from error
+            raise CallFailed(f"{code.name}: {' '.join(message.split())[:200]}") from error
         for output, content in zip(reply.outputs, reply.raw_output_contents, strict=True):
             if output.name == "embedding" and output.datatype == "FP32":
                 return np.frombuffer(content, np.float32).reshape(output.shape)
@@ -179,14 +161,12 @@ def first_replies(url: str, model: str, waveforms: list[Array]) -> Array:
     Raises:
         MeasureError: the server gave no finite embedding.
     """
-    connection = Connection(url)
     rows = []
     try:
-        for request in make_requests(model, waveforms):
-            rows.append(connection.embed(request.body))
-            check(rows[-1], request)
-    except FAILURES as error:
+        with closing(Connection(url)) as connection:
+            for request in make_requests(model, waveforms):
+                rows.append(connection.embed(request.body))
+                check(rows[-1], request)
+    except Failure as error:
         raise MeasureError(f"{url}: {model} does not embed a clip: {error}") from error
-    finally:
-        connection.close()
     return np.concatenate(rows)

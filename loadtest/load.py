@@ -23,7 +23,7 @@ import numpy as np
 from .infer import Sent
 from .machine import MeasureError
 from .scenarios import Level
-from .servers import Server
+from .servers import GAUGES, Server
 
 LOCUST = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parent / "locustfile.py"), "--headless"]
 LOOK = 1.0  # s, between two readings of Triton's metrics
@@ -31,41 +31,18 @@ STARTING = 60.0  # s, at most, for Locust to start
 DRAIN = 60  # s, at most, for requests in flight at the end
 WINDOW = 2.0  # s, of a point of the ramp
 LONG = 4  # factor of the seconds of a long level
-GAUGES: dict[str, Callable[[list[float]], float]] = {  # of the samples: the mean load, the largest memory
-    "cpu": statistics.fmean,
-    "memory_mb": max,
-    "gpu": statistics.fmean,
-    "gpu_memory_mb": max,
-}
 
 
 @dataclass
 class Round:
-    """One measurement of a level.
+    """One measurement of a level."""
 
-    Attributes:
-        begin: of the measured time, seconds since the epoch; `end` likewise.
-        requests: all, from before the beginning to after the end.
-        counts: Triton's, of the whole round.
-        samples: Triton's gauges within the measured time.
-        busy: share of a core that the busiest process of the load generator used.
-    """
-
-    begin: float
+    begin: float  # of the measured time, s since the epoch
     end: float
-    requests: list[Sent]
-    counts: Counter[str] = field(default_factory=Counter)
-    samples: Sequence[dict[str, float]] = ()
-    busy: float | None = None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds for which a level is measured and of the warm-up before it; processes of Locust."""
-
-    seconds: float
-    warm_up: float
-    processes: int = 1
+    requests: list[Sent]  # all, from before the beginning to after the end
+    counts: Counter[str] = field(default_factory=Counter)  # Triton's, of the whole round
+    samples: Sequence[dict[str, float]] = ()  # Triton's gauges within the measured time
+    busy: float | None = None  # share of a core that the busiest process of Locust used
 
 
 def drive(
@@ -73,8 +50,10 @@ def drive(
     server: Server,
     model: str,
     clips: Path,
-    timing: Timing,
     *,
+    seconds: float,
+    warm_up: float,
+    processes: int = 1,
     max_error: float = math.inf,
     rate: float = 0.0,
 ) -> Round:
@@ -85,7 +64,9 @@ def drive(
         server: the server.
         model: the model to call.
         clips: NPZ of the clips to send.
-        timing: duration.
+        seconds: for which it is measured; a long level LONG times as many.
+        warm_up: seconds before; a ramp has none.
+        processes: of Locust.
         max_error: largest relative L2 distance of a right embedding.
         rate: clips per second of all processes, in an open loop.
 
@@ -93,18 +74,19 @@ def drive(
         MeasureError: Locust failed or the server does not answer.
     """
     ramp = level.scenario == "ramp"
-    seconds = timing.seconds * (LONG if level.long else 1)
-    warm_up = 0.0 if ramp else timing.warm_up
-    users = level.users or timing.processes
+    seconds *= LONG if level.long else 1
+    warm_up = 0.0 if ramp else warm_up
+    users = level.users or processes
     words = ["--host", server.url, "--model", model, "--clips", clips, "--max-error", max_error]
     words += ["--scenario", level.scenario, "--batch", level.batch, "--rate", max(rate, 1e-9) / users]
     words += ["--users", users, "--spawn-rate", users / seconds if ramp else users]
-    words += ["--processes", timing.processes] if timing.processes > 1 else []
+    words += ["--processes", processes] if processes > 1 else []
     words += ["--seconds", level.seconds] if level.seconds else []
     before = server.statistics(model)
     with tempfile.TemporaryDirectory() as folder:
-        samples, stopped = _locust([*words, "--log", f"{folder}/log"], warm_up + seconds, Path(folder), timing, server)
-        logs = [read_log(path) for path in Path(folder).iterdir()]
+        log = Path(folder, "log")
+        samples, stopped = _locust([*words, "--log", log], log, processes, warm_up + seconds, server.gauges)
+        logs = [read_log(path) for path in log.parent.iterdir()]
     requests = sorted(sent for log in logs for sent in log)
     if not requests:
         raise MeasureError("Locust sent no request")
@@ -118,9 +100,9 @@ def drive(
 
 
 def _locust(
-    words: Sequence[object], seconds: float, folder: Path, timing: Timing, server: Server
+    words: Sequence[object], log: Path, processes: int, seconds: float, gauges: Callable[[], dict[str, float]]
 ) -> tuple[list[tuple[float, dict[str, float]]], float]:
-    """Run Locust from its first request on for some seconds; the server's gauges over time, and when it was stopped."""
+    """Run Locust for some seconds after its start; the server's gauges over time, and when it was stopped."""
     limit = math.ceil(STARTING + seconds)  # it ends where this process was killed
     command = [*LOCUST, "--only-summary", "--loglevel=ERROR", "--exit-code-on-error=0", f"--run-time={limit}s"]
     command += [f"--stop-timeout={DRAIN}", *map(str, words)]
@@ -128,11 +110,11 @@ def _locust(
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         try:
-            while process.poll() is None and len(list(folder.iterdir())) < timing.processes:
+            while process.poll() is None and len(list(log.parent.iterdir())) < processes:
                 time.sleep(0.02)
             over = time.monotonic() + seconds
             while process.poll() is None and (left := over - time.monotonic()) > 0:
-                samples.append((time.time(), server.gauges()))
+                samples.append((time.time(), gauges()))
                 time.sleep(min(LOOK, left))
             stopped = time.time()
             process.terminate()
@@ -193,7 +175,7 @@ def measured(level: Level, rounds: Sequence[Round]) -> dict[str, Any]:
             if sent.result.startswith("WrongReply") or one.begin <= sent.start < one.end:  # a wrong one counts always
                 outcomes[sent.result] += 1
     answered = [r for one in rounds for r in one.requests if r.right and one.begin <= r.end <= one.end]
-    gauges = {key: [s[key] for one in rounds for s in one.samples if key in s] for key in GAUGES}
+    samples = {key: [s[key] for one in rounds for s in one.samples if key in s] for key, _ in GAUGES.values()}
     row = {
         "duration_s": sum(one.end - one.begin for one in rounds),
         "requests": len(answered),
@@ -210,7 +192,7 @@ def measured(level: Level, rounds: Sequence[Round]) -> dict[str, Any]:
         "queue_ms": counts["queue_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "compute_ms": counts["compute_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "generator_cpu": max((one.busy for one in rounds if one.busy is not None), default=None),
-        **{key: GAUGES[key](values) for key, values in gauges.items() if values},
+        **{key: max(v) if key.endswith("_mb") else statistics.fmean(v) for key, v in samples.items() if v},
     }
     if level.scenario == "ramp":
         row["windows"] = _windows(rounds[0])

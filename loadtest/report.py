@@ -29,50 +29,29 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a page.
-
-    Attributes:
-        title: its heading.
-        text: paragraphs, with an empty line between two; one whose lines begin with "- " is a list.
-        table: after the text.
-        plot: file name of a PNG beside the page, after the text and before the table.
-    """
+    """A titled part of a page."""
 
     title: str
-    text: str = ""
+    text: str = ""  # paragraphs, with an empty line between two; one whose lines begin with "- " is a list
     table: Table | None = None
-    plot: str | None = None
+    plot: str | None = None  # file name of a PNG beside the page
 
 
 @dataclass(frozen=True)
 class Page:
-    """A report.
-
-    Attributes:
-        title: its heading.
-        summary: what was found, paragraphs and lists as in a section's text.
-        facts: conditions of the measurement, such as command, commit, hardware and versions.
-        sections: in their order.
-    """
+    """A report."""
 
     title: str
-    summary: str
-    facts: Mapping[str, str] = field(default_factory=dict)
+    summary: str  # what was found, like the text of a section
+    facts: Mapping[str, str] = field(default_factory=dict)  # conditions, such as command, commit, hardware, versions
     sections: Sequence[Section] = ()
 
 
 def write(page: Page, stem: Path) -> list[Path]:
-    """Write a page.
-
-    Args:
-        page: plots that it names must exist in the folder of `stem`.
-        stem: path without suffix; missing folders are made.
-
-    Returns:
-        Paths of `stem`.md and `stem`.html; the HTML file holds its plots.
+    """Write STEM.md and STEM.html, which holds the plots; return their paths.
 
     Raises:
-        OSError: a plot cannot be read or a file cannot be written.
+        OSError: a plot is not in the folder of `stem`, or a file cannot be written.
     """
     import jinja2
 

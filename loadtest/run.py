@@ -25,7 +25,7 @@ from . import figures, load, machine
 from .arguments import count, positive
 from .clips import MAX_ERROR, Array, Clips, compare, speech
 from .infer import first_replies
-from .load import Round, Timing
+from .load import Round
 from .machine import MeasureError
 from .scenarios import MIX, MODEL, OURS, REPEATED, SCENARIOS, Level, lengths
 from .servers import Local, Server, reach
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=positive, default=3.0, help="per level, four times in arrivals and ramp (default: 3)")
     add("--warm-up", type=positive, default=0.4, help="seconds whose latencies do not count (default: %(default)g)")
     add("--rounds", type=count, default=1, help=f"of each level; mixed and 5 s at least {REPEATED}")
+    add("--capacity", type=positive, help="clips/s that arrivals are shares of (default: as measured in mixed)")
     add("--processes", type=count, default=1, help="of Locust (default: %(default)s)")
     add("--out", type=Path, default=Path("loadtest/results"), metavar="FOLDER", help="default: %(default)s")
     add("--name", help="of the files (default: date and servers)")
@@ -62,12 +63,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _scenarios(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - set(SCENARIOS):
+    if unknown := set(text.split(",")) - set(SCENARIOS):
         raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected {','.join(SCENARIOS)}")
-    if "arrivals" in names:
-        names.append("mixed")  # its throughput is the capacity
-    return [name for name in SCENARIOS if name in names]
+    return text.split(",")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -103,23 +101,14 @@ def run(options: argparse.Namespace) -> None:
 
 @dataclass
 class Turn:
-    """A contender at a level.
-
-    Attributes:
-        server: that is compared.
-        contender: its name in the report.
-        loaded: the server itself; in the open loop another one like it.
-        rate: clips per second that arrive, in the open loop.
-        rounds: the measurements.
-        failed: why there are none, or no more.
-    """
+    """A contender at a level."""
 
     server: Server
     contender: str
-    loaded: Server
-    rate: float | None = None
+    loaded: Server  # the server itself; in the open loop another one like it
+    rate: float | None = None  # clips/s that arrive, in the open loop
     rounds: list[Round] = field(default_factory=list)
-    failed: str = ""
+    failed: str = ""  # why there are no rounds, or no more
 
 
 class Session:
@@ -133,7 +122,10 @@ class Session:
         self.raw: list[list[Any]] = []
         self.agreement: list[dict[str, Any]] = []
         self.interrupted = False
-        self.levels = [level for name in options.scenario for level in SCENARIOS[name].levels]
+        names = {*options.scenario}
+        if "arrivals" in names and not options.capacity:
+            names.add("mixed")  # its throughput is the capacity
+        self.levels = [level for name in SCENARIOS if name in names for level in SCENARIOS[name].levels]
         largest = {level.seconds: level.batch for level in sorted(self.levels, key=lambda level: level.batch)}
         self.clips = {  # by length in seconds, None is the mix
             seconds: speech(lengths(seconds, batch), seed) for seed, (seconds, batch) in enumerate(largest.items())
@@ -151,23 +143,23 @@ class Session:
     def _expect(self) -> None:
         """Compare the servers' replies to each clip alone, and write the expected embeddings."""
         every = [clip for deck in self.clips.values() for clip in deck]
-        known: list[tuple[str, Array, float]] = []  # the first is what the others are compared with
+        first: tuple[str, Array, float] | None = None  # what the others are compared with
         if self.local:
             print("SpeechBrain's embeddings of the clips ...", flush=True)
-            known.append(("SpeechBrain", self.local.reference(every), 0.0))
+            first = "SpeechBrain", self.local.reference(every), 0.0
         for server in self.servers:
             model, bound = server.models[OURS], server.max_error(OURS)
             name = f"{server.name}/{model}"
             print(f"{name}: each clip alone ...", flush=True)
             alone = first_replies(server.url, model, every)
-            if known:
-                other, expected, other_bound = known[0]
+            if first:
+                other, expected, other_bound = first
                 if alone.shape != expected.shape:
                     raise MeasureError(f"{name} and {other} have embeddings of other sizes: load servers of one model")
                 agreed = {"clips": len(alone), **compare(alone, expected), "bound": max(bound, other_bound)}
                 self.agreement.append({"a": name, "b": other, **agreed})
-            known.append((name, alone, bound))
-            right = known[0][1] if server.local else alone
+            first = first or (name, alone, bound)
+            right = first[1] if server.local else alone
             ends = np.cumsum([len(deck) for deck in self.clips.values()])[:-1]
             for (seconds, deck), rows in zip(self.clips.items(), np.split(right, ends), strict=True):
                 clips = Clips(deck, rows)
@@ -200,7 +192,9 @@ class Session:
         turn = Turn(server, contender, server)
         if level.share is not None:
             of = {"server": server.name, "contender": OURS, "scenario": "mixed"}
-            capacity = next((r.get("clips_per_s", 0.0) for r in self.rows if of.items() <= r.items()), 0.0)
+            capacity = self.options.capacity or next(
+                (r.get("clips_per_s", 0.0) for r in self.rows if of.items() <= r.items()), 0.0
+            )
             if not capacity:
                 turn.failed = "mixed has no throughput to take shares of"
                 return turn
@@ -216,11 +210,19 @@ class Session:
         """Measure a contender once; the figures in a line."""
         if turn.failed:
             return turn.failed
-        model, bound = turn.server.models[turn.contender], turn.server.max_error(turn.contender)
-        timing = Timing(self.options.seconds, self.options.warm_up, self.options.processes)
-        deck = self._deck(turn.server.name, level.seconds)
+        options = self.options
         try:
-            found = load.drive(level, turn.loaded, model, deck, timing, max_error=bound, rate=turn.rate or 0.0)
+            found = load.drive(
+                level,
+                turn.loaded,
+                turn.server.models[turn.contender],
+                self._deck(turn.server.name, level.seconds),
+                seconds=options.seconds,
+                warm_up=options.warm_up,
+                processes=options.processes,
+                max_error=turn.server.max_error(turn.contender),
+                rate=turn.rate or 0.0,
+            )
         except MeasureError as error:  # costs the rows of this server only
             turn.failed = str(error)
             return turn.failed

@@ -20,25 +20,15 @@ REPEATED = 3  # rounds, at least, of the levels that summaries quote
 
 @dataclass(frozen=True)
 class Level:
-    """One measurement of a scenario.
-
-    Attributes:
-        scenario: one of SCENARIOS.
-        seconds: length of each clip; None is the mix.
-        batch: clips in a request.
-        users: clients, each of which sends its next request after the last reply; None in an open loop.
-        share: of the capacity that arrives, in an open loop.
-        rounds: repetitions, at least.
-        long: whether our model is measured without the baselines and four times as long.
-    """
+    """One measurement of a scenario."""
 
     scenario: str
-    seconds: float | None
-    batch: int = 1
-    users: int | None = 1
-    share: float | None = None
-    rounds: int = 1
-    long: bool = False
+    seconds: float | None  # length of each clip; None is the mix
+    batch: int = 1  # clips in a request
+    users: int | None = 1  # clients, each sends its next request after the last reply; None in an open loop
+    share: float | None = None  # of the capacity that arrives, in an open loop
+    rounds: int = 1  # repetitions, at least
+    long: bool = False  # our model is measured without the baselines, four times as long
 
     def __str__(self) -> str:
         clips = "mix" if self.seconds is None else f"{self.seconds:g} s"

@@ -41,23 +41,14 @@ GAUGES = {  # Triton's name to the key in a sample and the unit
 
 @dataclass(eq=False)
 class Server:
-    """A server under load.
+    """A server under load."""
 
-    Attributes:
-        name: in the report.
-        url: of its gRPC API, `grpc://HOST:PORT`.
-        metrics_url: of its metrics.
-        models: to measure, by contender, ours first.
-        local: the server, if it was started here.
-        about: facts for the report.
-    """
-
-    name: str
-    url: str
+    name: str  # in the report
+    url: str  # of its gRPC API, grpc://HOST:PORT
     metrics_url: str
-    models: dict[str, str]
-    local: TritonServer | None = None
-    about: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, str]  # to measure, by contender, ours first
+    local: TritonServer | None = None  # if it was started here
+    about: dict[str, Any] = field(default_factory=dict)  # facts for the report
 
     def describe(self, sha256: str | None) -> None:
         """Fill in `about`; `sha256` is that of our model's weights, if it is known."""
@@ -154,21 +145,10 @@ def reach(name: str, url: str, model: str, metrics_url: str = "") -> Server:
 
 
 class Local:
-    """Servers on this machine, all from one checkpoint and one model repository.
-
-    Attributes:
-        servers: those that run.
-        missing: why a device cannot be measured.
-        checkpoint: the weights of every model.
-    """
+    """Servers on this machine, all from one checkpoint and one model repository."""
 
     def __init__(self, options: argparse.Namespace, repository: Path, stack: ExitStack) -> None:
-        """Start a server on each device of `options.local` that can be used.
-
-        Args:
-            options: of `python -m loadtest run`.
-            repository: a folder to be made.
-            stack: stops the servers.
+        """Start a server on each device of `options.local` that can be used; `stack` stops them.
 
         Raises:
             MeasureError: no device can be used, the model is unknown, or its source has other weights now.
@@ -177,7 +157,7 @@ class Local:
         from server.preflight import choose_device, cuda_gpus
 
         self.servers: list[Server] = []
-        self.missing: dict[str, str] = {}
+        self.missing: dict[str, str] = {}  # why a device cannot be measured
         self._options = options
         models: dict[Device, str] = {}
         for device in dict.fromkeys(options.local):
@@ -186,8 +166,9 @@ class Local:
                 models[device] = options.model or _usual_model(device)
             except ServerError as error:
                 self._leave_out(device, error)
-        if models:
-            self.checkpoint = _fill(repository, options, set(models.values()))
+        if not models:
+            raise MeasureError("; ".join(self.missing.values()))
+        self.checkpoint = _fill(repository, options, set(models.values()))
         for device, model in models.items():
             names = {OURS: model} | ({name: name for name in BASELINES} if options.baselines else {})
             try:
@@ -210,12 +191,7 @@ class Local:
             return np.stack([embed(torch.from_numpy(clip)[None])[0, 0].numpy() for clip in clips])
 
     def open_loop(self, server: Server, capacity: float) -> AbstractContextManager[Server]:
-        """A server like the given one for the open loop, at most QUEUE seconds of whose work are in flight.
-
-        Args:
-            server: started here.
-            capacity: its clips per second.
-        """
+        """Our model alone, with at most QUEUE seconds of work in flight, for a server that was started here."""
         assert server.local is not None
         device: Device = "gpu" if server.local.device == "GPU" else "cpu"
         most = max(4, math.ceil(capacity * QUEUE))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from loadtest import figures, load
 from loadtest.__main__ import main
@@ -147,83 +148,32 @@ def test_a_ramp_over_time() -> None:
     assert windows[1]["p95_ms"] == pytest.approx(1000)
 
 
+MEASURED = figures.read(ROOT / "loadtest/results/2026-11-23-cpu-load.json")
 # Seconds of audio per second of each contender on the CPU, and how much faster the GPU is.
 SPEED = {OURS: (60.0, 40), ALONE: (30.0, 4), PADDED: (15.0, 8)}
 
 
-def make_row(server: str, contender: str, level: Level, **given: Any) -> Row:
+def make_row(server: str, contender: str, level: Level) -> Row:
     """A row of made-up but consistent figures."""
     speed = SPEED[contender][0] * (SPEED[contender][1] if server == "gpu" else 1)
     rate = speed / (level.seconds or 3.0)
-    about = {"server": server, "contender": contender, **{key: getattr(level, key) for key in figures.LEVEL}}
     p50 = 1e3 * (level.users or 8) * level.batch / rate
-    row = about | {
-        "offered": level.share and level.share * rate,
-        "max_requests": 128,
-        "duration_s": 12.0,
-        "requests": max(figures.FEW, round(rate * 12 / level.batch)),
-        "clips": round(rate * 12),
-        "clips_per_s": rate,
-        "audio_per_s": speed,
-        "audio_per_round": [speed, speed],
-        **{f"p{n}_ms": p50 * factor for n, factor in ((50, 1), (90, 1.3), (95, 1.4), (99, 1.9))},
-        "wrong": 0,
-        "rejected": 0,
-        "errors": {},
-        "worst_error": 0.21 if contender == PADDED else 3e-6,
-        "mean_batch": 3.0,
-        "queue_ms": p50 * 0.6,
-        "compute_ms": p50 * 0.35,
-        "generator_cpu": 0.21,
-        "cpu": 0.9,
-        "memory_mb": 400.0,
-    }
+    row = MEASURED["rows"][0] | {key: getattr(level, key) for key in figures.LEVEL}
+    row |= {"server": server, "contender": contender, "offered": level.share and level.share * rate}
+    row |= {"requests": 100, "clips_per_s": rate, "audio_per_s": speed, "audio_per_round": [speed, speed]}
+    row |= {f"p{n}_ms": p50 * factor for n, factor in ((50, 1), (90, 1.3), (95, 1.4), (99, 1.9))}
     if level.scenario == "ramp":
         points = [{"t": t + 0.5, "users": t + 1, "clips_per_s": 4.0, "p50_ms": 50.0, "p95_ms": None} for t in range(4)]
         row["windows"] = points
-    return row | given
+    return row
 
 
 def make_result(*servers: str, **given: Any) -> Row:
     """A full result of servers called cpu and gpu."""
     every = [level for scenario in SCENARIOS.values() for level in scenario.levels]
-    model = {"backend": "onnxruntime", "file": "model.onnx", "instances": ["1"], "precision": "fp32", "max_batch": 32}
-    about = [
-        {
-            "name": name,
-            "url": "grpc://127.0.0.1:41231",
-            "local": True,
-            "device": name.upper(),
-            "version": "2.51.0",
-            "gpus": [],
-            "max_requests": 128,
-            "models": {one: model | {"contender": one, "sha256": "ab" * 32} for one in SPEED},
-        }
-        for name in servers
-    ]
-    agreed = {"b": "SpeechBrain", "clips": 63, "cosine": 0.9999999, "error": 5.5e-6, "bound": 1e-4}
-    return {
-        "kind": "load",
-        "date": "2026-11-23T03:00:00+00:00",
-        "cpu": "AMD EPYC",
-        "cores": 2,
-        "python": "3.11.7",
-        "packages": {"locust": "2.47.0"},
-        "commit": "4f32f0e",
-        "command": "python -m loadtest run --local " + " ".join(servers),
-        "took_s": 533.1,
-        "interrupted": False,
-        "conditions": {
-            "source": "random (seed 0, channels 1024)",
-            "references": "SpeechBrain",
-            "clips": "9 of each length",
-            "mix": {"1": 1, "5": 3},
-            "warm_up_s": 1.0,
-            "processes": 1,
-            "bound": {"fp32": 1e-4, "fp16": 5e-3},
-        },
-        "servers": about,
-        "missing": {} if "gpu" in servers else {"gpu": "no NVIDIA driver was found"},
+    return MEASURED | {
+        "servers": [MEASURED["servers"][0] | {"name": name, "device": name.upper()} for name in servers],
+        "missing": {} if "gpu" in servers else MEASURED["missing"],
         "rows": [
             make_row(name, one, level)
             for name in servers
@@ -231,8 +181,9 @@ def make_result(*servers: str, **given: Any) -> Row:
             for one in SPEED
             if not level.long or one == OURS
         ],
-        "agreement": [{"a": f"{name}/ecapa", **agreed} for name in servers],
-    } | given
+        "agreement": [MEASURED["agreement"][0] | {"a": f"{name}/ecapa"} for name in servers],
+        **given,
+    }
 
 
 @pytest.fixture
@@ -265,7 +216,7 @@ def test_a_full_report_names_its_conditions_and_has_every_plot(tmp_path: Path) -
         assert path.read_bytes().startswith(PNG[:8]) and path.stat().st_size < 100e3
     text, html = (path.read_text() for path in paths[:2])
     assert re.findall(r"\]\((.*?)\)", text) == plots and len(Parsed(html).links) == len(plots)
-    for fact in ("AMD EPYC", "4f32f0e", "locust 2.47.0", "--local cpu gpu", "raw.json", "abababababab", "5 s 75%"):
+    for fact in ("AMD EPYC", "4ba3e20", "locust 2.47.0", "--local cpu --local gpu", "raw.json", "cd45b6fb", "5 s 15%"):
         assert fact in text
 
 
