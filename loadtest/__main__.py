@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _errors() -> tuple[type[Exception], ...]:
     """Errors whose message is for the user, of the packages that are installed."""
-    errors: list[type[Exception]] = [MeasureError, OSError]
+    errors: list[type[Exception]] = [MeasureError, OSError, ModuleNotFoundError]
     with contextlib.suppress(ImportError):
         errors += importlib.import_module("export.__main__").ERRORS
     with contextlib.suppress(ImportError):

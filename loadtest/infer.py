@@ -5,7 +5,9 @@ They fit any model with input `waveform` FP32 `[n, samples]` and output `embeddi
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 import numpy as np
@@ -14,64 +16,76 @@ from ecapa_triton.protocol import CHANNEL_ARGS, SCHEME
 from tritonclient.grpc import service_pb2
 
 from .clips import Array, distances
+from .machine import MeasureError
 
 TIMEOUT = 60.0  # s, of a request
-_METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _FULL = "Exceeds maximum queue size"  # in the message of Triton and of the gateway at their limit of requests
 _CHANNEL_ARGS = [*CHANNEL_ARGS, ("grpc.use_local_subchannel_pool", 1)]  # else all clients share one connection
 
 
-class Rejected(Exception):
+class Failure(Exception):
+    """A request has no right reply."""
+
+
+class Rejected(Failure):
     """The server has reached its limit of requests in flight."""
 
 
-class CallFailed(Exception):
+class CallFailed(Failure):
     """The call failed; the message has gRPC's code and the server's message."""
 
 
-class WrongReply(Exception):
+class WrongReply(Failure):
     """The reply does not hold the embeddings of the clips that were sent."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A serialised request and the expected reply.
+    """A serialised request and the expected reply."""
 
-    Attributes:
-        name: in Locust's statistics.
-        body: the message ModelInferRequest.
-        clips: in the request.
-        seconds: of audio, all clips together.
-        embeddings: expected, float32 `[clips, E]`; None: any finite ones.
-        max_error: largest relative L2 distance from `embeddings` that is right.
-    """
-
-    name: str
-    body: bytes
+    name: str  # in Locust's statistics
+    body: bytes  # a ModelInferRequest
     clips: int
-    seconds: float
-    embeddings: Array | None
-    max_error: float
+    seconds: float  # of audio, all clips together
+    embeddings: Array | None  # expected, float32 [clips, E]; None: any finite ones
+    max_error: float  # largest relative L2 distance from them that is right
+
+
+class Sent(NamedTuple):
+    """A request that was sent: a line of the log that the locustfile writes and the load test reads."""
+
+    start: float  # s since the epoch; in the open loop when it was due
+    latency: float  # s until the reply
+    clips: int
+    audio: float  # s, all clips together
+    users: int  # at the time of the reply
+    result: str  # "right" or the failure
+    error: float  # relative L2 distance of a right reply from the expected embeddings
+    cpu: float  # s of CPU time that the process of Locust has used so far
+
+    @property
+    def end(self) -> float:
+        """Time of the reply."""
+        return self.start + self.latency
+
+    @property
+    def right(self) -> bool:
+        """Whether the reply holds the expected embeddings."""
+        return self.result == "right"
 
 
 def make_requests(
     model: str,
     waveforms: list[Array],
-    embeddings: Array | None,
+    embeddings: Array | None = None,
     *,
     batch: int = 1,
     max_error: float = np.inf,
     name: str = "",
 ) -> list[Request]:
-    """Serialise clips, in their order, into requests of `batch` clips of one length each.
+    """Serialise waveforms, float32 `[samples]` at 16 kHz, into requests of `batch` clips of one length, in their order.
 
-    Args:
-        model: the model to call.
-        waveforms: float32 `[samples]` at 16 kHz.
-        embeddings: expected, float32 `[n, E]`; None: any finite ones.
-        batch: clips in a request.
-        max_error: largest relative L2 distance that is right.
-        name: in Locust's statistics.
+    The other arguments are as in `Request`.
     """
     requests = []
     for start in range(0, len(waveforms) - batch + 1, batch):
@@ -92,12 +106,12 @@ class Connection:
     def __init__(self, url: str) -> None:
         self._channel = grpc.insecure_channel(url.removeprefix(SCHEME), options=_CHANNEL_ARGS)
         self._infer = self._channel.unary_unary(
-            _METHOD,
+            "/inference.GRPCInferenceService/ModelInfer",
             request_serializer=None,  # bytes already
             response_deserializer=service_pb2.ModelInferResponse.FromString,
         )
 
-    def embed(self, body: bytes, timeout: float = TIMEOUT) -> Array:
+    def embed(self, body: bytes) -> Array:
         """Send a serialised request and return its embeddings, float32 `[clips, E]`.
 
         Raises:
@@ -106,12 +120,12 @@ class Connection:
             WrongReply: the reply has no embeddings.
         """
         try:
-            reply = self._infer(body, timeout=timeout)
+            reply = self._infer(body, timeout=TIMEOUT)
         except grpc.RpcError as error:
             code, message = error.code(), error.details() or ""
             if code is grpc.StatusCode.UNAVAILABLE and _FULL in message:
                 raise Rejected("the server has reached its limit of requests in flight") from error
-            raise CallFailed(f"{code.name}: {message.splitlines()[0][:200] if message else 'no message'}") from error
+            raise CallFailed(f"{code.name}: {' '.join(message.split())[:200]}") from error
         for output, content in zip(reply.outputs, reply.raw_output_contents, strict=True):
             if output.name == "embedding" and output.datatype == "FP32":
                 return np.frombuffer(content, np.float32).reshape(output.shape)
@@ -144,21 +158,15 @@ def check(reply: Array, request: Request) -> float:
 def first_replies(url: str, model: str, waveforms: list[Array]) -> Array:
     """The embedding of each clip, float32 `[n, E]`, sent alone and one after another.
 
-    Args:
-        url: `grpc://HOST:PORT`.
-        model: the model to call.
-        waveforms: float32 `[samples]` at 16 kHz.
-
     Raises:
-        Rejected, CallFailed: the server gave no reply.
-        WrongReply: a reply holds no finite embedding.
+        MeasureError: the server gave no finite embedding.
     """
-    connection = Connection(url)
+    rows = []
     try:
-        rows = []
-        for request in make_requests(model, waveforms, None):
-            rows.append(connection.embed(request.body))
-            check(rows[-1], request)
-        return np.concatenate(rows)
-    finally:
-        connection.close()
+        with closing(Connection(url)) as connection:
+            for request in make_requests(model, waveforms):
+                rows.append(connection.embed(request.body))
+                check(rows[-1], request)
+    except Failure as error:
+        raise MeasureError(f"{url}: {model} does not embed a clip: {error}") from error
+    return np.concatenate(rows)

@@ -2,83 +2,139 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import json
 import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from .infer import Sent
 from .machine import MeasureError
-from .scenarios import OPEN_LOOP, Level
-from .servers import Server
+from .scenarios import Level
+from .servers import GAUGES, Server
 
-LOCUSTFILE = Path(__file__).parent / "locustfile.py"
+LOCUST = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parent / "locustfile.py"), "--headless"]
 LOOK = 1.0  # s, between two readings of Triton's metrics
-DRAIN = 60  # s, at most, for requests in flight at the end
 STARTING = 60.0  # s, at most, for Locust to start
-FIRST = 0.6  # s of Locust's run time until its first request, on an idle machine
-LATE = 0.05  # of the measured time, at most, that may lie after the last reply; else the level is measured again
-ATTEMPTS = 3
+DRAIN = 60  # s, at most, for requests in flight at the end
 WINDOW = 2.0  # s, of a point of the ramp
-LONGER = {"arrivals": 4, "ramp": 4}  # factor of the seconds of a level
-# From samples of a gauge to the figure of a row: the mean load, the largest use of memory.
-REDUCE: dict[str, Callable[[list[float]], float]] = {
-    "cpu": statistics.fmean,
-    "memory_mb": max,
-    "gpu": statistics.fmean,
-    "gpu_memory_mb": max,
-}
-
-
-class Sent(NamedTuple):
-    """A request: its start (seconds since the epoch), latency (s), clips, seconds of audio, clients, result, error."""
-
-    start: float
-    latency: float
-    clips: int
-    audio: float
-    users: int
-    result: str
-    error: float
-
-    @property
-    def end(self) -> float:
-        """Time of the reply."""
-        return self.start + self.latency
-
-    @property
-    def right(self) -> bool:
-        """Whether the reply holds the expected embeddings."""
-        return self.result == "right"
+LONG = 4  # factor of the seconds of a long level
 
 
 @dataclass
 class Round:
-    """One measurement of a level.
+    """One measurement of a level."""
 
-    Attributes:
-        begin: of the measured time, seconds since the epoch; `end` likewise.
-        requests: all, from before the beginning to after the end.
-        counts: Triton's, of the whole round.
-        samples: Triton's gauges within the measured time.
-        busy: share of a core that the busiest process of the load generator used.
-    """
-
-    begin: float
+    begin: float  # of the measured time, s since the epoch
     end: float
-    requests: list[Sent]
-    counts: Counter[str] = field(default_factory=Counter)
-    samples: list[dict[str, float]] = field(default_factory=list)
-    busy: float | None = None
+    requests: list[Sent]  # all, from before the beginning to after the end
+    counts: Counter[str] = field(default_factory=Counter)  # Triton's, of the whole round
+    samples: Sequence[dict[str, float]] = ()  # Triton's gauges within the measured time
+    busy: float | None = None  # share of a core that the busiest process of Locust used
+
+
+def drive(
+    level: Level,
+    server: Server,
+    model: str,
+    clips: Path,
+    *,
+    seconds: float,
+    warm_up: float,
+    processes: int = 1,
+    max_error: float = math.inf,
+    rate: float = 0.0,
+) -> Round:
+    """Load a server with Locust.
+
+    Args:
+        level: the load.
+        server: the server.
+        model: the model to call.
+        clips: NPZ of the clips to send.
+        seconds: for which it is measured; a long level LONG times as many.
+        warm_up: seconds before; a ramp has none.
+        processes: of Locust.
+        max_error: largest relative L2 distance of a right embedding.
+        rate: clips per second of all processes, in an open loop.
+
+    Raises:
+        MeasureError: Locust failed or the server does not answer.
+    """
+    ramp = level.scenario == "ramp"
+    seconds *= LONG if level.long else 1
+    warm_up = 0.0 if ramp else warm_up
+    users = level.users or processes
+    words = ["--host", server.url, "--model", model, "--clips", clips, "--max-error", max_error]
+    words += ["--scenario", level.scenario, "--batch", level.batch, "--rate", max(rate, 1e-9) / users]
+    words += ["--users", users, "--spawn-rate", users / seconds if ramp else users]
+    words += ["--processes", processes] if processes > 1 else []
+    words += ["--seconds", level.seconds] if level.seconds else []
+    before = server.statistics(model)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        samples, stopped = _locust([*words, "--log", log], log, processes, warm_up + seconds, server.gauges)
+        logs = [read_log(path) for path in log.parent.iterdir()]
+    requests = sorted(sent for log in logs for sent in log)
+    if not requests:
+        raise MeasureError("Locust sent no request")
+    counts = server.statistics(model)
+    counts.subtract(before)
+    begin = requests[0].start + warm_up
+    end = min(begin + seconds, stopped)
+    busy = [(log[-1].cpu - log[0].cpu) / (log[-1].end - log[0].end) for log in logs if len(log) > 1]
+    inside = [gauges for at, gauges in samples if begin <= at < end]
+    return Round(begin, end, requests, counts, inside, max(busy, default=None))
+
+
+def _locust(
+    words: Sequence[object], log: Path, processes: int, seconds: float, gauges: Callable[[], dict[str, float]]
+) -> tuple[list[tuple[float, dict[str, float]]], float]:
+    """Run Locust for some seconds after its start; the server's gauges over time, and when it was stopped."""
+    limit = math.ceil(STARTING + seconds)  # it ends where this process was killed
+    command = [*LOCUST, "--only-summary", "--loglevel=ERROR", "--exit-code-on-error=0", f"--run-time={limit}s"]
+    command += [f"--stop-timeout={DRAIN}", *map(str, words)]
+    samples = []
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            while process.poll() is None and len(list(log.parent.iterdir())) < processes:
+                time.sleep(0.02)
+            over = time.monotonic() + seconds
+            while process.poll() is None and (left := over - time.monotonic()) > 0:
+                samples.append((time.time(), gauges()))
+                time.sleep(min(LOOK, left))
+            stopped = time.time()
+            process.terminate()
+            process.wait(STARTING + DRAIN)
+        except subprocess.TimeoutExpired as error:
+            raise MeasureError("Locust did not stop in time") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        if process.returncode != 0:
+            errors = [line.strip() for line in output if "rror" in line]
+            raise MeasureError(f"Locust: {errors[0] if errors else f'exit status {process.returncode}'}")
+    return samples, stopped
+
+
+def read_log(path: Path) -> list[Sent]:
+    """The requests that a process of the locustfile wrote."""
+    return [Sent(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def throughput(level: Level, one: Round) -> tuple[float, float]:
@@ -91,7 +147,7 @@ def throughput(level: Level, one: Round) -> tuple[float, float]:
     right = [request for request in one.requests if request.right]
     if not right:
         return 0.0, 0.0
-    if level.scenario in OPEN_LOOP:
+    if level.users is None:
         right = [request for request in right if one.begin <= request.end <= one.end]
         took = one.end - one.begin
     else:
@@ -107,192 +163,59 @@ def latencies(one: Round) -> list[float]:
     return [1e3 * r.latency for r in inside or [r for r in right if r.end > one.begin and r.start < one.end]]
 
 
-def measured(level: Level, rounds: list[Round]) -> dict[str, Any]:
+def measured(level: Level, rounds: Sequence[Round]) -> dict[str, Any]:
     """The figures of a level over all its rounds."""
-    speeds = [throughput(level, one) for one in rounds]
-    every = [value for one in rounds for value in latencies(one)]
-    percentiles = np.percentile(every, (50, 90, 95, 99)).tolist() if every else [None] * 4
-    counts: Counter[str] = Counter()
-    outcomes: Counter[str] = Counter()
-    requests = clips = 0
+    clips, audio = zip(*(throughput(level, one) for one in rounds), strict=True)
+    milliseconds = [value for one in rounds for value in latencies(one)]
+    counts = Counter[str]()
+    outcomes = Counter[str]()
     for one in rounds:
         counts.update(one.counts)
         for sent in one.requests:
-            if sent.right and one.begin <= sent.end <= one.end:
-                requests, clips = requests + 1, clips + sent.clips
-            # A wrong reply counts whenever it came.
-            if sent.result.startswith("WrongReply") or one.begin <= sent.start < one.end:
+            if sent.result.startswith("WrongReply") or one.begin <= sent.start < one.end:  # a wrong one counts always
                 outcomes[sent.result] += 1
-    samples = [sample for one in rounds for sample in one.samples]
-    gauges = {key: [sample[key] for sample in samples if key in sample] for key in REDUCE}
+    answered = [r for one in rounds for r in one.requests if r.right and one.begin <= r.end <= one.end]
+    samples = {key: [s[key] for one in rounds for s in one.samples if key in s] for key, _ in GAUGES.values()}
     row = {
         "duration_s": sum(one.end - one.begin for one in rounds),
-        "requests": requests,
-        "clips": clips,
-        "clips_per_s": statistics.median(speed for speed, _ in speeds),
-        "audio_per_s": statistics.median(speed for _, speed in speeds),
-        "audio_per_round": [speed for _, speed in speeds],
-        **dict(zip(("p50_ms", "p90_ms", "p95_ms", "p99_ms"), percentiles, strict=True)),
-        "wrong": sum(count for name, count in outcomes.items() if name.startswith("WrongReply")),
-        "rejected": sum(count for name, count in outcomes.items() if name.startswith("Rejected")),
-        "errors": {n.partition(": ")[2]: count for n, count in outcomes.items() if n.startswith("CallFailed")},
-        "worst_error": max((sent.error for one in rounds for sent in one.requests if sent.right), default=0.0),
+        "requests": len(answered),
+        "clips": sum(r.clips for r in answered),
+        "clips_per_s": statistics.median(clips),
+        "audio_per_s": statistics.median(audio),
+        "audio_per_round": list(audio),
+        **_percentiles(milliseconds, 50, 90, 95, 99),
+        "wrong": sum(number for result, number in outcomes.items() if result.startswith("WrongReply")),
+        "rejected": sum(number for result, number in outcomes.items() if result.startswith("Rejected")),
+        "errors": {r.partition(": ")[2]: number for r, number in outcomes.items() if r.startswith("CallFailed")},
+        "worst_error": max((r.error for one in rounds for r in one.requests if r.right), default=0.0),
         "mean_batch": counts["inferences"] / counts["executions"] if counts["executions"] > 0 else None,
         "queue_ms": counts["queue_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "compute_ms": counts["compute_ns"] / counts["requests"] / 1e6 if counts["requests"] > 0 else None,
         "generator_cpu": max((one.busy for one in rounds if one.busy is not None), default=None),
-        **{key: REDUCE[key](values) for key, values in gauges.items() if values},
+        **{key: max(v) if key.endswith("_mb") else statistics.fmean(v) for key, v in samples.items() if v},
     }
     if level.scenario == "ramp":
-        row["windows"] = windows(rounds[0])
+        row["windows"] = _windows(rounds[0])
     return row
 
 
-def windows(one: Round) -> list[dict[str, Any]]:
+def _windows(one: Round) -> list[dict[str, Any]]:
     """A ramp over time, by the replies of each window."""
-    found = []
-    for number in range(int((one.end - one.begin) / WINDOW)):
-        begin = one.begin + number * WINDOW
-        came = [sent for sent in one.requests if begin <= sent.end < begin + WINDOW]
-        right = [sent for sent in came if sent.right]
-        p50, p95 = np.percentile([1e3 * r.latency for r in right], (50, 95)).tolist() if right else (None, None)
-        users = max((sent.users for sent in came), default=None)
-        speed = sum(sent.clips for sent in right) / WINDOW
-        found.append({"t": (number + 0.5) * WINDOW, "users": users, "clips_per_s": speed, "p50_ms": p50, "p95_ms": p95})
-    return found
+    windows = []
+    for begin in np.arange(one.begin, one.end - WINDOW + 1e-9, WINDOW).tolist():
+        replies = [r for r in one.requests if begin <= r.end < begin + WINDOW]
+        right = [r for r in replies if r.right]
+        windows.append(
+            {
+                "t": begin - one.begin + WINDOW / 2,
+                "users": max((r.users for r in replies), default=None),
+                "clips_per_s": sum(r.clips for r in right) / WINDOW,
+                **_percentiles([1e3 * r.latency for r in right], 50, 95),
+            }
+        )
+    return windows
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds for which a level is measured and of the warm-up before it; processes of Locust."""
-
-    seconds: float
-    warm_up: float
-    processes: int = 1
-
-    def of(self, level: Level) -> tuple[float, float]:
-        """Seconds of a level and of its warm-up; a ramp has none."""
-        return self.seconds * LONGER.get(level.scenario, 1), 0.0 if level.scenario == "ramp" else self.warm_up
-
-
-def drive(
-    level: Level, server: Server, model: str, max_error: float, clips: Path, timing: Timing, rate: float = 0.0
-) -> Round:
-    """Load a server with Locust.
-
-    Args:
-        level: the load.
-        server: the server.
-        model: the model to call.
-        max_error: largest relative L2 distance of a right embedding.
-        clips: NPZ of the clips to send; its folder takes the files of Locust.
-        timing: duration.
-        rate: clips per second, in an open loop.
-
-    Raises:
-        MeasureError: Locust failed or the server does not answer.
-    """
-    log = clips.parent / "requests.csv"
-    seconds, warm_up = timing.of(level)
-    command = _command(level, server, model, max_error, clips, log, timing, rate)
-    run_time = seconds + warm_up + FIRST
-    for _ in range(ATTEMPTS):
-        before = server.statistics(model)
-        requests, busy, samples = _locust(command, run_time, log, server)
-        counts = server.statistics(model)
-        counts.subtract(before)
-        begin = min((request.start for request in requests), default=0.0) + warm_up
-        end = begin + seconds
-        missing = end - max((request.end for request in requests), default=0.0)
-        if missing <= LATE * seconds:
-            break
-        run_time += missing + 1  # Locust started late, on a busy machine
-    if not requests:
-        raise MeasureError(f"Locust sent no request in {run_time:.0f} s")
-    return Round(begin, end, requests, counts, [gauges for at, gauges in samples if begin <= at < end], busy)
-
-
-def _locust(
-    command: list[str], run_time: float, log: Path, server: Server
-) -> tuple[list[Sent], float | None, list[tuple[float, dict[str, float]]]]:
-    """Run Locust: its requests, the share of a core of its busiest process, and the server's gauges over time."""
-    samples: list[tuple[float, dict[str, float]]] = []
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(LOOK):
-            samples.append((time.time(), server.gauges()))
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    words = [*command, "--run-time", f"{math.ceil(run_time)}s"]
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=run_time + DRAIN + STARTING)
-    except subprocess.TimeoutExpired as error:
-        raise MeasureError("Locust did not stop in time") from error
-    finally:
-        over.set()
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        watcher.join()
-        files = sorted(log.parent.glob(f"{log.name}.*"))
-        requests, busy = read_requests(files)
-        for file in files:
-            file.unlink()
-    if process.returncode != 0:
-        errors = [line.strip() for line in output.splitlines() if "rror" in line]
-        raise MeasureError(f"Locust: {errors[0] if errors else f'exit status {process.returncode}'}")
-    return requests, busy, samples
-
-
-def _command(
-    level: Level, server: Server, model: str, max_error: float, clips: Path, log: Path, timing: Timing, rate: float
-) -> list[str]:
-    """The command line of Locust without its run time; `rate` is of all clips in an open loop."""
-    seconds = sum(timing.of(level))
-    users = timing.processes if level.users is None else level.users
-    options: dict[str, object] = {
-        "host": server.url,
-        "scenario": level.scenario,
-        "model": model,
-        "batch": level.batch,
-        "clips": clips,
-        "requests": log,
-        "max-error": max_error,
-        "users": users,
-        "spawn-rate": users / seconds if level.scenario == "ramp" else users,
-        "stop-timeout": DRAIN,
-        "exit-code-on-error": 0,
-        "loglevel": "ERROR",
-    }
-    if level.seconds is not None:
-        options["seconds"] = level.seconds
-    if level.users is None:
-        options["rate"] = rate / users
-    if timing.processes > 1:
-        options["processes"] = timing.processes
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *words]
-
-
-def read_requests(files: Iterable[Path]) -> tuple[list[Sent], float | None]:
-    """The requests in the files of the locustfile, by start, and the share of a core of its busiest process."""
-    requests: list[Sent] = []
-    busy: list[float] = []
-    for file in files:
-        with file.open(newline="", encoding="utf-8") as lines:
-            for row in csv.DictReader(lines):
-                if row["result"] == "generator":
-                    busy.append(float(row["error"]))
-                elif row["error"]:  # else the last line is incomplete
-                    start, latency = float(row["start"]), float(row["latency_ms"]) / 1e3
-                    clips, audio, users = int(row["clips"]), float(row["audio_s"]), int(row["users"])
-                    requests.append(Sent(start, latency, clips, audio, users, row["result"], float(row["error"])))
-    return sorted(requests), max(busy, default=None)
+def _percentiles(milliseconds: Sequence[float], *percent: int) -> dict[str, float | None]:
+    found = np.percentile(milliseconds, percent).tolist() if milliseconds else [None] * len(percent)
+    return {f"p{number}_ms": value for number, value in zip(percent, found, strict=True)}

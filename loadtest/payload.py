@@ -1,7 +1,7 @@
 """The scenarios single and mixed for NVIDIA's `perf_analyzer`: input data, and the commands that send it.
 
 The clips are those of the load test. `perf_analyzer` sends them in order, again and again, and compares no embedding:
-it measures speed alone. Its latencies count from the sending of a request, in the open loop too.
+it measures speed alone.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import argparse
 import base64
 import json
 import random
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .clips import Array, speech
-from .scenarios import MIX, MIXED_USERS, MODEL, SINGLE, lengths
+from .scenarios import MIX, MIXED_USERS, MODEL, SCENARIOS, lengths
 
-URL = "127.0.0.1:8001"  # gRPC
-RATE = 5  # clips/s that arrive in the open loop
-ROUNDS = 10  # of the mix in a measurement
-COMMANDS = "commands.sh"
+ROUNDS = 10  # of the mix in a measurement, after one for warm-up
+HEADER = """\
+# perf_analyzer is in NVIDIA's container tritonserver:YY.MM-py3-sdk, and where glibc is 2.38 or newer
+# (Ubuntu 24.04) it comes with: pip install perf-analyzer
+# The number of requests is fixed: by default it repeats windows of time until three agree, each with another share of
+# the mix's long clips, and reports nothing where they do not agree.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,67 +31,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the files into ``options.out`` and print the commands."""
+    """Write the input data and a script with the commands into `options.out`, and print the script."""
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, seconds in files().items():
+    mix = lengths(None)
+    files = {"mixed.json": random.Random(0).sample(mix, len(mix))}
+    for level in SCENARIOS["single"].levels:
+        files[f"single_{level.seconds:g}s.json"] = list(lengths(level.seconds))
+    for name, seconds in files.items():
         (options.out / name).write_text(json.dumps(input_data(speech(seconds))) + "\n", encoding="utf-8")
-        print(f"wrote {options.out / name}: {len(seconds)} clips, {sum(seconds):g} s")
-    text = "\n".join(commands()) + "\n"
-    (options.out / COMMANDS).write_text(text, encoding="utf-8")
-    print(f"wrote {options.out / COMMANDS}; run it in {options.out}:\n\n{text}", end="")
-
-
-def files() -> dict[str, Sequence[float]]:
-    """Seconds of the clips in each file of input data; those of the mix in one random order."""
-    mixed = lengths(None)
-    mixed = random.Random(0).sample(mixed, len(mixed))
-    return {_single(seconds): lengths(seconds) for seconds in SINGLE} | {"mixed.json": mixed}
+    script = HEADER + "".join(f"{command(name, users)}\n" for name in files for users in (1, MIXED_USERS))
+    (options.out / "commands.sh").write_text(script, encoding="utf-8")
+    print(f"wrote {', '.join(files)} and commands.sh into {options.out}; run it there:\n\n{script}", end="")
 
 
 def input_data(clips: Sequence[Array]) -> dict[str, list[dict[str, object]]]:
-    """The JSON for `--input-data`: requests of one clip each, float32 little-endian in base64.
-
-    Args:
-        clips: float32 `[samples]` at 16 kHz.
-    """
+    """The JSON for `--input-data`: requests of one clip each, float32 `[samples]` at 16 kHz."""
+    contents = [base64.b64encode(clip.astype("<f4").tobytes()).decode() for clip in clips]
     return {
         "data": [
-            {
-                "waveform": {
-                    "content": {"b64": base64.b64encode(clip.astype("<f4").tobytes()).decode()},
-                    "shape": list(clip.shape),
-                }
-            }
-            for clip in clips
+            {"waveform": {"content": {"b64": content}, "shape": [len(clip)]}}
+            for clip, content in zip(clips, contents, strict=True)
         ]
     }
 
 
-def commands(url: str = URL, rounds: int = ROUNDS) -> Iterator[str]:
-    """Lines of a shell script to run beside the files.
-
-    The number of requests is fixed: by default `perf_analyzer` repeats windows of time until three agree, each with
-    another share of long clips of the mix, and reports nothing where they do not agree.
-
-    Args:
-        url: of the server's gRPC API.
-        rounds: of the mix in a measurement, after one for warm-up.
-    """
-    always = f"perf_analyzer -m {MODEL} -i grpc -u {url}"
-    count = f"--warmup-request-count={sum(MIX.values())} --request-count={rounds * sum(MIX.values())} --percentile=95"
-    yield "# perf_analyzer is in NVIDIA's container tritonserver:YY.MM-py3-sdk, and where glibc is 2.38 or newer"
-    yield "# (Ubuntu 24.04) it comes with: pip install perf-analyzer"
-    for seconds in SINGLE:
-        for clients in 1, MIXED_USERS:
-            yield f"\n# Clips of {seconds:g} s, clients: {clients}"
-            yield f"{always} --input-data={_single(seconds)} --concurrency-range={clients} {count}"
-    for clients in 1, MIXED_USERS:
-        yield f"\n# The mix, clients: {clients}"
-        yield f"{always} --input-data=mixed.json --concurrency-range={clients} {count}"
-    mean = statistics.fmean(lengths(None))
-    yield f"\n# The mix at a constant rate: {RATE} clips a second, of {mean:.2f} s in the mean"
-    yield f"{always} --input-data=mixed.json --request-rate-range={RATE} --async {count}"
-
-
-def _single(seconds: float) -> str:
-    return f"single_{seconds:g}s.json"
+def command(file: str, users: int, url: str = "127.0.0.1:8001", rounds: int = ROUNDS) -> str:
+    """The command that sends a file of input data to the gRPC API at `url` from some clients at once."""
+    clips = sum(MIX.values())
+    counts = f"--warmup-request-count={clips} --request-count={rounds * clips} --percentile=95"
+    return f"perf_analyzer -m {MODEL} -i grpc -u {url} --input-data={file} --concurrency-range={users} {counts}"

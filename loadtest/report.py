@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import base64
-import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 MISSING = "—"  # in a cell without a figure
-_FIGURE = re.compile(r"[\d.,]+(e-?\d+)?( %)?|" + MISSING)
+_FIGURE = re.compile(r"[\d.,]+(e-?\d+)?%?|" + MISSING)
 
 
 class Strong(str):
@@ -26,120 +26,79 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def numeric(self) -> list[bool]:
-        """Whether each column holds figures alone."""
-        return [
-            bool(self.rows) and all(_FIGURE.fullmatch(row[n]) for row in self.rows) for n in range(len(self.header))
-        ]
-
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a page.
-
-    Attributes:
-        title: its heading.
-        text: paragraphs, with an empty line between two; one whose lines all begin with "- " is a list.
-        table: after the text.
-        plot: file name of a PNG beside the page, after the text and before the table.
-    """
+    """A titled part of a page."""
 
     title: str
-    text: str = ""
+    text: str = ""  # paragraphs, with an empty line between two; one whose lines begin with "- " is a list
     table: Table | None = None
-    plot: str | None = None
-
-    @property
-    def blocks(self) -> list[str | list[str]]:
-        """The text as paragraphs and lists."""
-        return blocks(self.text)
+    plot: str | None = None  # file name of a PNG beside the page
 
 
 @dataclass(frozen=True)
 class Page:
-    """A report.
-
-    Attributes:
-        title: its heading.
-        summary: what was found, paragraphs and lists as in a section's text.
-        facts: conditions of the measurement, such as command, commit, hardware and versions.
-        sections: in their order.
-    """
+    """A report."""
 
     title: str
-    summary: str
-    facts: Mapping[str, str] = field(default_factory=dict)
+    summary: str  # what was found, like the text of a section
+    facts: Mapping[str, str] = field(default_factory=dict)  # conditions, such as command, commit, hardware, versions
     sections: Sequence[Section] = ()
 
 
-def blocks(text: str) -> list[str | list[str]]:
-    """Paragraphs and lists of a text, each item and paragraph on one line."""
-    found: list[str | list[str]] = []
-    for block in re.split(r"\n\s*\n", text.strip()):
-        lines = block.splitlines()
-        if lines and all(line.startswith("- ") for line in lines):
-            found.append([line[2:].strip() for line in lines])
-        elif lines:
-            found.append(" ".join(block.split()))
-    return found
-
-
 def write(page: Page, stem: Path) -> list[Path]:
-    """Write a page.
-
-    Args:
-        page: plots that it names must exist in the folder of `stem`.
-        stem: path without suffix; missing folders are made.
-
-    Returns:
-        Paths of `stem`.md and `stem`.html; the HTML file holds its plots.
+    """Write STEM.md and STEM.html, which holds the plots; return their paths.
 
     Raises:
-        OSError: a plot cannot be read or a file cannot be written.
+        OSError: a plot is not in the folder of `stem`, or a file cannot be written.
     """
     import jinja2
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    names = [section.plot for section in page.sections if section.plot]
-    plots = {name: base64.b64encode((stem.parent / name).read_bytes()).decode() for name in names}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.tests["strong"] = lambda cell: isinstance(cell, Strong)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(page=page, summary=blocks(page.summary), plots=plots)
+    environment.filters |= {"blocks": _blocks, "numeric": _numeric}
+    environment.filters["base64"] = lambda plot: base64.b64encode((stem.parent / plot).read_bytes()).decode()
+    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page)
     paths = [Path(f"{stem}.md"), Path(f"{stem}.html")]
     paths[0].write_text(_markdown(page), encoding="utf-8")
-    paths[1].write_text(text, encoding="utf-8")
+    paths[1].write_text(html, encoding="utf-8")
     return paths
 
 
+def _blocks(text: str) -> list[list[str]]:
+    """Paragraphs and lists of a text, each as its lines."""
+    return [block.splitlines() for block in re.split(r"\n\s*\n", text.strip()) if block]
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Whether each column holds figures alone."""
+    return [all(_FIGURE.fullmatch(cell) for cell in column) for column in zip(*table.rows, strict=True)]
+
+
 def _markdown(page: Page) -> str:
-    parts = [f"# {_plain(page.title)}", *_paragraphs(blocks(page.summary))]
+    parts = [f"# {_plain(page.title)}", *_paragraphs(page.summary)]
     if page.facts:
         parts += ["## Conditions", _table(Table(["", ""], list(page.facts.items())))]
     for section in page.sections:
-        parts += [f"## {_plain(section.title)}", *_paragraphs(section.blocks)]
+        parts += [f"## {_plain(section.title)}", *_paragraphs(section.text)]
         parts += [f"![{_plain(section.title)}]({quote(section.plot)})"] if section.plot else []
         parts += [_table(section.table)] if section.table else []
     return "\n\n".join(parts) + "\n"
 
 
-def _paragraphs(found: list[str | list[str]]) -> list[str]:
-    return [_plain(one) if isinstance(one, str) else "\n".join(f"- {_plain(item)}" for item in one) for one in found]
+def _paragraphs(text: str) -> list[str]:
+    return ["\n".join(map(_plain, block)) for block in _blocks(text)]
 
 
 def _table(table: Table) -> str:
-    ruler = ["---:" if right else "---" for right in table.numeric()]
+    ruler = ["---:" if right else "---" for right in _numeric(table)]
     rows = [[f"**{_plain(cell)}**" if isinstance(cell, Strong) else _plain(cell) for cell in row] for row in table.rows]
     lines = [[_plain(name) for name in table.header], ruler, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _plain(text: str) -> str:
-    """Text on one line in which Markdown finds no markup; an underscore within a word is none."""
-    text = html.escape(" ".join(text.split()), quote=False)
-    text = re.sub(r"([\\`*|\[\]~])", r"\\\1", text)
-    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
-    text = re.sub(r"^(\d+)(?=[.)](?: |$))", r"\1\\", text)
-    return re.sub(r"^(?=[#+-])", r"\\", text)
+    """Text on one line in which Markdown finds no markup."""
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", escape(" ".join(text.split()), quote=False))

@@ -8,9 +8,9 @@ import re
 import shutil
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -19,23 +19,19 @@ from ecapa_triton import protocol
 from ecapa_triton.protocol import CHANNEL_ARGS, SCHEME
 from tritonclient.grpc import InferenceServerClient
 
-from .clips import Array
-from .machine import MeasureError, reason
-from .scenarios import BASELINES, MODEL, OURS
+from .clips import MAX_ERROR, Array
+from .machine import ROOT, MeasureError, reason
+from .scenarios import BASELINES, MODEL, OURS, PADDED
 
 if TYPE_CHECKING:  # where only the load generator is installed, neither can be imported
     from export.checkpoint import Checkpoint
     from server import TritonServer
 
 Device: TypeAlias = Literal["cpu", "gpu"]
-Precision: TypeAlias = Literal["fp32", "fp16"]
 
-REPOSITORY = Path(__file__).parent.parent / "model_repository"
-METRICS_PORT = 8002
 TIMEOUT = 10.0  # s, of a request for metadata
 QUEUE = 1.0  # s of work that may wait in the open loop
-# Triton's gauge, its key in a sample and its unit; the largest where there are several.
-GAUGES = {
+GAUGES = {  # Triton's name to the key in a sample and the unit
     "nv_cpu_utilization": ("cpu", 1.0),
     "nv_cpu_memory_used_bytes": ("memory_mb", 1e6),
     "nv_gpu_utilization": ("gpu", 1.0),
@@ -45,21 +41,45 @@ GAUGES = {
 
 @dataclass(eq=False)
 class Server:
-    """A server under load.
+    """A server under load."""
 
-    Attributes:
-        name: in the report.
-        url: of its gRPC API, `grpc://HOST:PORT`.
-        metrics_url: of its metrics.
-        models: to measure, by contender, ours first.
-        local: the server, if it was started here.
-    """
-
-    name: str
-    url: str
+    name: str  # in the report
+    url: str  # of its gRPC API, grpc://HOST:PORT
     metrics_url: str
-    models: dict[str, str]
-    local: TritonServer | None = None
+    models: dict[str, str]  # to measure, by contender, ours first
+    local: TritonServer | None = None  # if it was started here
+    about: dict[str, Any] = field(default_factory=dict)  # facts for the report
+
+    def describe(self, sha256: str | None) -> None:
+        """Fill in `about`; `sha256` is that of our model's weights, if it is known."""
+        with self.client() as triton:
+            version = triton.get_server_metadata(client_timeout=TIMEOUT).version
+            configs = [triton.get_model_config(model, client_timeout=TIMEOUT).config for model in self.models.values()]
+        served = dict(zip(self.models, map(protocol.read_config, configs), strict=True))
+        on_gpu = "GPU" in "".join(served[OURS].instances)
+        self.about = {
+            "name": self.name,
+            "url": self.url,
+            "local": self.local is not None,
+            "device": self.local.device if self.local else "GPU" if on_gpu else "CPU",
+            "version": version,
+            "gpus": [gpu.uuid for gpu in protocol.read_gpus(self._metrics())],
+            "max_requests": self.max_requests,
+            "models": {
+                self.models[name]: {"contender": name, **asdict(one), "sha256": sha256 if name == OURS else None}
+                for name, one in served.items()
+            },
+        }
+
+    def max_error(self, contender: str) -> float:
+        """Largest relative L2 error of a right embedding; padding changes embeddings without a bound."""
+        precision = self.about["models"][self.models[contender]]["precision"]
+        return math.inf if contender == PADDED else MAX_ERROR.get(precision, MAX_ERROR["fp32"])
+
+    @property
+    def max_requests(self) -> int | None:
+        """Its limit of requests in flight, if it was started here and has one."""
+        return self.local.limits.requests if self.local and self.local.limits else None
 
     @contextmanager
     def client(self) -> Iterator[Any]:
@@ -67,67 +87,37 @@ class Server:
         try:
             with InferenceServerClient(self.url.removeprefix(SCHEME), channel_args=CHANNEL_ARGS) as triton:
                 yield triton
-        except MeasureError:
-            raise
         except Exception as error:
             raise MeasureError(f"server {self.name}: {self.url} does not answer ({reason(error)})") from error
 
-    @property
-    def max_requests(self) -> int | None:
-        """Its limit of requests in flight, if it was started here and has one."""
-        return self.local.limits.requests if self.local and self.local.limits else None
-
-    def describe(self, sha256: str | None) -> dict[str, Any]:
-        """Facts for the report; `sha256` is that of our model's weights, if it is known."""
-        with self.client() as triton:
-            version = triton.get_server_metadata(client_timeout=TIMEOUT).version
-            configs = [triton.get_model_config(model, client_timeout=TIMEOUT) for model in self.models.values()]
-        served = [protocol.read_config(found.config) for found in configs]
-        kinds = {"GPU" if "GPU" in instance else "CPU" for one in served for instance in one.instances}
-        about = {
-            model: {"contender": name, **asdict(one), "sha256": sha256 if name == OURS else None}
-            for (name, model), one in zip(self.models.items(), served, strict=True)
-        }
-        return {
-            "name": self.name,
-            "url": self.url,
-            "local": self.local is not None,
-            "device": self.local.device if self.local else kinds.pop() if len(kinds) == 1 else None,
-            "version": version,
-            "gpus": [gpu.uuid for gpu in protocol.read_gpus(_metrics(self.metrics_url))],
-            "max_requests": self.max_requests,
-            "models": about,
-        }
-
     def statistics(self, model: str) -> Counter[str]:
         """Triton's counts of a model since it was loaded."""
-        counts: Counter[str] = Counter()
         with self.client() as triton:
-            for one in triton.get_inference_statistics(model, client_timeout=TIMEOUT).model_stats:
-                counts["inferences"] += one.inference_count
-                counts["executions"] += one.execution_count
-                counts["requests"] += one.inference_stats.success.count
-                counts["queue_ns"] += one.inference_stats.queue.ns
-                counts["compute_ns"] += one.inference_stats.compute_infer.ns
-        return counts
+            (found,) = triton.get_inference_statistics(model, client_timeout=TIMEOUT).model_stats
+        stats = found.inference_stats
+        return Counter(
+            inferences=found.inference_count,
+            executions=found.execution_count,
+            requests=stats.success.count,
+            queue_ns=stats.queue.ns,
+            compute_ns=stats.compute_infer.ns,
+        )
 
     def gauges(self) -> dict[str, float]:
-        """Triton's gauges of the machine, by the keys in GAUGES; without those that it does not show."""
+        """Triton's gauges of the machine, by the keys in GAUGES: of several GPUs, the largest."""
         found: dict[str, float] = {}
-        metrics = re.findall(r"^(nv_\w+)(?:\{[^}]*\})? (\S+)$", _metrics(self.metrics_url), re.MULTILINE)
-        for name, value in metrics:
-            if name in GAUGES and math.isfinite(float(value)):
+        for name, value in re.findall(r"^(nv_\w+)(?:\{[^}]*\})? ([\d.e+]+)$", self._metrics(), re.MULTILINE):
+            if name in GAUGES:
                 key, unit = GAUGES[name]
-                found[key] = max(float(value) / unit, found.get(key, -math.inf))
+                found[key] = max(float(value) / unit, found.get(key, 0.0))
         return found
 
-
-def _metrics(url: str) -> str:
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
-            return str(reply.read().decode())
-    except (OSError, ValueError):  # metrics are optional
-        return ""
+    def _metrics(self) -> str:
+        try:
+            with urllib.request.urlopen(self.metrics_url, timeout=TIMEOUT) as reply:
+                return str(reply.read().decode())
+        except OSError:  # metrics are optional
+            return ""
 
 
 def reach(name: str, url: str, model: str, metrics_url: str = "") -> Server:
@@ -142,172 +132,113 @@ def reach(name: str, url: str, model: str, metrics_url: str = "") -> Server:
     Raises:
         MeasureError: the server does not answer or does not serve the model.
     """
-    port = re.fullmatch(rf"{SCHEME}[^/\s]+:(\d{{1,5}})", url)
-    if not port or not 0 < int(port[1]) < 1 << 16:
+    if not re.fullmatch(rf"{SCHEME}\S+:\d+", url):
         raise MeasureError(f"target {name}={url}: expected {SCHEME}HOST:PORT, such as {SCHEME}127.0.0.1:8001")
     host = url.removeprefix(SCHEME).rpartition(":")[0]
-    server = Server(name, url, metrics_url or f"http://{host}:{METRICS_PORT}/metrics", {OURS: model})
+    server = Server(name, url, metrics_url or f"http://{host}:8002/metrics", {OURS: model})
     with server.client() as triton:
-        if not triton.is_model_ready(model, client_timeout=TIMEOUT):
-            raise MeasureError(f"target {name}: {url} has no model {model} that is ready: choose one with --model")
-        server.models |= {name: name for name in BASELINES if triton.is_model_ready(name, client_timeout=TIMEOUT)}
+        ready = [one for one in (model, *BASELINES) if triton.is_model_ready(one, client_timeout=TIMEOUT)]
+    if model not in ready:
+        raise MeasureError(f"target {name}: {url} has no model {model} that is ready: choose one with --model")
+    server.models |= {name: name for name in BASELINES if name in ready}
     return server
 
 
 class Local:
-    """Servers on this machine, all from one checkpoint.
+    """Servers on this machine, all from one checkpoint and one model repository."""
 
-    Attributes:
-        servers: those that run.
-        missing: why a device cannot be measured.
-        checkpoint: the weights of every model; None before a device was found that can be used.
-    """
-
-    def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
-        """Start a server on each device of `options.local` that can be used.
-
-        Args:
-            options: of `python -m loadtest run`.
-            folder: for model repositories.
-            stack: stops the servers.
+    def __init__(self, options: argparse.Namespace, repository: Path, stack: ExitStack) -> None:
+        """Start a server on each device of `options.local` that can be used; `stack` stops them.
 
         Raises:
-            MeasureError: the model is unknown or not exported, or its source has other weights now.
+            MeasureError: no device can be used, the model is unknown, or its source has other weights now.
         """
-        self.servers: list[Server] = []
-        self.missing: dict[str, str] = {}
-        self.checkpoint: Checkpoint | None = None
-        self._options, self._folder = options, folder
-        try:
-            from export.pipeline import step
-        except ModuleNotFoundError as error:
-            raise MeasureError(f"--local: {reason(error)}: pip install -e '.[export,server,loadtest]'") from error
-        for device in dict.fromkeys(options.local):
-            try:
-                models = self._prepare(device)
-                with step(f"start the server on the {device.upper()}"):
-                    self.servers.append(stack.enter_context(self._serve(device, folder / device, models)))
-            except _CannotServe as error:
-                self.missing[device] = str(error)
-                print(f"{device}: not measured: {error}", flush=True)
-
-    def _prepare(self, device: Device) -> dict[str, str]:
-        """Make a model repository; return its models by contender."""
         from server import ServerError
         from server.preflight import choose_device, cuda_gpus
 
-        from .baseline import install
+        self.servers: list[Server] = []
+        self.missing: dict[str, str] = {}  # why a device cannot be measured
+        self._options = options
+        models: dict[Device, str] = {}
+        for device in dict.fromkeys(options.local):
+            try:
+                choose_device(device, *cuda_gpus())
+                models[device] = options.model or _usual_model(device)
+            except ServerError as error:
+                self._leave_out(device, error)
+        if not models:
+            raise MeasureError("; ".join(self.missing.values()))
+        self.checkpoint = _fill(repository, options, set(models.values()))
+        for device, model in models.items():
+            names = {OURS: model} | ({name: name for name in BASELINES} if options.baselines else {})
+            try:
+                self.servers.append(stack.enter_context(self._serve(device, repository, names)))
+            except MeasureError as error:
+                self._leave_out(device, error)
+        if not self.servers:
+            raise MeasureError("; ".join(self.missing.values()))
 
-        try:
-            choose_device(device, *cuda_gpus())
-        except ServerError as error:
-            raise _CannotServe(str(error)) from error
-        model = self._options.model or _usual_model(device)
-        files, loaded = self._files(model)
-        _link(self._folder / device, model, files)
-        baselines = install(self._folder / device, loaded.origin) if self._options.baselines else []
-        return {OURS: model} | {name: name for name in baselines}
+    def _leave_out(self, device: str, error: Exception) -> None:
+        self.missing[device] = str(error)
+        print(f"{device}: not measured: {error}", flush=True)
 
-    def _files(self, model: str) -> tuple[list[Path], Checkpoint]:
-        """The files of a model and their checkpoint: of `--repository`, or written here.
-
-        Files written here are not verified, since every reply will be.
-        """
-        from export import artifacts, checkpoint, configs
-        from export.packed import GROUP, PackedEcapa
-        from export.pipeline import step
-
-        from .contenders import made_from
-
-        options = self._options
-        kinds = {kind.folder: kind for kind in configs.FORMATS.values()}
-        if model not in kinds:
-            raise MeasureError(f"model is {model}, a local server has {', '.join(kinds)}")
-        if options.repository:
-            files = model_files(options.repository / model)
-            loaded = self.checkpoint = self.checkpoint or made_from(configs.ModelFile.read(files[0]).metadata)
-            return files, loaded
-        loaded = self.checkpoint = self.checkpoint or checkpoint.load(options.source, channels=options.channels)
-        kind, files = kinds[model], []
-        for name, half in [(kind.file, False)] + [(kind.half_file, True)] * (options.precision == "fp16"):
-            files.append(self._folder / name)
-            if not files[-1].exists():
-                packed = PackedEcapa(loaded, group=None if half else GROUP, half=half).eval()
-                write = artifacts.write_torchscript if name.endswith(".pt") else artifacts.write_onnx
-                with step(f"write {name}"):
-                    write(packed, loaded, files[-1])
-        return files, loaded
-
-    def reference(self, clips: list[Array]) -> Array:
+    def reference(self, clips: Sequence[Array]) -> Array:
         """SpeechBrain's embedding of each clip alone, float32 `[n, E]`."""
         import torch
 
-        assert self.checkpoint is not None
-        classifier = self.checkpoint.classifier
+        embed = self.checkpoint.classifier.encode_batch
         with torch.inference_mode():
-            return np.stack([classifier.encode_batch(torch.from_numpy(clip)[None])[0, 0].numpy() for clip in clips])
+            return np.stack([embed(torch.from_numpy(clip)[None])[0, 0].numpy() for clip in clips])
 
-    @contextmanager
-    def open_loop(self, server: Server, capacity: float) -> Iterator[Server]:
-        """A server for the open loop: our model alone, and no more than QUEUE seconds of requests in flight.
-
-        Args:
-            server: started here, to take the model and the device from; itself where it has no gateway.
-            capacity: its clips per second.
-        """
-        if server.local is None or server.local.limits is None:
-            yield server
-            return
+    def open_loop(self, server: Server, capacity: float) -> AbstractContextManager[Server]:
+        """Our model alone, with at most QUEUE seconds of work in flight, for a server that was started here."""
+        assert server.local is not None
         device: Device = "gpu" if server.local.device == "GPU" else "cpu"
-        folder, model = self._folder / f"{server.name}-alone", server.models[OURS]
-        _link(folder, model, model_files(server.local.repository / model))
-        with self._serve(device, folder, {OURS: model}, max(4, math.ceil(capacity * QUEUE))) as alone:
-            yield alone
+        most = max(4, math.ceil(capacity * QUEUE))
+        return self._serve(device, server.local.repository, {OURS: server.models[OURS]}, most)
 
     @contextmanager
     def _serve(
-        self, device: Device, folder: Path, models: dict[str, str], max_requests: int | None = None
+        self, device: Device, repository: Path, models: dict[str, str], max_requests: int | None = None
     ) -> Iterator[Server]:
         """A server; where nginx is installed, with a limit of requests in flight (None: the default of `server`)."""
         from server import Limits, ServerError, TritonServer, gateway
 
         limits = Limits(max_requests) if gateway.find() else None
-        precision: Precision = self._options.precision if device == "gpu" else "fp32"
-        running = TritonServer(folder, device=device, precision=precision, limits=limits)
-        try:
-            running.start()
-        except ServerError as error:
-            raise _CannotServe(str(error)) from error
-        try:
+        precision: Literal["fp32", "fp16"] = self._options.precision if device == "gpu" else "fp32"
+        names = list(models.values())
+        running = TritonServer(repository, device=device, precision=precision, models=names, limits=limits)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(running)
+            except ServerError as error:
+                raise MeasureError(str(error)) from error
             yield Server(device, SCHEME + running.grpc_url, running.metrics_url, models, running)
-        finally:
-            running.stop()
 
 
-class _CannotServe(MeasureError):
-    """A server cannot be started on a device."""
+def _fill(repository: Path, options: argparse.Namespace, models: set[str]) -> Checkpoint:
+    """Put our models, exported from `options`, and the baselines into a repository; return their checkpoint."""
+    from export import configs
+    from export.pipeline import export
 
+    from .baseline import install
+    from .contenders import made_from
 
-def _link(folder: Path, model: str, files: list[Path]) -> None:
-    """Make a repository with the project's configs of one model and links to its files, unless it is there."""
-    if (folder / model).exists():
-        return
-    shutil.copytree(REPOSITORY / model, folder / model, ignore=shutil.ignore_patterns("*.onnx", "*.pt", ".*"))
-    (folder / model / "1").mkdir(exist_ok=True)
-    for file in files:
-        (folder / model / "1" / file.name).symlink_to(file.absolute())
-
-
-def model_files(model: Path) -> list[Path]:
-    """The exported files in the folder of a model, links followed, float32 before float16.
-
-    Raises:
-        MeasureError: there is none.
-    """
-    files = sorted(path.resolve() for path in (model / "1").glob("model*") if path.suffix in (".onnx", ".pt"))
-    if not files:
-        raise MeasureError(f"{model / '1'} has no model: write it with python -m export")
-    return files
+    formats = {kind.folder: name for name, kind in configs.FORMATS.items()}
+    if unknown := models - set(formats):
+        raise MeasureError(f"model is {', '.join(unknown)}, a local server has {', '.join(formats)}")
+    source = options.repository or ROOT / "model_repository"
+    for model in models:
+        unwanted = () if options.repository else ("*.onnx", "*.pt", ".*")
+        shutil.copytree(source / model, repository / model, ignore=shutil.ignore_patterns(*unwanted))
+    if not options.repository:
+        kinds = [formats[model] for model in models]
+        export(repository, options.source, channels=options.channels, formats=kinds, half=options.precision == "fp16")
+    model = min(models)
+    file = repository / model / "1" / configs.FORMATS[formats[model]].file
+    checkpoint = made_from(configs.ModelFile.read(file).metadata)
+    install(repository, checkpoint.origin)
+    return checkpoint
 
 
 def _usual_model(device: Device) -> str:

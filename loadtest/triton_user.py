@@ -6,13 +6,14 @@ Import this from a locustfile: Locust has prepared the process for gevent then.
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import gevent
 import grpc.experimental.gevent
 from locust import User, events
 
-from .infer import CallFailed, Connection, Rejected, Request, WrongReply, check
+from .infer import Connection, Failure, Request, check
 
 IN_FLIGHT = 5000  # requests of one process, at most
 
@@ -30,8 +31,7 @@ class TritonUser(User):
     def on_start(self) -> None:
         """Connect."""
         assert self.host is not None
-        self._connections = [Connection(self.host) for _ in range(self.connections)]
-        self._sent = 0
+        self._connections = deque(Connection(self.host) for _ in range(self.connections))
 
     def on_stop(self) -> None:
         """Disconnect."""
@@ -39,29 +39,23 @@ class TritonUser(User):
             connection.close()
 
     def send(self, request: Request, due: float | None = None) -> Exception | None:
-        """Send a request, wait for its reply and report it.
-
-        Args:
-            request: the request.
-            due: scheduled time by `time.perf_counter`, from which latency counts; None: now.
+        """Send a request and report its reply, with its latency since the request was `due` (default: since now).
 
         Returns:
             The failure, if any.
         """
-        connection = self._connections[self._sent % len(self._connections)]
-        self._sent += 1
-        now = time.perf_counter()
-        begun = now if due is None else due
-        start = time.time() - (now - begun)
+        connection = self._connections[0]
+        self._connections.rotate()
+        begun = due or time.perf_counter()
+        start = time.time() - (time.perf_counter() - begun)
         failure: Exception | None = None
-        error, size = 0.0, 0
+        error, took, size = 0.0, 0.0, 0
         try:
             reply = connection.embed(request.body)
-            took = time.perf_counter() - begun
-            size = reply.nbytes
+            took, size = time.perf_counter() - begun, reply.nbytes
             error = check(reply, request)
-        except (Rejected, CallFailed, WrongReply) as exc:
-            took, failure = time.perf_counter() - begun, exc
+        except Failure as exc:
+            took, failure = took or time.perf_counter() - begun, exc
         self.environment.events.request.fire(
             request_type="gRPC",
             name=request.name,

@@ -19,10 +19,11 @@ from tritonclient.utils import InferenceServerException
 from export import checkpoint, configs
 from export.verify import clip_groups, difference
 from loadtest import baseline
+from loadtest.scenarios import BASELINES
 from server import TritonServer
 from server.preflight import check_repository
 
-ALONE, PADDED = baseline.MODELS
+ALONE, PADDED = BASELINES
 PAIRS = "pairs"  # the padded baseline with another batcher: it waits for a second request
 SECOND = 16000  # samples
 
@@ -103,7 +104,7 @@ def embed_together(
         return replies, counts()[1] - executions
 
 
-@pytest.mark.parametrize("model", baseline.MODELS)
+@pytest.mark.parametrize("model", BASELINES)
 @pytest.mark.parametrize("shape", [(1, 640), (1, SECOND), (1, 33333), (1, 5 * SECOND), (3, 20001)])
 def test_a_request_alone_is_speechbrain(
     triton: InferenceServerClient, mini: checkpoint.Checkpoint, model: str, shape: tuple[int, int]
@@ -127,7 +128,7 @@ def test_requests_of_several_lengths_are_speechbrains_padded_batch(
     assert difference(np.asarray(rows[0]), encode(mini, speech[:1])[0])[0] > 1e-3
 
 
-@pytest.mark.parametrize("model", baseline.MODELS)
+@pytest.mark.parametrize("model", BASELINES)
 @pytest.mark.parametrize("samples", [0, 1, 639])
 def test_a_clip_that_speechbrain_cannot_embed_is_an_error(
     triton: InferenceServerClient, mini: checkpoint.Checkpoint, model: str, samples: int
@@ -149,10 +150,10 @@ def test_an_empty_clip_fails_no_other_request(server: TritonServer, mini: checkp
 def test_install_writes_configs_that_can_be_served(tmp_path: Path) -> None:
     origin = "--source random --seed 3 --channels 64"
     for _ in range(2):  # the second time over the first
-        assert baseline.install(tmp_path / "repository", origin) == [ALONE, PADDED]
-    for model in baseline.MODELS:
+        baseline.install(tmp_path / "repository", origin)
+    for model in BASELINES:
         for path in configs.config_files(tmp_path / "repository" / model):
             parameters = {key: value.string_value for key, value in configs.read(path).parameters.items()}
             assert parameters == {"origin": origin, "checkout": str(ROOT)}
     for name in "cpu", "gpu", "gpu_fp16":
-        assert check_repository(tmp_path / "repository", name) == dict.fromkeys(baseline.MODELS, "python")
+        assert check_repository(tmp_path / "repository", name) == dict.fromkeys(BASELINES, "python")

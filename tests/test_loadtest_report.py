@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from loadtest import figures, load
 from loadtest.__main__ import main
 from loadtest.figures import Results
-from loadtest.load import Round, Sent
+from loadtest.infer import Sent
+from loadtest.load import Round
 from loadtest.machine import MeasureError
 from loadtest.report import Page, Section, Strong, Table, write
-from loadtest.scenarios import BASELINES, OURS, SCENARIOS, Level, levels
+from loadtest.scenarios import BASELINES, OURS, SCENARIOS, Level
 
 Row = dict[str, Any]
 ALONE, PADDED = BASELINES
@@ -92,7 +92,7 @@ def test_a_missing_plot_leaves_no_page(tmp_path: Path) -> None:
 
 
 def sent(start: float, latency: float, result: str = "right", clips: int = 1, users: int = 1) -> Sent:
-    return Sent(start, latency, clips, 2.0 * clips, users, result, 1e-6)
+    return Sent(start, latency, clips, 2.0 * clips, users, result, 1e-6, 0.0)
 
 
 def test_the_closed_loop_counts_from_the_first_request_to_the_last_reply() -> None:
@@ -148,94 +148,42 @@ def test_a_ramp_over_time() -> None:
     assert windows[1]["p95_ms"] == pytest.approx(1000)
 
 
+MEASURED = figures.read(ROOT / "loadtest/results/2026-11-23-cpu-load.json")
 # Seconds of audio per second of each contender on the CPU, and how much faster the GPU is.
 SPEED = {OURS: (60.0, 40), ALONE: (30.0, 4), PADDED: (15.0, 8)}
 
 
-def make_row(server: str, contender: str, level: Level, **given: Any) -> Row:
+def make_row(server: str, contender: str, level: Level) -> Row:
     """A row of made-up but consistent figures."""
     speed = SPEED[contender][0] * (SPEED[contender][1] if server == "gpu" else 1)
     rate = speed / (level.seconds or 3.0)
-    about = {"server": server, "contender": contender, "model": contender, **asdict(level)}
-    del about["rounds"]
     p50 = 1e3 * (level.users or 8) * level.batch / rate
-    row = about | {
-        "offered": level.share and level.share * rate,
-        "max_requests": 128,
-        "duration_s": 12.0,
-        "requests": max(figures.FEW, round(rate * 12 / level.batch)),
-        "clips": round(rate * 12),
-        "clips_per_s": rate,
-        "audio_per_s": speed,
-        "audio_per_round": [speed, speed],
-        **{f"p{n}_ms": p50 * factor for n, factor in ((50, 1), (90, 1.3), (95, 1.4), (99, 1.9))},
-        "wrong": 0,
-        "rejected": 0,
-        "errors": {},
-        "worst_error": 0.21 if contender == PADDED else 3e-6,
-        "mean_batch": 3.0,
-        "queue_ms": p50 * 0.6,
-        "compute_ms": p50 * 0.35,
-        "generator_cpu": 0.21,
-        "cpu": 0.9,
-        "memory_mb": 400.0,
-    }
+    row = MEASURED["rows"][0] | {key: getattr(level, key) for key in figures.LEVEL}
+    row |= {"server": server, "contender": contender, "offered": level.share and level.share * rate}
+    row |= {"requests": 100, "clips_per_s": rate, "audio_per_s": speed, "audio_per_round": [speed, speed]}
+    row |= {f"p{n}_ms": p50 * factor for n, factor in ((50, 1), (90, 1.3), (95, 1.4), (99, 1.9))}
     if level.scenario == "ramp":
         points = [{"t": t + 0.5, "users": t + 1, "clips_per_s": 4.0, "p50_ms": 50.0, "p95_ms": None} for t in range(4)]
         row["windows"] = points
-    return row | given
+    return row
 
 
 def make_result(*servers: str, **given: Any) -> Row:
     """A full result of servers called cpu and gpu."""
-    every = [level for scenario in SCENARIOS for level in levels(scenario)]
-    alone = {level: level.scenario in ("arrivals", "ramp") for level in every}
-    model = {"backend": "onnxruntime", "file": "model.onnx", "instances": ["1"], "precision": "fp32", "max_batch": 32}
-    about = [
-        {
-            "name": name,
-            "url": "grpc://127.0.0.1:41231",
-            "local": True,
-            "device": name.upper(),
-            "version": "2.51.0",
-            "gpus": [],
-            "max_requests": 128,
-            "models": {one: model | {"contender": one, "sha256": "ab" * 32} for one in SPEED},
-        }
-        for name in servers
-    ]
-    agreed = {"b": "SpeechBrain", "clips": 63, "cosine": 0.9999999, "error": 5.5e-6, "bound": 1e-4}
-    return {
-        "kind": "load",
-        "date": "2026-11-23T03:00:00+00:00",
-        "cpu": "AMD EPYC",
-        "cores": 2,
-        "python": "3.11.7",
-        "packages": {"locust": "2.47.0"},
-        "commit": "4f32f0e",
-        "command": "python -m loadtest run --local " + " ".join(servers),
-        "took_s": 533.1,
-        "interrupted": False,
-        "conditions": {
-            "source": "random (seed 0, channels 1024)",
-            "references": "SpeechBrain",
-            "clips": "9 of each length",
-            "mix": {"1": 1, "5": 3},
-            "warm_up_s": 1.0,
-            "processes": 1,
-            "bound": {"fp32": 1e-4, "fp16": 5e-3},
-        },
-        "servers": about,
-        "missing": {} if "gpu" in servers else {"gpu": "no NVIDIA driver was found"},
+    every = [level for scenario in SCENARIOS.values() for level in scenario.levels]
+    return MEASURED | {
+        "servers": [MEASURED["servers"][0] | {"name": name, "device": name.upper()} for name in servers],
+        "missing": {} if "gpu" in servers else MEASURED["missing"],
         "rows": [
             make_row(name, one, level)
             for name in servers
             for level in every
             for one in SPEED
-            if not alone[level] or one == OURS
+            if not level.long or one == OURS
         ],
-        "agreement": [{"a": f"{name}/ecapa", **agreed} for name in servers],
-    } | given
+        "agreement": [MEASURED["agreement"][0] | {"a": f"{name}/ecapa"} for name in servers],
+        **given,
+    }
 
 
 @pytest.fixture
@@ -261,26 +209,24 @@ def column(text: str, section: str, title: str) -> list[str]:
 
 
 def test_a_full_report_names_its_conditions_and_has_every_plot(tmp_path: Path) -> None:
-    paths = figures.write([make_result("cpu", "gpu", name="raw")], tmp_path / "new", "load")
+    paths = figures.write([make_result("cpu", "gpu", name="raw")], tmp_path / "new" / "load")
     plots = [f"load-{scenario}.png" for scenario in figures.PLOTS]
     assert [path.name for path in paths] == ["load.md", "load.html", *plots]
     for path in paths[2:]:
         assert path.read_bytes().startswith(PNG[:8]) and path.stat().st_size < 100e3
     text, html = (path.read_text() for path in paths[:2])
     assert re.findall(r"\]\((.*?)\)", text) == plots and len(Parsed(html).links) == len(plots)
-    for fact in ("AMD EPYC", "4f32f0e", "locust 2.47.0", "--local cpu gpu", "raw.json", "abababababab", "5 s 75 %"):
+    for fact in ("AMD EPYC", "4ba3e20", "locust 2.47.0", "--local cpu --local gpu", "raw.json", "cd45b6fb", "5 s 15%"):
         assert fact in text
 
 
 def test_ratios_are_medians_of_the_ratios_within_a_round() -> None:
-    def rounds(*rates: float) -> Row:
-        return {"audio_per_s": sorted(rates)[len(rates) // 2], "audio_per_round": list(rates)}
+    def ratio(ours: list[float], base: list[float]) -> float | None:
+        return figures.ratio({"audio_per_round": ours}, {"audio_per_round": base})
 
-    assert figures.ratio(rounds(10, 20, 60), rounds(5, 20, 15)) == 2  # of 2, 1 and 4
-    assert figures.ratio(rounds(10, 20, 30), rounds(5, 10)) == 20 / 10  # numbers differ: of the medians
-    assert figures.ratio(rounds(10, 20), rounds(0, 10)) == 20 / 10  # a round without throughput
-    assert figures.ratio(rounds(10), rounds(0)) is None
-    assert figures.ratio(rounds(0, 0, 0), rounds(1, 1, 1)) == 0
+    assert ratio([10, 20, 60], [5, 20, 15]) == 2  # of 2, 1 and 4
+    assert ratio([10, 20, 30], [5, 10]) == 2  # interrupted
+    assert ratio([10, 20], [0, 10]) is None and ratio([0, 0], [1, 1]) == 0
 
 
 def test_contenders_of_a_level_are_neighbours_and_the_best_is_bold(page: Callable[..., str]) -> None:
@@ -292,9 +238,9 @@ def test_contenders_of_a_level_are_neighbours_and_the_best_is_bold(page: Callabl
     title = "Scenario batch"
     assert column(text, title, "contender") == [OURS, ALONE, PADDED] * 4
     assert column(text, title, "setting")[::3] == [f"{size}2 s, 1 client" for size in ("", "8 x ", "16 x ", "32 x ")]
-    assert column(text, title, "clips/s")[-3:] == ["30.0", "**99.0**", "7.50"]
-    assert column(text, title, "p95, ms")[-2] == "**1.00**"
-    assert column(text, title, f"{OURS} / this")[-3:] == ["1.00", "0.30", "4.00"]
+    assert column(text, title, "clips/s")[-3:] == ["30", "**99**", "7.5"]
+    assert column(text, title, "p95, ms")[-2] == "**1**"
+    assert column(text, title, f"{OURS} / this")[-3:] == ["1", "0.303", "4"]
     # The summary names where a baseline is better.
     (line,) = (line for line in text.splitlines() if line.startswith("- ") and line.count("batch, 32 x 2 s") == 2)
     assert ALONE in line and "0.303 to 2" in line
@@ -303,24 +249,23 @@ def test_contenders_of_a_level_are_neighbours_and_the_best_is_bold(page: Callabl
 
 def test_the_devices_are_compared_at_the_same_levels(page: Callable[..., str]) -> None:
     text = page(make_result("cpu", "gpu"))
-    assert set(column(text, "GPU against CPU", "GPU / CPU")) == {"40.0"}
+    assert set(column(text, "GPU against CPU", "GPU / CPU")) == {"40"}
     assert column(text, "GPU against CPU", "setting")[0] == "single, 1 s, 1 client"
-    assert column(text, "GPU against CPU", "CPU, clips/s")[0] == "60.0"
+    assert column(text, "GPU against CPU", "CPU, clips/s")[0] == "60"
     assert column(text, "GPU against CPU", "GPU, clips/s")[0] == "2,400"
     alone = page(make_result("cpu"))
     assert "no NVIDIA driver" in alone and "GPU / CPU" not in alone
 
 
 def test_results_of_several_machines_are_one_page(page: Callable[..., str]) -> None:
-    cpu, gpu = make_result("cpu", name="here"), make_result("gpu", name="there", cpu="Xeon", missing={"cpu": "absent"})
+    cpu, gpu = make_result("cpu", name="here"), make_result("gpu", name="there", cpu="Xeon")
     text = page(cpu, gpu)
-    assert set(column(text, "GPU against CPU", "GPU / CPU")) == {"40.0"}
-    assert "absent" not in text and "driver" not in text
+    assert set(column(text, "GPU against CPU", "GPU / CPU")) == {"40"}
     for fact in ("here.json", "there.json", "Xeon", "AMD EPYC"):
         assert fact in text
     twice = page(cpu, make_result("cpu"))
-    assert set(column(twice, "Scenario mixed", "server")) == {"cpu (1)", "cpu (2)"}
-    assert [row[0] for row in cells(twice, "Agreement of embeddings")[1:]] == ["cpu (1)/ecapa", "cpu (2)/ecapa"]
+    assert set(column(twice, "Scenario mixed", "server")) == {"1: cpu", "2: cpu"}
+    assert [row[0] for row in cells(twice, "Agreement of embeddings")[1:]] == ["1: cpu/ecapa", "2: cpu/ecapa"]
 
 
 def test_wrong_replies_are_in_the_summary_and_the_table(page: Callable[..., str]) -> None:
@@ -343,20 +288,21 @@ def test_doubtful_figures_have_a_warning(page: Callable[..., str]) -> None:
     assert items(result) == usual
     result["rows"][0] |= {"generator_cpu": 0.95, "requests": figures.FEW - 1}
     assert items(result) == usual + 2
-    assert column(page(result), "Scenario single", "generator, of a core")[0] == "**95 %**"
+    assert column(page(result), "Scenario single", "generator, of a core")[0] == "**95%**"
     result["agreement"][0]["error"] = 2e-4
-    assert column(page(result), "Agreement of embeddings", "largest relative L2 error")[0].startswith("**2e-4")
+    assert column(page(result), "Agreement of embeddings", "largest relative L2 error")[0] == "**2.0e-04**"
 
 
-def test_failures_keep_their_place_and_their_reason(page: Callable[..., str]) -> None:
+def test_failures_are_listed_with_their_reason(page: Callable[..., str]) -> None:
     result = make_result("cpu")
     place = next(n for n, row in enumerate(result["rows"]) if (row["contender"], row["batch"]) == (PADDED, 32))
-    keys = ("server", "contender", "model", *figures.LEVEL, "offered", "max_requests")
+    keys = ("server", "contender", *figures.LEVEL)
     result["rows"][place] = {key: result["rows"][place][key] for key in keys} | {"failed": "exit status 137"}
     result["rows"][0]["errors"] = {"DEADLINE_EXCEEDED": 2}
     result["rows"][-2]["max_requests"] = 7
     text = page(result)
-    assert column(text, "Scenario batch", "clips/s")[-1] == "—" and "exit status 137" in text
+    assert len(column(text, "Scenario batch", "clips/s")) == 11
+    assert f"cpu, {PADDED}, 32 x 2 s, 1 client: exit status 137" in text
     assert column(text, "Scenario single", "failed")[0] == "2" and "DEADLINE" in text
     assert "7 requests" in text
 
@@ -368,7 +314,7 @@ def test_any_rows_make_a_report(kept: int, tmp_path: Path) -> None:
     nothing_right = {f"p{n}_ms": None for n in (50, 90, 95, 99)} | {"clips_per_s": 0.0, "audio_per_round": [0.0]}
     if kept:
         result["rows"][0] |= nothing_right | {"requests": 0, "audio_per_s": 0.0, "generator_cpu": None}
-    assert all(path.exists() for path in figures.write([result], tmp_path, "load"))
+    assert all(path.exists() for path in figures.write([result], tmp_path / "load"))
 
 
 def test_a_result_is_read_as_it_was_saved(tmp_path: Path) -> None:
@@ -388,29 +334,7 @@ def test_the_command_writes_beside_the_first_result(tmp_path: Path, capsys: pyte
     assert (tmp_path / "new" / "one-and-two.md").exists()
 
 
-BROKEN: dict[str, Callable[[Row], Any]] = {
-    "no rows": lambda result: result.pop("rows"),
-    "rows of text": lambda result: result.update(rows=["x"]),
-    "a row without a scenario": lambda result: result["rows"][0].pop("scenario"),
-    "latency in words": lambda result: result["rows"][0].update(p50_ms="fast"),
-    "no conditions": lambda result: result.update(conditions=None),
-    "another kind": lambda result: result.update(kind="soak"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_result_is_rejected(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = make_result("cpu")
-    BROKEN[case](result)
-    path = tmp_path / "load.json"
-    path.write_text(json.dumps(result))
-    assert main(["report", str(path)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: ") and error.count("\n") == 1
-    assert [*tmp_path.iterdir()] == [path]
-
-
-@pytest.mark.parametrize("content", [None, b"{", b"\xff\xfe", b"[1]", b"7"])
+@pytest.mark.parametrize("content", [None, b"{", b"\xff\xfe", b"[1]", b'{"kind": "soak"}'])
 def test_a_file_without_a_result_is_rejected(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     if content is not None:

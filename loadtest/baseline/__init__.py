@@ -21,39 +21,27 @@ gets an embedding, as in SpeechBrain. The baselines have no other guard of `ecap
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
-from google.protobuf import text_format
-
-from export import configs
-
 from ..scenarios import BASELINES
 
-MODELS = list(BASELINES)
 _FOLDER = Path(__file__).parent
-_CHECKOUT = _FOLDER.parents[1]
 
 
-def install(repository: Path, origin: str) -> list[str]:
-    """Put the baselines into a model repository.
+def install(repository: Path, origin: str) -> None:
+    """Put the baselines into a model repository, which is made where it is missing.
 
     Args:
-        repository: the folder; made where it is missing.
+        repository: the folder.
         origin: of the checkpoint, as in the metadata of an exported model, such as `--source mini`.
-
-    Returns:
-        The names of the models.
     """
-    parameters = {"origin": origin, "checkout": str(_CHECKOUT)}
-    for model in MODELS:
-        (repository / model / "1").mkdir(parents=True, exist_ok=True)
+    for model in BASELINES:
+        shutil.copytree(_FOLDER / model, repository / model, dirs_exist_ok=True)
+        (repository / model / "1").mkdir(exist_ok=True)
         shutil.copyfile(_FOLDER / "speechbrain_model.py", repository / model / "1" / "model.py")
-        for path in configs.config_files(_FOLDER / model):
-            config = configs.read(path)
-            for key, value in parameters.items():
-                config.parameters[key].string_value = value
-            target = repository / model / path.relative_to(_FOLDER / model)
-            target.parent.mkdir(exist_ok=True)
-            target.write_text(text_format.MessageToString(config), encoding="utf-8")
-    return MODELS
+        for config in (repository / model).rglob("*.pbtxt"):
+            with config.open("a", encoding="utf-8") as file:
+                for key, value in ("origin", origin), ("checkout", str(_FOLDER.parents[1])):
+                    file.write(f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}\n')

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 
 class TritonPythonModel:
@@ -30,21 +31,9 @@ class TritonPythonModel:
         sys.path.insert(0, parameters["checkout"])
         from export import checkpoint
 
-        if args["model_instance_kind"] == "GPU":
-            if not torch.cuda.is_available():
-                raise pb_utils.TritonModelException(
-                    f"the instance is KIND_GPU and the installed torch {torch.__version__} cannot use it"
-                )
-            device = f"cuda:{args['model_instance_device_id']}"
-            torch.cuda.set_device(device)
-        else:
-            device = "cpu"
-            torch.set_num_threads(len(os.sched_getaffinity(0)))
-        try:
-            loaded = checkpoint.load_again(parameters["origin"])
-        except checkpoint.CheckpointError as error:
-            raise pb_utils.TritonModelException(str(error)) from error
-        self._classifier = loaded.classifier
+        device = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._classifier = checkpoint.load_again(parameters["origin"]).classifier
         self._classifier.device = device
         for module in self._classifier.mods.values():
             module.to(device)
@@ -65,14 +54,8 @@ class TritonPythonModel:
         samples = [array.shape[1] for array in waveforms]
         if 0 in samples:
             raise ValueError("the clip is empty")  # its padded row would be NaN
-        longest = max(samples)
-        if len(waveforms) == 1:
-            batch = torch.from_numpy(waveforms[0])
-        else:
-            batch = torch.zeros(sum(items), longest)
-            for rows, array in zip(batch.split(items), waveforms, strict=True):
-                rows[:, : array.shape[1]] = torch.from_numpy(array)
-        lengths = torch.tensor(np.repeat(samples, items) / longest, dtype=torch.float32)
+        batch = pad_sequence([row for array in waveforms for row in torch.from_numpy(array)], batch_first=True)
+        lengths = torch.tensor(np.repeat(samples, items) / max(samples), dtype=torch.float32)
         with torch.inference_mode():
             embeddings = self._classifier.encode_batch(batch, lengths)[:, 0].cpu().numpy()
         return list(np.split(embeddings, np.cumsum(items)[:-1]))
