@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
-from types import TracebackType
-from typing import Literal, TypeVar, overload
+from typing import TypeAlias, overload
 
 from ._base import BaseClient, Embedding, Long, Status, cancel, check_many, embeddings
 from ._connection import CLOSED
@@ -14,7 +13,7 @@ from ._scoring import Utterance, Verification
 from .audio import Audio
 from .errors import ClosedError, EcapaError
 
-T = TypeVar("T")
+Audios: TypeAlias = Iterable[Audio] | AsyncIterable[Audio]
 
 
 class AsyncSpeakerClient(BaseClient):
@@ -27,80 +26,47 @@ class AsyncSpeakerClient(BaseClient):
     async with AsyncSpeakerClient() as client:
         print(await client.verify("anna.flac", "unknown.mp3"))
     ```
-
-    Args:
-        url: As for `SpeakerClient`, and so are all others.
-        model: Name of the model.
-        timeout: Seconds that one request may take, retries included; None waits for ever.
-        model_version: Version of the model; empty: the server chooses.
-        retries: Most retries of a request.
-        max_in_flight: Requests that one call of `embed_many`, `utterances`, or of `embed` in windows, keeps in flight.
-        max_duration: Longest recording in seconds that `long="windows"` reads.
-        tls: How the connection is encrypted; None: not at all.
-        api_key: Key for the server, where it requires one.
-        metadata: Further gRPC metadata of every request.
     """
 
     async def __aenter__(self) -> AsyncSpeakerClient:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; requests in flight raise `ClosedError`. Closing twice does no harm."""
+        """Same as `SpeakerClient.close`, awaited."""
         self._close()
 
     async def embed(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Embedding:
-        """Embed one clip, as `SpeakerClient.embed`; float32 `[192]`."""
+        """Same as `SpeakerClient.embed`, awaited."""
         return (await self._utterance(audio, sample_rate, long)).embedding
 
     async def utterance(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Utterance:
-        """Embed one clip, as `SpeakerClient.utterance`."""
+        """Same as `SpeakerClient.utterance`, awaited."""
         return await self._utterance(audio, sample_rate, long)
 
     @overload
     async def embed_many(
-        self,
-        audios: Iterable[Audio] | AsyncIterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
-        return_exceptions: Literal[False] = False,
+        self, audios: Audios, sample_rate: float | None = None, *, long: Long = "error"
     ) -> list[Embedding]: ...
 
     @overload
     async def embed_many(
-        self,
-        audios: Iterable[Audio] | AsyncIterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
-        return_exceptions: bool,
+        self, audios: Audios, sample_rate: float | None = None, *, long: Long = "error", return_exceptions: bool
     ) -> list[Embedding | EcapaError]: ...
 
     async def embed_many(
-        self,
-        audios: Iterable[Audio] | AsyncIterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
-        return_exceptions: bool = False,
+        self, audios: Audios, sample_rate: float | None = None, *, long: Long = "error", return_exceptions: bool = False
     ) -> Sequence[Embedding | EcapaError]:
-        """Embed many clips, as `SpeakerClient.embed_many`; `audios` may be an asynchronous generator."""
+        """Same as `SpeakerClient.embed_many`, awaited; `audios` may be an asynchronous generator."""
         outcomes = [outcome async for outcome in self.utterances(audios, sample_rate, long=long)]
         return embeddings(outcomes, return_exceptions)
 
     def utterances(
-        self,
-        audios: Iterable[Audio] | AsyncIterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
+        self, audios: Audios, sample_rate: float | None = None, *, long: Long = "error"
     ) -> AsyncGenerator[Utterance | EcapaError, None]:
-        """Embed many clips, as `SpeakerClient.utterances`; `audios` may be an asynchronous generator.
+        """Same as `SpeakerClient.utterances`, for `async for`; `audios` may be an asynchronous generator.
 
         `aclose()` of the returned generator cancels the requests in flight.
         """
@@ -116,24 +82,23 @@ class AsyncSpeakerClient(BaseClient):
         sample_rate: float | None = None,
         long: Long = "error",
     ) -> Verification:
-        """Decide whether two clips are of one speaker, as `SpeakerClient.verify`."""
+        """Same as `SpeakerClient.verify`, awaited."""
         return await self._verification(a, b, threshold, sample_rate, long)
 
     async def status(self) -> Status:
-        """Ask for the state of server and model, as `SpeakerClient.status`."""
+        """Same as `SpeakerClient.status`, awaited."""
         return await self._status()
 
     async def _utterances(
-        self, audios: Iterable[Audio] | AsyncIterable[Audio], sample_rate: float | None, long: Long
+        self, audios: Audios, sample_rate: float | None, long: Long
     ) -> AsyncGenerator[Utterance | EcapaError, None]:
-        in_flight = self._options.max_in_flight
-        gate = asyncio.Semaphore(in_flight)
+        gate = asyncio.Semaphore(self.max_in_flight)
         pending: deque[asyncio.Task[Utterance | EcapaError]] = deque()
         try:
             async for audio in _each(audios):
                 if self._connection.closed:
                     raise ClosedError(CLOSED)
-                while pending and (len(pending) == 2 * in_flight or pending[0].done()):
+                while pending and (len(pending) == 2 * self.max_in_flight or pending[0].done()):
                     yield await pending.popleft()
                 pending.append(asyncio.ensure_future(self._outcome(audio, sample_rate, long, gate)))
             while pending:
@@ -142,7 +107,7 @@ class AsyncSpeakerClient(BaseClient):
             await cancel(pending)
 
 
-async def _each(audios: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+async def _each(audios: Audios) -> AsyncIterator[Audio]:
     if isinstance(audios, AsyncIterable):
         async for audio in audios:
             yield audio

@@ -78,27 +78,12 @@ class Status:
     statistics: Statistics | None
 
 
-class BaseClient:
-    """The options of both clients, their connection, and the coroutines behind their methods."""
+class BaseClient(Options):
+    """The connection of both clients, and the coroutines behind their methods."""
 
-    def __init__(
-        self,
-        url: str = "127.0.0.1:8001",
-        model: str = "ecapa",
-        timeout: float | None = 10.0,
-        *,
-        model_version: str = "",
-        retries: int = 4,
-        max_in_flight: int = 8,
-        max_duration: float = 3600.0,
-        tls: Tls | None = None,
-        api_key: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self._options = Options(
-            url, model, timeout, model_version, retries, max_in_flight, max_duration, tls, api_key, metadata or {}
-        )
-        self._connection = Connection(self._options)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._connection = Connection(self)
         self._info: ModelInfo | None = None  # of the latest reply
         self._process = 0  # the one that opened the connection
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,7 +93,7 @@ class BaseClient:
         """Whether the client is new, open or closed."""
         if self._connection.closed:
             return State.CLOSED
-        return State.OPEN if self._connection.opened else State.NEW
+        return State.OPEN if self._process else State.NEW
 
     def _open(self) -> None:
         """Use the running event loop, and connect if need be."""
@@ -124,7 +109,7 @@ class BaseClient:
         self._one_long_clip = asyncio.Lock()
         if not self._process:
             self._process = os.getpid()
-            self._readers = ThreadPoolExecutor(self._options.max_in_flight, "ecapa-triton")
+            self._readers = ThreadPoolExecutor(self.max_in_flight, "ecapa-triton")
             self._connection.open()
 
     def _close(self) -> None:
@@ -167,9 +152,7 @@ class BaseClient:
                 embedding = embeddings[0] if len(embeddings) == 1 else mean_direction(embeddings)
                 seconds = min(clip.seconds, info.max_seconds) if long == "truncate" else clip.seconds
                 return Utterance(embedding, seconds, info.id, info.threshold)
-        raise ModelNotReadyError(
-            f"model {self._options.model!r} at {self._options.url} keeps changing its limits: try again"
-        )
+        raise ModelNotReadyError(f"model {self.model!r} at {self.url} keeps changing its limits: try again")
 
     async def _outcome(
         self, audio: Audio, sample_rate: float | None, long: Long, gate: asyncio.Semaphore
@@ -187,7 +170,7 @@ class BaseClient:
         """Embed two clips and compare them."""
         check_threshold(threshold)
         check_long(long)
-        gate = asyncio.Semaphore(self._options.max_in_flight)
+        gate = asyncio.Semaphore(self.max_in_flight)
         one, two = raise_first(
             await asyncio.gather(*(self._outcome(audio, sample_rate, long, gate) for audio in (a, b)))
         )
@@ -197,7 +180,7 @@ class BaseClient:
     async def _status(self) -> Status:
         """Ask for everything in `Status`; a clip of silence is embedded after the statistics are read."""
         self._open()
-        model = {"name": self._options.model, "version": self._options.model_version}
+        model = {"name": self.model, "version": self.model_version}
         live = await self._ask("ServerLive", service_pb2.ServerLiveRequest())
         server = await self._ask("ServerMetadata", service_pb2.ServerMetadataRequest())
         ready = (await self._ask("ServerReady", service_pb2.ServerReadyRequest())).ready
@@ -213,28 +196,18 @@ class BaseClient:
             info = await self._ask_info()
         except (ModelNotReadyError, OverloadedError):
             pass  # the rest of the status matters now more than ever
-        return Status(
-            url=self._options.url,
-            server_version=server.version,
-            live=live.live,
-            ready=ready,
-            model=self._options.model,
-            model_versions=versions,
-            deployment=deployment,
-            info=info,
-            statistics=statistics,
-        )
+        return Status(self.url, server.version, live.live, ready, self.model, versions, deployment, info, statistics)
 
     async def _windows(self, audio: Audio, sample_rate: float | None, info: ModelInfo) -> tuple[Clip, list[Reply]]:
         """Read all of a clip and send the windows that cover it; the first error cancels the others."""
-        longest = self._options.max_duration
+        longest = self.max_duration
         clip = await self._read(audio, sample_rate, round(longest * SAMPLE_RATE))
         if clip.cut:
             raise TooLongError(
                 f"{clip.name}: longer than the {longest:g} s that this client reads "
                 "(max_duration of SpeakerClient): cut the recording"
             )
-        gate = asyncio.Semaphore(self._options.max_in_flight)
+        gate = asyncio.Semaphore(self.max_in_flight)
 
         async def request(place: slice) -> Reply:
             async with gate:
@@ -256,33 +229,36 @@ class BaseClient:
 
     async def _request(self, name: str, waveform: Waveform) -> Reply:
         """Send one clip; retry transient failures with exponential backoff and jitter until the timeout."""
-        timeout, retries = self._options.timeout, self._options.retries
-        message = protocol.request(waveform, self._options.model, self._options.model_version)
-        end = math.inf if timeout is None else time.monotonic() + timeout
+        message = protocol.request(waveform, self.model, self.model_version)
+        end = math.inf if self.timeout is None else time.monotonic() + self.timeout
         before = ""
-        for attempt in range(retries + 1):
+        for attempt in range(self.retries + 1):
             try:
-                left = None if timeout is None else end - time.monotonic()
+                left = None if self.timeout is None else end - time.monotonic()
                 reply = protocol.read_reply(await self._connection.call("ModelInfer", message, left))
                 self._info = reply.info
                 if reply.finite:
                     return reply
                 if len(waveform) < reply.info.min_samples:
                     raise _too_short(name, len(waveform), reply.info)
-                raise _no_embedding(name, len(waveform), attempt + 1)
+                raise EmbeddingError(
+                    f"{name}: the model answered NaN {attempt + 1} times for {len(waveform) / SAMPLE_RATE:.2f} s of valid "
+                    "audio; an empty clip of another client in the same batch explains one NaN, hardly more: try again, "
+                    "then check the model with `python -m export verify`"
+                )
             except EcapaError as exc:
                 if isinstance(exc, DeadlineError) and before:
                     raise DeadlineError(f"{exc}; before that: {before}") from exc
                 before = str(exc)  # not the error: its frames hold the clip
                 seconds = pause(attempt)
                 unreachable = self._info is None and isinstance(exc, ConnectError) and attempt >= FIRST_RETRIES
-                if not exc.transient or attempt == retries or unreachable or time.monotonic() + seconds >= end:
+                if not exc.transient or attempt == self.retries or unreachable or time.monotonic() + seconds >= end:
                     raise
             await self._unless_closed(asyncio.ensure_future(asyncio.sleep(seconds)))
         raise AssertionError("the last attempt returns or raises")
 
     async def _ask(self, method: str, request: Any) -> Any:
-        return await self._connection.call(method, request, self._options.timeout)
+        return await self._connection.call(method, request, self.timeout)
 
     async def _read(self, audio: Audio, sample_rate: float | None, max_samples: int) -> Clip:
         """Read a clip, in a thread unless that takes longer than the reading."""
@@ -372,9 +348,8 @@ def _check_length(clip: Clip, info: ModelInfo, long: Long) -> None:
     if len(clip.waveform) < info.min_samples:
         raise _too_short(clip.name, len(clip.waveform), info)
     if clip.cut and long == "error":
-        seconds = clip.source_seconds
-        digits = next((n for n in range(1, 7) if round(seconds, n) > info.max_seconds), None)  # 30.0001, not 30.0
-        length = "longer than its header says" if digits is None else f"{seconds:.{digits}f} s long"
+        known = clip.source_seconds > info.max_seconds
+        length = f"{clip.source_seconds:g} s long" if known else "longer than its header says"
         raise TooLongError(
             f"{clip.name}: {length}, the model takes up to {info.max_seconds:g} s: "
             "choose long=truncate (the first of it) or long=windows (the mean over all of it)"
@@ -385,12 +360,4 @@ def _too_short(name: str, samples: int, info: ModelInfo) -> TooShortError:
     return TooShortError(
         f"{name}: {samples / SAMPLE_RATE * 1000:.1f} ms long, "
         f"expected {info.min_samples / SAMPLE_RATE * 1000:g} ms or more: pass a clip of a second or more"
-    )
-
-
-def _no_embedding(name: str, samples: int, times: int) -> EmbeddingError:
-    return EmbeddingError(
-        f"{name}: the model answered NaN {times} times for {samples / SAMPLE_RATE:.2f} s of valid audio; "
-        "an empty clip of another client in the same batch explains one NaN, hardly more: try again, "
-        "then check the model with `python -m export verify`"
     )

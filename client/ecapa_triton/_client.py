@@ -10,8 +10,7 @@ from collections.abc import Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDone  # of its own until Python 3.10
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from ._base import BaseClient, Embedding, Long, Status, check_many, embeddings
 from ._connection import CLOSED
@@ -58,9 +57,7 @@ class SpeakerClient(BaseClient):
     def __enter__(self) -> SpeakerClient:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -97,12 +94,7 @@ class SpeakerClient(BaseClient):
 
     @overload
     def embed_many(
-        self,
-        audios: Iterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
-        return_exceptions: Literal[False] = False,
+        self, audios: Iterable[Audio], sample_rate: float | None = None, *, long: Long = "error"
     ) -> list[Embedding]: ...
 
     @overload
@@ -199,18 +191,16 @@ class SpeakerClient(BaseClient):
         self, audios: Iterable[Audio], sample_rate: float | None, long: Long
     ) -> Generator[Utterance | EcapaError, None, None]:
         # As in AsyncSpeakerClient, but the clips are drawn in the caller's thread, and may take their time.
-        in_flight = self._options.max_in_flight
-        gate = asyncio.Semaphore(in_flight)
+        gate = asyncio.Semaphore(self.max_in_flight)
         pending: deque[Future[Utterance | EcapaError]] = deque()
         try:
             for audio in audios:
                 if self._connection.closed:
                     raise ClosedError(CLOSED)
-                while pending and (len(pending) == 2 * in_flight or pending[0].done()):
+                while pending and (len(pending) == 2 * self.max_in_flight or pending[0].done()):
                     yield _result(pending[0])
                     pending.popleft()
-                pending.append(Future())
-                _start(self._outcome(audio, sample_rate, long, gate), pending[-1])
+                pending.append(_start(self._outcome(audio, sample_rate, long, gate)))
             while pending:
                 yield _result(pending[0])
                 pending.popleft()
@@ -219,9 +209,8 @@ class SpeakerClient(BaseClient):
                 future.cancel()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future: Future[T] = Future()  # made before the work begins: Ctrl-C can come at any moment
+        future = _start(work)
         try:
-            _start(work, future)
             return _result(future)
         finally:
             future.cancel()  # without effect where it is done
@@ -230,13 +219,8 @@ class SpeakerClient(BaseClient):
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
 
 
-def _start(work: Coroutine[Any, Any, T], future: Future[T]) -> None:
-    """Run a coroutine on the event loop that all blocking clients of this process share.
-
-    Args:
-        work: The coroutine.
-        future: Receives its result or error; cancelling the future cancels the coroutine.
-    """
+def _start(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Run a coroutine on the event loop that all blocking clients of this process share."""
     process = os.getpid()  # a loop does not survive a fork
     if process not in _loops:
         loop = asyncio.new_event_loop()
@@ -244,24 +228,7 @@ def _start(work: Coroutine[Any, Any, T], future: Future[T]) -> None:
             threading.Thread(target=loop.run_forever, name="ecapa-triton", daemon=True).start()
         else:  # another thread has just made one
             loop.close()
-    loop = _loops[process]
-
-    def begin() -> None:
-        task = loop.create_task(work)
-        task.add_done_callback(lambda _: _settle(future, task))
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel) if future.cancelled() else None)
-
-    loop.call_soon_threadsafe(begin)
-
-
-def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
-    error = asyncio.CancelledError() if task.cancelled() else task.exception()
-    if not future.set_running_or_notify_cancel():
-        return
-    if error is None:
-        future.set_result(task.result())
-    else:
-        future.set_exception(error)
+    return asyncio.run_coroutine_threadsafe(work, _loops[process])
 
 
 def _result(future: Future[T]) -> T:
