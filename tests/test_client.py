@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -25,12 +24,10 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
-import soxr
 from ecapa_triton import (
     AddressError,
     AsyncSpeakerClient,
     AudioFileError,
-    AudioFormatError,
     ClosedError,
     ConnectError,
     DeadlineError,
@@ -55,7 +52,7 @@ from ecapa_triton import (
     Utterance,
     score,
 )
-from ecapa_triton._base import pause
+from ecapa_triton._async_client import pause
 from ecapa_triton.protocol import Deployment
 from fake_triton import MODEL, PATIENCE, SIZE, Answer, FakeTriton, fingerprint, good, held, model_info, nan, outputs
 from fake_triton import refuse as refuse_with
@@ -170,17 +167,12 @@ class Watched(os.PathLike[str]):
 # --- one clip ---
 
 
-def test_embed_is_one_request(fake: FakeTriton, client: SpeakerClient) -> None:
-    waveform = noise(1)
-    embedding = client.embed(waveform)
-    np.testing.assert_array_equal(embedding, fingerprint(waveform))
+@pytest.mark.parametrize("seconds", [1, 30])
+def test_embed_is_one_request(fake: FakeTriton, client: SpeakerClient, seconds: float) -> None:
+    embedding = client.embed(noise(seconds))
+    np.testing.assert_array_equal(embedding, fingerprint(noise(seconds)))
     assert embedding.shape == (SIZE,) and embedding.dtype == np.float32 and embedding.flags.writeable
-    assert fake.lengths == [SECOND]
-
-
-def test_a_clip_of_the_usual_limit_needs_no_further_request(fake: FakeTriton, client: SpeakerClient) -> None:
-    client.embed(noise(30))
-    assert fake.lengths == [30 * SECOND]
+    assert fake.lengths == [seconds * SECOND]
 
 
 @pytest.mark.parametrize("samples", [0, 1, 639])
@@ -202,17 +194,18 @@ def test_the_smallest_clip_is_the_models_own(fake: FakeTriton, client: SpeakerCl
         client.embed(noise(0.05))
 
 
-def test_too_long(fake: FakeTriton, client: SpeakerClient) -> None:
-    with pytest.raises(TooLongError, match=r"array float32\[\d+\]: 31.0 s .* 30 s.*truncate.*windows"):
-        client.embed(noise(31))
+def test_too_long(fake: FakeTriton, make: Make) -> None:
+    client = make(fake.url, max_duration=60)
+    for clip, fact in (noise(31), ": 31 s .* 30 s"), (np.append(noise(30), np.float32(0)), r": 30\.0001 s .* 30 s"):
+        with pytest.raises(TooLongError, match=fact):
+            client.embed(clip)
     assert max(fake.lengths) == 640  # only a clip of silence, for the limits
-    with pytest.raises(TooLongError, match=r": 30\.0001 s .* 30 s"):
-        client.embed(np.append(noise(30), np.float32(0)))
-
-
-def test_truncate(fake: FakeTriton, client: SpeakerClient) -> None:
-    waveform = noise(31)
-    np.testing.assert_array_equal(client.embed(waveform, long="truncate"), fingerprint(waveform[: 30 * SECOND]))
+    np.testing.assert_array_equal(client.embed(noise(31), long="truncate"), fingerprint(noise(31)[: 30 * SECOND]))
+    with pytest.raises(TooLongError, match=r"60 s .*max_duration"):
+        client.embed(noise(61), long="windows")
+    fake.info = (0.45, 60.0, 640.0)  # a larger limit is learned
+    client.embed(noise(1))
+    assert client.embed(noise(45))[0] == 45 * SECOND
 
 
 def test_windows(fake: FakeTriton, client: SpeakerClient) -> None:
@@ -241,11 +234,6 @@ def test_windows_of_one_clip_at_a_time(fake: FakeTriton, client: SpeakerClient) 
     assert fake.most_busy == 3
 
 
-def test_windows_stop_at_max_duration(make: Make, fake: FakeTriton) -> None:
-    with pytest.raises(TooLongError, match=r"60 s .*max_duration"):
-        make(fake.url, max_duration=60).embed(noise(61), long="windows")
-
-
 def test_a_smaller_limit_in_the_reply_counts(fake: FakeTriton, client: SpeakerClient) -> None:
     """The reply of a model that cut the clip says so: an embedding of a part never passes for one of the whole."""
     fake.info = (0.45, 2.0, 640.0)
@@ -255,11 +243,6 @@ def test_a_smaller_limit_in_the_reply_counts(fake: FakeTriton, client: SpeakerCl
     fake.info = (0.45, 1.0, 640.0)
     assert client.embed(noise(5), long="windows").shape == (SIZE,)
     assert fake.lengths[-5:] == [SECOND] * 5
-
-
-def test_a_larger_limit_is_learned(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.info = (0.45, 60.0, 640.0)
-    assert client.embed(noise(45))[0] == 45 * SECOND
 
 
 def test_limits_that_keep_changing_end(fake: FakeTriton, client: SpeakerClient) -> None:
@@ -292,13 +275,6 @@ def test_nan_for_ever(fake: FakeTriton, make: Make) -> None:
     with pytest.raises(EmbeddingError, match=r"NaN 3 times for 1.00 s"):
         make(fake.url, retries=2).embed(noise(1))
     assert len(fake.lengths) == 3
-
-
-def test_nan_in_one_window_is_retried(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.info = (0.45, 1.0, 640.0)
-    expected = client.embed(noise(3), long="windows")
-    fake.answers = [nan]
-    np.testing.assert_array_equal(client.embed(noise(3), long="windows"), expected)
 
 
 # --- errors of the server ---
@@ -345,9 +321,9 @@ def test_server_errors(fake: FakeTriton, make: Make, status: Status, detail: str
         (outputs(embedding=np.zeros((1, 0), np.float32)), ["embedding", "float32 [1, 0]"]),
         (outputs(embedding=np.zeros((1, SIZE))), ["embedding", "float64 [1, 192]"]),
         (outputs(model_info=np.zeros((1, 2), np.float32)), ["model_info", "float32 [1, 2]", "float32 [1, 7]"]),
-        (info(0.45, math.nan, 640), ["max_seconds nan"]),
-        (info(0.45, 30, math.nan), ["min_samples nan"]),
-        (outputs(model_info=model_info(0.45, 30, 640) + 0.5), ["identity", "24 bits"]),
+        (info(0.45, math.nan, 640), ["model_info", "nan"]),
+        (info(0.45, 30, math.nan), ["model_info", "nan"]),
+        (outputs(model_info=model_info(0.45, 30, 640) + 0.5), ["model_info", "24 bits"]),
     ],
 )
 def test_replies_of_another_model(fake: FakeTriton, client: SpeakerClient, answer: Answer, facts: list[str]) -> None:
@@ -360,13 +336,13 @@ def test_replies_of_another_model(fake: FakeTriton, client: SpeakerClient, answe
 
 def test_timeout(make: Make, fake: FakeTriton) -> None:
     fake.otherwise = held
-    with pytest.raises(DeadlineError, match=rf"{fake.url} in 0.2 s"):
+    with pytest.raises(DeadlineError, match=rf"{fake.url}: .* 0.2 s"):
         make(fake.url, timeout=0.2).embed(noise(1))
 
 
 def test_server_away(make: Make, tmp_path: Path) -> None:
     client = make("127.0.0.1:9", timeout=None, retries=1000)  # an address that was never right is retried 4 times
-    with pytest.raises(ConnectError, match=r"127\.0\.0\.1:9 .*8001"):
+    with pytest.raises(ConnectError, match=r"127\.0\.0\.1:9: .*8001"):
         client.embed(noise(1))
     with pytest.raises(AudioFileError):  # the clip is read before anything is sent
         client.embed(tmp_path / "none.wav")
@@ -375,7 +351,7 @@ def test_server_away(make: Make, tmp_path: Path) -> None:
 def test_model_missing(make: Make, fake: FakeTriton) -> None:
     client = make(fake.url, model="other")
     for call in (lambda: client.embed(noise(1)), client.status):
-        with pytest.raises(ModelNotFoundError, match=f"'other'.* {fake.url}"):
+        with pytest.raises(ModelNotFoundError, match=f"{fake.url}: .*'other'"):
             call()
 
 
@@ -393,31 +369,21 @@ def test_wrong_urls(make: Make, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "values"),
+    ("option", "values", "error"),
     [
-        ("timeout", [0, -1, math.nan, math.inf, 1e10, 1e300]),
-        ("max_in_flight", [0]),
-        ("max_duration", [0, -1, math.nan, math.inf, 86_401]),
-        ("retries", [-1]),
+        ("timeout", [0, -1, math.nan, math.inf, 1e10, 1e300], ValueError),
+        ("max_in_flight", [0], ValueError),
+        ("max_duration", [0, -1, math.nan, math.inf, 86_401], ValueError),
+        ("retries", [-1], ValueError),
+        ("metadata", [{name: "1"} for name in ("Upper", "", "\u00e9", "x-bin", "grpc-timeout")], ValueError),
+        ("metadata", [{"name": "\u00e9"}], TrustError),
+        ("api_key", ["ke\ny"], TrustError),
     ],
 )
-def test_wrong_numbers(make: Make, option: str, values: list[float]) -> None:
+def test_wrong_options(make: Make, option: str, values: list[Any], error: type[Exception]) -> None:
     for value in values:
-        with pytest.raises(ValueError, match=f"{option} is {re.escape(str(value))}: expected"):
+        with pytest.raises(error, match=option):
             make(**{option: value})
-
-
-@pytest.mark.parametrize("name", ["Upper", "", "\u00e9", "x-bin", "grpc-timeout"])
-def test_wrong_metadata(make: Make, name: str) -> None:
-    with pytest.raises(ValueError, match=f"metadata .*{name!r}"):
-        make(metadata={name: "1"})
-    for options in {"api_key": "ke\ny"}, {"metadata": {"name": "\u00e9"}}:
-        with pytest.raises(TrustError, match="api_key|name"):
-            make(**options)
-
-
-def test_the_longest_times(make: Make, fake: FakeTriton) -> None:
-    assert make(fake.url, timeout=1e6, max_duration=86_400).embed(noise(1)).shape == (SIZE,)
 
 
 def test_no_proxy_sees_the_clips(make: Make, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +396,8 @@ def test_no_proxy_sees_the_clips(make: Make, fake: FakeTriton, monkeypatch: pyte
 
 @pytest.mark.parametrize("url", ["grpc://127.0.0.1:{}", "dns:///localhost:{}", "ipv4:127.0.0.1:{}"])
 def test_forms_of_urls(make: Make, fake: FakeTriton, url: str) -> None:
-    assert make(url.format(fake.url.rpartition(":")[2])).embed(noise(1)).shape == (SIZE,)
+    client = make(url.format(fake.url.rpartition(":")[2]), timeout=1e6, max_duration=86_400)  # the longest times
+    assert client.embed(noise(1)).shape == (SIZE,)
 
 
 def test_key_and_metadata_go_with_every_call(fake: FakeTriton, make: Make) -> None:
@@ -459,13 +426,6 @@ def test_pauses_double_up_to_two_seconds_and_have_jitter() -> None:
     assert len({pause(1100) for _ in range(20)}) == 20 and 1 <= pause(1100) <= 2
 
 
-def test_no_retries(fake: FakeTriton, make: Make) -> None:
-    fake.answers = [OVERLOAD]
-    with pytest.raises(OverloadedError):
-        make(fake.url, retries=0).embed(noise(1))
-    assert len(fake.lengths) == 1
-
-
 def test_a_timeout_names_the_failure_before_it(fake: FakeTriton, make: Make) -> None:
     fake.answers = [OVERLOAD]
     fake.otherwise = held
@@ -483,38 +443,31 @@ def test_windows_are_retried_one_by_one(fake: FakeTriton, client: SpeakerClient)
     fake.info = (0.45, 1.0, 640.0)
     expected = client.embed(noise(3), long="windows")
     fake.lengths.clear()
-    fake.answers = [OVERLOAD, AWAY]
+    fake.answers = [OVERLOAD, AWAY, nan]
     np.testing.assert_array_equal(client.embed(noise(3), long="windows"), expected)
-    assert len(fake.lengths) == 5
-
-
-def test_transient_errors() -> None:
-    errors = {name: getattr(ecapa_triton, name) for name in ecapa_triton.__all__ if name.endswith("Error")}
-    assert {name for name, error in errors.items() if error.transient} == {
-        "ConnectError", "OverloadedError", "ModelNotReadyError", "EmbeddingError"
-    }  # fmt: skip
+    assert len(fake.lengths) == 6
 
 
 # --- life of a client ---
 
 
-def test_states(fake: FakeTriton, client: SpeakerClient) -> None:
+def test_states(fake: FakeTriton, client: SpeakerClient, make: Make) -> None:
+    unused = make(fake.url)
+    unused.close()
     assert client.state is State.NEW and fake.calls == 0
     client.embed(noise(1))
     assert client.state is State.OPEN
     for _ in range(2):
         client.close()
         assert client.state is State.CLOSED
-    for call in (lambda: client.embed(noise(1)), client.status, lambda: client.embed(SAMPLES[0])):
+    for call in (
+        lambda: client.embed(noise(1)),
+        client.status,
+        lambda: client.embed(SAMPLES[0]),
+        lambda: unused.embed(noise(1)),
+    ):
         with pytest.raises(ClosedError):
             call()
-
-
-def test_a_client_that_was_never_used_is_closed(make: Make) -> None:
-    client = make("127.0.0.1:9")
-    client.close()
-    with pytest.raises(ClosedError):
-        client.embed(noise(1))
 
 
 @pytest.mark.parametrize("answer", [held, OVERLOAD], ids=["in flight", "before a retry"])
@@ -940,17 +893,15 @@ def test_status(fake: FakeTriton, client: SpeakerClient) -> None:
     assert (statistics.mean_batch, statistics.queue_ms, statistics.compute_ms) == (3.0, 3.0, 11.0)
 
 
-def test_status_of_a_model_that_is_not_ready(fake: FakeTriton, client: SpeakerClient) -> None:
+def test_status_of_a_server_in_trouble(fake: FakeTriton, make: Make) -> None:
+    client = make(fake.url, retries=0)
+    fake.otherwise = OVERLOAD
+    status = client.status()
+    assert status.info is None and status.ready and status.statistics
     fake.ready = False
     status = client.status()
     assert (status.live, status.ready, status.model_versions) == (True, False, ())
     assert (status.deployment, status.info, status.statistics) == (None, None, None)
-
-
-def test_status_of_an_overloaded_server(fake: FakeTriton, make: Make) -> None:
-    fake.otherwise = OVERLOAD
-    status = make(fake.url, retries=0).status()
-    assert status.info is None and status.ready and status.statistics
 
 
 # --- the package ---
@@ -960,11 +911,14 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
     lines = [line for line in (ecapa_triton.errors.__doc__ or "").splitlines() if line.startswith("    ")]
     parents: list[str] = []
     for line in lines:
-        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 4 - 1
-        base = getattr(ecapa_triton, name).__bases__[0].__name__
-        assert base == (parents[depth - 1] if depth else "Exception")
-        parents[depth:] = [name]
-    assert {line.split()[0] for line in lines} == {n for n in ecapa_triton.__all__ if n.endswith("Error")}
+        names, depth = line.strip().split(", "), (len(line) - len(line.lstrip())) // 4 - 1
+        for name in names:
+            base = getattr(ecapa_triton, name).__bases__[0].__name__
+            assert base == (parents[depth - 1] if depth else "Exception")
+        parents[depth:] = names
+    assert {n for line in lines for n in line.strip().split(", ")} == {
+        n for n in ecapa_triton.__all__ if n.endswith("Error")
+    }
 
 
 # --- the real server ---
@@ -981,7 +935,7 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b))
 
 
-def test_served_files_bytes_and_arrays(served: SpeakerClient, reference: Reference) -> None:
+def test_served_files_bytes_arrays_and_mixed_lengths(served: SpeakerClient, reference: Reference) -> None:
     path = next(p for p in SAMPLES if p.name == "anna_1.flac")
     floats, rate = soundfile.read(path, dtype="float32")
     ints, _ = soundfile.read(path, dtype="int16")
@@ -989,9 +943,6 @@ def test_served_files_bytes_and_arrays(served: SpeakerClient, reference: Referen
     expected = reference(floats)
     for clip in (path, str(path), path.read_bytes(), floats, ints, floats[:, None], np.stack([floats] * 2, axis=1)):
         assert close(served.embed(clip), expected)
-
-
-def test_served_mixed_lengths(served: SpeakerClient, reference: Reference) -> None:
     clips = [noise(s, seed=i) for i, s in enumerate([0.04, 2.5, 0.3, 7, 1, 0.11, 4, 0.04])]
     for embedding, clip in zip(served.embed_many(clips), clips, strict=True):
         assert close(embedding, reference(clip))
@@ -999,7 +950,7 @@ def test_served_mixed_lengths(served: SpeakerClient, reference: Reference) -> No
 
 def test_served_long_clips(served: SpeakerClient, reference: Reference) -> None:
     clip = noise(40)
-    with pytest.raises(TooLongError, match="40.0 s .* 30 s"):
+    with pytest.raises(TooLongError, match="40 s .* 30 s"):
         served.embed(clip)
     first, last = reference(clip[: 30 * SECOND]), reference(clip[10 * SECOND :])
     assert close(served.embed(clip, long="truncate"), first)
@@ -1015,13 +966,6 @@ def test_served_verdicts(served: SpeakerClient) -> None:
             verification = served.verify(a, b)
             assert verification.threshold == 0.45
             assert verification.same == (speakers[a] == speakers[b]), (a, b, verification)
-
-
-def test_served_resampling_keeps_the_voice(served: SpeakerClient) -> None:
-    """At 48 kHz and back: the same clip to the model."""
-    samples, rate = soundfile.read(SAMPLES[0], dtype="float32")
-    resampled = soxr.resample(samples, rate, 48_000)
-    assert score(served.embed(samples, rate), served.embed(resampled, 48_000)) > 0.99
 
 
 def test_served_status(served: SpeakerClient, mini: checkpoint.Checkpoint) -> None:
@@ -1046,8 +990,3 @@ def test_served_unknown_model_and_wrong_version(make: Make, server) -> None:  # 
         for call in (lambda client=client: client.embed(noise(1)), client.status):
             with pytest.raises((ModelNotFoundError, ModelNotReadyError)):
                 call()
-
-
-def test_served_wrong_array(served: SpeakerClient) -> None:
-    with pytest.raises(AudioFormatError):
-        served.embed(np.zeros((2, 3, 4), np.float32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -23,7 +22,6 @@ from conftest import ROOT
 
 from server.triton import TritonServer
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAMPLES = ROOT / "samples"
 Run = Callable[..., tuple[int, list[str], str]]
 # Ray in little memory and on loopback; its processes end with it.
@@ -51,15 +49,6 @@ def run(server: TritonServer, tmp_path: Path) -> Run:
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_is_short_and_shows_how_to_run_it(path: Path) -> None:
-    source = path.read_text()
-    docstring = ast.get_docstring(ast.parse(source), clean=False) or ""
-    assert f"    python examples/{path.name} 127.0.0.1:8001" in docstring
-    code = [line for line in source.replace(docstring, "").splitlines() if line.strip() and line.strip()[0] not in '#"']
-    assert len(code) < 20, "\n".join(code)
 
 
 def test_embed(run: Run, reference: Callable[[np.ndarray], np.ndarray], tmp_path: Path) -> None:

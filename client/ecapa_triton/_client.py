@@ -1,4 +1,4 @@
-"""The blocking client: the coroutines of `BaseClient`, run on an event loop in a thread."""
+"""The blocking client: `AsyncSpeakerClient`, run on an event loop in a thread."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from concurrent.futures import TimeoutError as NotDone  # of its own until Pytho
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
-from ._base import BaseClient, Embedding, Long, Status, check_many, embeddings
-from ._connection import CLOSED
+from ._async_client import AsyncSpeakerClient
+from ._base import Embedding, Long, Status, check_many, embeddings
+from ._connection import CLOSED, Options, State
 from ._scoring import Utterance, Verification
 from .audio import Audio
 from .errors import ClosedError, EcapaError
@@ -21,7 +22,7 @@ from .errors import ClosedError, EcapaError
 T = TypeVar("T")
 
 
-class SpeakerClient(BaseClient):
+class SpeakerClient(Options):
     """Speaker embeddings from an ecapa model on a Triton server.
 
     Many threads may use one client at once, with or without an event loop of their own. It connects when first used,
@@ -54,6 +55,14 @@ class SpeakerClient(BaseClient):
         metadata: Further gRPC metadata of every request: names in small letters, values in ASCII.
     """
 
+    def __post_init__(self) -> None:
+        self._async = AsyncSpeakerClient(**vars(self))
+
+    @property
+    def state(self) -> State:
+        """Whether the client is new, open or closed."""
+        return self._async.state
+
     def __enter__(self) -> SpeakerClient:
         return self
 
@@ -62,7 +71,7 @@ class SpeakerClient(BaseClient):
 
     def close(self) -> None:
         """Close the connection; requests in flight raise `ClosedError`. Closing twice does no harm."""
-        self._close()
+        self._async._close()
 
     def embed(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Embedding:
         """Embed one clip.
@@ -86,11 +95,11 @@ class SpeakerClient(BaseClient):
             ServerError: The server was not reached, rejected the request or gave no valid reply.
             EmbeddingError: The model answered NaN at every attempt.
         """
-        return self._run(self._utterance(audio, sample_rate, long)).embedding
+        return self.utterance(audio, sample_rate, long=long).embedding
 
     def utterance(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Utterance:
         """Embed one clip, as `embed`; returns the embedding with its duration, model identity and threshold."""
-        return self._run(self._utterance(audio, sample_rate, long))
+        return _run(self._async.utterance(audio, sample_rate, long=long))
 
     @overload
     def embed_many(
@@ -175,7 +184,7 @@ class SpeakerClient(BaseClient):
             ThresholdError: No threshold is given and the model has none, or it is not a cosine.
             EcapaError: As for `embed`.
         """
-        return self._run(self._verification(a, b, threshold, sample_rate, long))
+        return _run(self._async.verify(a, b, threshold, sample_rate=sample_rate, long=long))
 
     def status(self) -> Status:
         """Ask the server for its version and readiness, and for the model's constants and statistics.
@@ -185,7 +194,7 @@ class SpeakerClient(BaseClient):
         Raises:
             ServerError: The server is not reached, or has no such model.
         """
-        return self._run(self._status())
+        return _run(self._async.status())
 
     def _utterances(
         self, audios: Iterable[Audio], sample_rate: float | None, long: Long
@@ -195,12 +204,12 @@ class SpeakerClient(BaseClient):
         pending: deque[Future[Utterance | EcapaError]] = deque()
         try:
             for audio in audios:
-                if self._connection.closed:
+                if self.state is State.CLOSED:
                     raise ClosedError(CLOSED)
                 while pending and (len(pending) == 2 * self.max_in_flight or pending[0].done()):
                     yield _result(pending[0])
                     pending.popleft()
-                pending.append(_start(self._outcome(audio, sample_rate, long, gate)))
+                pending.append(_start(self._async._outcome(audio, sample_rate, long, gate)))
             while pending:
                 yield _result(pending[0])
                 pending.popleft()
@@ -208,15 +217,16 @@ class SpeakerClient(BaseClient):
             for future in reversed(pending):  # else the gate would let a later one pass before it is cancelled
                 future.cancel()
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = _start(work)
-        try:
-            return _result(future)
-        finally:
-            future.cancel()  # without effect where it is done
-
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    future = _start(work)
+    try:
+        return _result(future)
+    finally:
+        future.cancel()  # without effect where it is done
 
 
 def _start(work: Coroutine[Any, Any, T]) -> Future[T]:
