@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ def read(path: Path, root: Path) -> Trials:
         EvaluationError: A line is not a trial, a clip is missing, or all trials are of one kind.
     """
     places: dict[str, int] = {}
-    lines = array("i")  # of the first appearance of each clip
-    same, pairs = bytearray(), array("i")
+    same: list[bool] = []
+    pairs: list[list[int]] = []
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
@@ -73,23 +73,20 @@ def read(path: Path, root: Path) -> Trials:
                         "a label of 1, 0, target or nontarget and two paths without spaces"
                     )
                 same.append(LABELS[label])
-                for name in pair:
-                    if name not in places:
-                        lines.append(number)
-                    pairs.append(places.setdefault(name, len(places)))
+                pairs.append([places.setdefault(name, len(places)) for name in pair])
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
         reason = getattr(exc, "strerror", None) or exc
         raise EvaluationError(f"{describe(path)}: cannot be read ({reason}): expected a trial list") from exc
+    if not 0 < sum(same) < len(same):
+        raise EvaluationError(f"{describe(path)}: {_kinds(same)}")
     paths = [os.path.join(root, name) for name in places]
-    trials = Trials(list(places), paths, np.array(same, np.bool_), np.array(pairs, np.int32).reshape(-1, 2))
-    _check_kinds(trials.same, f"{describe(path)}: ")
-    missing = [place for place, file in enumerate(paths) if not os.path.isfile(file)]
+    missing = [file for file in paths if not os.path.isfile(file)]
     if missing:
         raise EvaluationError(
-            f"{describe(path)} line {lines[missing[0]]}: {describe(paths[missing[0]])} is not a file "
-            f"({len(missing)} of {len(paths)} clips are missing): pass the folder that the paths start from (--root)"
+            f"{describe(path)}: {describe(missing[0])} is not a file ({len(missing)} of {len(paths)} clips are "
+            "missing): pass the folder that the paths start from (--root)"
         )
-    return trials
+    return Trials(list(places), paths, np.array(same, np.bool_), np.array(pairs, np.int32))
 
 
 def cosines(embeddings: NDArray[np.float32], pairs: NDArray[np.int32]) -> Floats:
@@ -213,7 +210,8 @@ def curve(scores: Floats, same: Bools) -> Curve:
     Raises:
         EvaluationError: All trials are of one kind, or scikit-learn is not installed.
     """
-    _check_kinds(same)
+    if same.all() or not same.any():
+        raise EvaluationError(_kinds(same))
     roc_curve = require("sklearn.metrics").roc_curve
     false_accepts, hits, accepted_from = roc_curve(same, scores, drop_intermediate=False)
     targets = np.count_nonzero(same)
@@ -233,9 +231,6 @@ def require(module: str) -> Any:
         raise EvaluationError(f"{exc}: pip install 'ecapa-triton[evaluate]'") from exc
 
 
-def _check_kinds(same: Bools, name: str = "") -> None:
+def _kinds(same: Sequence[bool] | Bools) -> str:
     targets = np.count_nonzero(same)
-    if not 0 < targets < len(same):
-        raise EvaluationError(
-            f"{name}{targets} target and {len(same) - targets} nontarget trials: expected some of both"
-        )
+    return f"{targets} target and {len(same) - targets} nontarget trials: expected some of both"
