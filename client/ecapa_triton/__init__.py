@@ -9,12 +9,11 @@ with SpeakerClient("127.0.0.1:8001") as client:
 ```
 """
 
-from ._async_client import AsyncSpeakerClient
-from ._base import Embedding, Long, Status
+from ._async_client import AsyncSpeakerClient, Long
 from ._client import SpeakerClient
 from ._connection import State, Tls
 from ._gallery import Candidate, Gallery, Identification
-from ._scoring import Utterance, Verification, score
+from ._scoring import Embedding, Utterance, Verification, score
 from .audio import SAMPLE_RATE, Audio
 from .errors import (
     AddressError,
@@ -47,7 +46,7 @@ from .errors import (
     TrustError,
     UnknownVoiceError,
 )
-from .protocol import Deployment, ModelInfo, Statistics
+from .protocol import Deployment, ModelInfo, Statistics, Status
 
 # fmt: off
 __all__ = [

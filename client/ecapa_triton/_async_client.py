@@ -12,16 +12,25 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
 
 import numpy as np
 from tritonclient.grpc import service_pb2
 
 from . import audio as audio_module
 from . import protocol
-from ._base import Embedding, Long, Status, agreeing, check_long, check_many, embeddings
 from ._connection import CLOSED, Connection, Options, State
-from ._scoring import Utterance, Verification, check_threshold, decide, mean_direction, score
+from ._scoring import (
+    Embedding,
+    Utterance,
+    Verification,
+    agreeing,
+    check_threshold,
+    decide,
+    embeddings,
+    mean_direction,
+    score,
+)
 from .audio import SAMPLE_RATE, Audio, Clip, Waveform
 from .errors import (
     ClosedError,
@@ -34,10 +43,13 @@ from .errors import (
     TooLongError,
     TooShortError,
 )
-from .protocol import ModelInfo, Reply
+from .protocol import ModelInfo, Reply, Status
 
 T = TypeVar("T")
 Audios: TypeAlias = Iterable[Audio] | AsyncIterable[Audio]
+
+Long: TypeAlias = Literal["error", "truncate", "windows"]
+"""How to embed a clip above the model's limit; see `SpeakerClient.embed`."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # s, between two attempts
 FIRST_RETRIES = 4  # of a server that was never reached: the address may be wrong
@@ -87,7 +99,7 @@ class AsyncSpeakerClient(Options):
 
     async def utterance(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Utterance:
         """Same as `SpeakerClient.utterance`, awaited."""
-        check_long(long)
+        _check_long(long)
         self._open()
         for _ in range(3):  # with a guess of the limits, those of the model, those of a model that replaced it
             info = self._info or protocol.USUAL
@@ -322,6 +334,20 @@ async def _each(audios: Audios) -> AsyncIterator[Audio]:
         for audio in audios:
             yield audio
             await asyncio.sleep(0)  # so that requests start and end while a slow iterator is drawn
+
+
+def check_many(audios: object, long: Long) -> None:
+    """Reject a single clip in place of a list, and an unknown `long`."""
+    single = isinstance(audios, str | bytes | bytearray | memoryview | os.PathLike)
+    if single or (isinstance(audios, np.ndarray) and audios.ndim < 2):
+        raise TypeError(f"audios is a single {type(audios).__name__}: expected a list of clips")
+    _check_long(long)
+
+
+def _check_long(long: Long) -> None:
+    """Reject an unknown `long`."""
+    if long not in get_args(Long):
+        raise ValueError(f"long is {long!r}: expected one of {', '.join(get_args(Long))}")
 
 
 def pause(attempt: int) -> float:

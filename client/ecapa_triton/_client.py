@@ -12,12 +12,12 @@ from concurrent.futures import TimeoutError as NotDone  # of its own until Pytho
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
-from ._async_client import AsyncSpeakerClient
-from ._base import Embedding, Long, Status, check_many, embeddings
+from ._async_client import AsyncSpeakerClient, Long, check_many
 from ._connection import CLOSED, Options, State
-from ._scoring import Utterance, Verification
+from ._scoring import Embedding, Utterance, Verification, embeddings
 from .audio import Audio
 from .errors import ClosedError, EcapaError
+from .protocol import Status
 
 T = TypeVar("T")
 

@@ -115,6 +115,33 @@ class Deployment:
 
 
 @dataclass(frozen=True)
+class Status:
+    """State of the server and of the model.
+
+    Attributes:
+        url: Address of the server.
+        server_version: Version of Triton.
+        live: The server runs.
+        ready: The server and the model take requests.
+        model: Name of the model.
+        model_versions: Versions of the model that are loaded.
+        deployment: How the model is served; None where it is not ready.
+        info: Constants of the model; None where it gave no reply.
+        statistics: Triton's counters of the model; None where it is not ready.
+    """
+
+    url: str
+    server_version: str
+    live: bool
+    ready: bool
+    model: str
+    model_versions: tuple[str, ...]
+    deployment: Deployment | None
+    info: ModelInfo | None
+    statistics: Statistics | None
+
+
+@dataclass(frozen=True)
 class Gpu:
     """A GPU in Triton's metrics; a figure that they lack is NaN.
 
