@@ -207,28 +207,20 @@ def test_too_long(fake: FakeTriton, make: Make) -> None:
 
 def test_windows(fake: FakeTriton, client: SpeakerClient) -> None:
     fake.info = (0.45, 2.0, 640.0)
-    fake.otherwise = held
     waveform = noise(5)
-    fake.answers = [good]  # a clip of silence, for the limits
+    client.embed(waveform[:SECOND])  # the limits
+    fake.otherwise = held
     with meanwhile(lambda: (fake.wait_until(lambda fake: fake.busy == 3), fake.gate.set())):  # all in flight at once
-        embedding = client.embed(waveform, long="windows")
+        outcomes = list(client.utterances([waveform, *(noise(5, i) for i in range(3))], long="windows"))
+    assert all(isinstance(outcome, Utterance) for outcome in outcomes)
+    assert fake.most_busy == 3  # one clip at a time: memory is bounded by `max_duration`
     starts = [0, 1.5, 3]
     parts = [fingerprint(waveform[int(s * SECOND) : int((s + 2) * SECOND)]) for s in starts]
-    np.testing.assert_allclose(embedding, np.mean([p / np.linalg.norm(p) for p in parts], axis=0), atol=1e-6)
-    assert embedding.dtype == np.float32
+    mean = np.mean([p / np.linalg.norm(p) for p in parts], axis=0)
+    np.testing.assert_allclose(outcomes[0].embedding, mean, atol=1e-6)
+    assert outcomes[0].embedding.dtype == np.float32 and outcomes[0].seconds == 5
     short = client.embed(waveform[:SECOND], long="windows")
     np.testing.assert_array_equal(short, fingerprint(waveform[:SECOND]))
-
-
-def test_windows_of_one_clip_at_a_time(fake: FakeTriton, client: SpeakerClient) -> None:
-    """Memory is bounded by `max_duration`, however many long clips there are."""
-    fake.info = (0.45, 1.0, 640.0)
-    client.embed(noise(0.1))
-    fake.otherwise = held
-    with meanwhile(lambda: (fake.wait_until(lambda fake: fake.busy == 3), fake.gate.set())):
-        outcomes = list(client.utterances([noise(3, i) for i in range(4)], long="windows"))
-    assert all(isinstance(outcome, Utterance) for outcome in outcomes)
-    assert fake.most_busy == 3
 
 
 def test_a_smaller_limit_in_the_reply_counts(fake: FakeTriton, client: SpeakerClient) -> None:
@@ -612,16 +604,6 @@ def test_cancelled_clips_are_not_read(fake: FakeTriton, make: Make) -> None:
     gate.set()
     assert client.embed(SAMPLES[0]).shape == (SIZE,)
     assert not any(clip.opened.is_set() for clip in clips[3:])
-
-
-def test_a_window_that_fails_cancels_no_other_clip(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.info = (0.45, 2.0, 640.0)
-    client.embed(noise(1))
-    fake.otherwise = lambda fake, waveform: (REJECTED if len(waveform) == 2 * SECOND else held)(fake, waveform)
-    with meanwhile(lambda: (fake.wait_until(lambda fake: 2 * SECOND in fake.lengths), fake.gate.set())):
-        long, *others = client.utterances([noise(3), *(noise(1, i) for i in range(3))], long="windows")
-    assert isinstance(long, RejectedError)
-    assert all(isinstance(other, Utterance) for other in others)
 
 
 def test_a_cancelled_task_cancels_its_request(fake: FakeTriton) -> None:

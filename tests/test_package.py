@@ -92,23 +92,15 @@ def test_little_is_installed(installed: Path) -> None:
     direct = {"ecapa-triton", "tritonclient", "numpy", "soundfile", "soxr"}
     grpc = {"grpcio", "protobuf", "python-rapidjson", "urllib3", "typing-extensions", "packaging", "ml-dtypes"}
     assert direct <= names <= direct | grpc | {"cffi", "pycparser"}
-    site = next((installed.parents[1] / "lib").glob("python3*/site-packages"))
-    sizes = {
-        folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        for folder in site.iterdir()
-    }
-    print({name: f"{size / 1e6:.1f} MB" for name, size in sorted(sizes.items(), key=lambda item: -item[1])[:9]})
-    assert (site / "ecapa_triton/py.typed").is_file()
-    assert sizes["ecapa_triton"] < 1e6
+    (package,) = (installed.parents[1] / "lib").glob("python3*/site-packages/ecapa_triton")
+    assert (package / "py.typed").is_file()
+    assert sum(path.stat().st_size for path in package.rglob("*") if path.is_file()) < 1e6
     assert run(installed, "-m", "pip", "check", cwd=installed.parent).returncode == 0
 
 
 @pytest.mark.slow
 def test_it_works_alone(installed: Path, tmp_path: Path) -> None:
     assert not loaded("import ecapa_triton", installed, tmp_path) & set(UNUSED)
-    assert "soundfile" in loaded("from ecapa_triton import *; import soundfile, soxr", installed, tmp_path)
-    shown = run(installed.parent / "ecapa-triton", "--help", cwd=tmp_path)
-    assert shown.returncode == 0 and "verify" in shown.stdout and not shown.stderr
     sample = ROOT / "samples/anna_1.flac"
     away = run(installed.parent / "ecapa-triton", "embed", sample, "--url", "127.0.0.1:9", cwd=tmp_path)
     assert away.returncode == 2 and "127.0.0.1:9" in away.stderr
