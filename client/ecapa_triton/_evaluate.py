@@ -45,10 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     """Evaluate a trial list, print the figures and return the exit status.
 
-    Args:
-        client: With `max_in_flight=arguments.in_flight`.
-        arguments: Those of `add_arguments`, `long` and `json`.
-
     Raises:
         EcapaError: The list or an output is unusable, or a clip cannot be embedded.
     """
@@ -81,10 +77,8 @@ def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
                 line = f"{score:.7f} {label:d} {listed.names[a]} {listed.names[b]}\n"
                 file.write(line.encode(errors="surrogateescape"))
     if arguments.det is not None:
-        title = (
-            f"DET curve of {describe(arguments.trials.name)}\n"
-            f"{curve.targets:,} target and {curve.nontargets:,} nontarget trials, model {one.model}"
-        )
+        counts = f"{curve.targets:,} target and {curve.nontargets:,} nontarget trials, model {one.model}"
+        title = f"DET curve of {describe(arguments.trials.name)}\n{counts}"
         with replacing(arguments.det) as file:
             _plot(curve, figures, title).savefig(file, format="png")
     print(json.dumps(facts | {"served": asdict(figures)}) if arguments.json else "\n".join(_report(facts, figures)))
@@ -106,23 +100,20 @@ def _embed(
     """Embeddings float32 `[clips, dims]`, rows of NaN for failed clips, and the first utterance."""
     first: Utterance | None = None
     embeddings = np.empty((0, 0), np.float32)
-    for place, outcome in enumerate(_progress(client.utterances(paths, long=long), len(paths))):
+    outcomes = _progress(client.utterances(paths, long=long), len(paths))
+    for place, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
         if isinstance(outcome, EcapaError):
-            if isinstance(outcome, HOPELESS):
-                raise outcome
-            error = named(paths[place], outcome)
-            if not skip_failed:
+            error = named(path, outcome)
+            if isinstance(error, HOPELESS) or not skip_failed:
                 raise error
             complain(str(error))
             continue
         if first is None:
             first = outcome
             embeddings = np.full((len(paths), len(outcome.embedding)), np.nan, np.float32)
-        if (outcome.model, outcome.threshold) != (first.model, first.threshold):
-            raise EvaluationError(
-                f"{describe(paths[place])}: embedded by model {outcome.model} (threshold {outcome.threshold}), earlier "
-                f"clips by {first.model} ({first.threshold}): serve one model, then run again"
-            )
+        if outcome.model != first.model:
+            models = f"by model {outcome.model}, earlier clips by {first.model}"
+            raise EvaluationError(f"{describe(path)}: embedded {models}: serve one model, then run again")
         embeddings[place] = outcome.embedding
     if first is None:
         raise EvaluationError(f"none of {len(paths)} clips could be embedded: see the errors above")

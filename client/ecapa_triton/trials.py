@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,7 @@ def read(path: Path, root: Path) -> Trials:
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
         reason = getattr(exc, "strerror", None) or exc
         raise EvaluationError(f"{describe(path)}: cannot be read ({reason}): expected a trial list") from exc
-    if not 0 < sum(same) < len(same):
-        raise EvaluationError(f"{describe(path)}: {_kinds(same)}")
+    _check_kinds(np.array(same, np.bool_), f"{describe(path)}: ")
     paths = [os.path.join(root, name) for name in places]
     missing = [file for file in paths if not os.path.isfile(file)]
     if missing:
@@ -174,12 +172,9 @@ class Curve:
     def equal_error(self) -> tuple[float, float]:
         """Equal error rate (0 to 1) and its threshold, interpolated linearly between the points beside the crossing."""
         excess = self.false_accepts - self.misses  # rises from -1 to 1
-        after = int(np.argmax(excess > -1e-14))  # rounding apart; unequal shares of under 1e7 trials differ by more
-        if excess[after] < 1e-14:
-            return float(self.false_accepts[after]), self.threshold(after)
-        weight = excess[after] / (excess[after] - excess[after - 1])
-        rate = weight * self.false_accepts[after - 1] + (1 - weight) * self.false_accepts[after]
-        return float(rate), float(self.scores[after - 1])
+        at = int(np.argmax(excess > -1e-14))  # rounding apart; unequal shares of under 1e7 trials differ by more
+        threshold = self.threshold(at) if excess[at] < 1e-14 else float(self.scores[at - 1])
+        return float(np.interp(0, excess, self.false_accepts)), threshold
 
     def least_cost(self, p_target: float) -> Cost:
         """The smallest detection cost at a prior, at the highest threshold that reaches it."""
@@ -210,8 +205,7 @@ def curve(scores: Floats, same: Bools) -> Curve:
     Raises:
         EvaluationError: All trials are of one kind, or scikit-learn is not installed.
     """
-    if same.all() or not same.any():
-        raise EvaluationError(_kinds(same))
+    _check_kinds(same)
     roc_curve = require("sklearn.metrics").roc_curve
     false_accepts, hits, accepted_from = roc_curve(same, scores, drop_intermediate=False)
     targets = np.count_nonzero(same)
@@ -231,6 +225,9 @@ def require(module: str) -> Any:
         raise EvaluationError(f"{exc}: pip install 'ecapa-triton[evaluate]'") from exc
 
 
-def _kinds(same: Sequence[bool] | Bools) -> str:
+def _check_kinds(same: Bools, name: str = "") -> None:
     targets = np.count_nonzero(same)
-    return f"{targets} target and {len(same) - targets} nontarget trials: expected some of both"
+    if targets in (0, len(same)):
+        raise EvaluationError(
+            f"{name}{targets} target and {len(same) - targets} nontarget trials: expected some of both"
+        )
