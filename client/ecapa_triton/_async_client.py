@@ -169,18 +169,19 @@ class AsyncSpeakerClient(Options):
     async def status(self) -> Status:
         """Same as `SpeakerClient.status`, awaited."""
         self._open()
+        ask = functools.partial(self._connection.call, timeout=self.timeout)
         model = {"name": self.model, "version": self.model_version}
-        live = await self._ask("ServerLive", service_pb2.ServerLiveRequest())
-        server = await self._ask("ServerMetadata", service_pb2.ServerMetadataRequest())
-        ready = (await self._ask("ServerReady", service_pb2.ServerReadyRequest())).ready
-        ready = ready and (await self._ask("ModelReady", service_pb2.ModelReadyRequest(**model))).ready
+        live = await ask("ServerLive", service_pb2.ServerLiveRequest())
+        server = await ask("ServerMetadata", service_pb2.ServerMetadataRequest())
+        ready = (await ask("ServerReady", service_pb2.ServerReadyRequest())).ready
+        ready = ready and (await ask("ModelReady", service_pb2.ModelReadyRequest(**model))).ready
         versions: tuple[str, ...] = ()
         deployment, statistics, info = None, None, self._info
         try:
-            versions = tuple((await self._ask("ModelMetadata", service_pb2.ModelMetadataRequest(**model))).versions)
-            config = await self._ask("ModelConfig", service_pb2.ModelConfigRequest(**model))
+            versions = tuple((await ask("ModelMetadata", service_pb2.ModelMetadataRequest(**model))).versions)
+            config = await ask("ModelConfig", service_pb2.ModelConfigRequest(**model))
             deployment = protocol.read_config(config.config)
-            counters = await self._ask("ModelStatistics", service_pb2.ModelStatisticsRequest(**model))
+            counters = await ask("ModelStatistics", service_pb2.ModelStatisticsRequest(**model))
             statistics = protocol.read_statistics(counters)
             info = await self._ask_info()
         except (ModelNotReadyError, OverloadedError):
@@ -301,9 +302,6 @@ class AsyncSpeakerClient(Options):
                     raise
             await self._unless_closed(asyncio.ensure_future(asyncio.sleep(seconds)))
         raise AssertionError("the last attempt returns or raises")
-
-    async def _ask(self, method: str, request: Any) -> Any:
-        return await self._connection.call(method, request, self.timeout)
 
     async def _read(self, audio: Audio, sample_rate: float | None, max_samples: int) -> Clip:
         """Read a clip, in a thread unless that takes longer than the reading."""

@@ -149,12 +149,8 @@ class SpeakerClient(Options):
     ) -> Generator[Utterance | EcapaError, None, None]:
         """Embed clips as `embed_many`, and yield the outcomes in order: each once the next clip is drawn.
 
-        Memory does not grow with their number. Leaving the iteration early cancels the requests in flight.
-
-        Args:
-            audios: Clips as `embed` takes them, of mixed types.
-            sample_rate: Hz of the arrays among them (None: 16000).
-            long: As for `embed`.
+        The arguments are those of `embed_many`. Memory does not grow with the number of clips. Leaving the iteration
+        early cancels the requests in flight.
 
         Yields:
             An utterance, or the error of its clip in its place.

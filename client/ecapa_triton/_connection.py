@@ -137,13 +137,7 @@ class Connection:
             self._channel.close()
 
     async def call(self, method: str, request: Any, timeout: float | None) -> Any:
-        """The reply to a method of Triton's GRPCInferenceService; a cancelled task cancels its call.
-
-        Args:
-            method: Name of the method.
-            request: Its message.
-            timeout: Seconds to wait for the reply; None waits for ever.
-        """
+        """The reply to a method of Triton's GRPCInferenceService within `timeout` seconds (None: waits for ever)."""
         if self.closed:
             raise ClosedError(CLOSED)
         loop = asyncio.get_running_loop()
@@ -167,10 +161,8 @@ class Connection:
             return call.result()
         if self.closed:
             raise ClosedError(CLOSED) from call
-        options = self._options
-        raise from_grpc(
-            call.code().name, call.details() or "", url=options.url, model=options.model, timeout=options.timeout
-        ) from call
+        url, model, seconds = self._options.url, self._options.model, self._options.timeout
+        raise from_grpc(call.code().name, call.details() or "", url=url, model=model, timeout=seconds) from call
 
 
 def _target(url: str) -> str:

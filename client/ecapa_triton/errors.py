@@ -194,15 +194,7 @@ _FROM_GRPC: list[tuple[str, type[EcapaError], str]] = [
 
 
 def from_grpc(status: str, detail: str, *, url: str, model: str, timeout: float | None) -> EcapaError:
-    """The error for a gRPC status; the only place where Triton's errors become those of this package.
-
-    Args:
-        status: Name of the status, such as `UNAVAILABLE`.
-        detail: Message of the server or of gRPC.
-        url: Address of the server.
-        model: Name of the model.
-        timeout: Timeout of the call in seconds.
-    """
+    """The error for the name and detail of a gRPC status; the only place where Triton's errors become ours."""
     detail = " ".join(detail.split())  # one line
     found = f"{status}: {detail.lower()}"
     error, message = next((error, message) for sign, error, message in _FROM_GRPC if re.search(sign, found))

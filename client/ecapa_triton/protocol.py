@@ -159,13 +159,7 @@ class Gpu:
 
 
 def request(waveform: Waveform, model: str, version: str = "") -> service_pb2.ModelInferRequest:
-    """The request to embed one clip.
-
-    Args:
-        waveform: float32 [samples] at 16 kHz.
-        model: Name of the model.
-        version: Version of the model; empty: the server chooses.
-    """
+    """The request to embed a clip, float32 `[samples]` at 16 kHz; no version: the server chooses."""
     message = service_pb2.ModelInferRequest(model_name=model, model_version=version)
     message.inputs.add(name="waveform", datatype="FP32", shape=[1, len(waveform)])
     message.raw_input_contents.append(np.ascontiguousarray(waveform, np.float32).tobytes())
