@@ -24,34 +24,7 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
-from ecapa_triton import (
-    AddressError,
-    AsyncSpeakerClient,
-    AudioFileError,
-    ClosedError,
-    ConnectError,
-    DeadlineError,
-    EcapaError,
-    EmbeddingError,
-    KeyRefusedError,
-    ModelInfo,
-    ModelMismatchError,
-    ModelNotFoundError,
-    ModelNotReadyError,
-    NotAudioError,
-    OverloadedError,
-    ProtocolError,
-    RejectedError,
-    ServerError,
-    SpeakerClient,
-    State,
-    ThresholdError,
-    TooLongError,
-    TooShortError,
-    TrustError,
-    Utterance,
-    score,
-)
+from ecapa_triton import AsyncSpeakerClient, ModelInfo, SpeakerClient, State, Utterance, errors, score
 from ecapa_triton._async_client import pause
 from ecapa_triton.protocol import Deployment
 from fake_triton import MODEL, PATIENCE, SIZE, Answer, FakeTriton, fingerprint, good, held, model_info, nan, outputs
@@ -178,7 +151,7 @@ def test_embed_is_one_request(fake: FakeTriton, client: SpeakerClient, seconds: 
 def test_too_short(fake: FakeTriton, client: SpeakerClient) -> None:
     for _ in range(2):  # with the limits guessed, then known
         for samples in 0, 1, 639:
-            with pytest.raises(TooShortError, match=rf"array float32\[{samples}\]"):
+            with pytest.raises(errors.TooShortError, match=rf"array float32\[{samples}\]"):
                 client.embed(noise(1)[:samples])
         client.embed(noise(1)[:640])
     assert set(fake.lengths) == {640}
@@ -187,18 +160,18 @@ def test_too_short(fake: FakeTriton, client: SpeakerClient) -> None:
     assert client.embed(noise(0.03))[0] == 480
     fake.info = (0.45, 30.0, 1600.0)
     fake.otherwise = nan
-    with pytest.raises(TooShortError, match=r"50.0 ms .*100 ms"):
+    with pytest.raises(errors.TooShortError, match=r"50.0 ms .*100 ms"):
         client.embed(noise(0.05))
 
 
 def test_too_long(fake: FakeTriton, make: Make) -> None:
     client = make(fake.url, max_duration=60)
     for clip, fact in (noise(31), ": 31 s .* 30 s"), (np.append(noise(30), np.float32(0)), r": 30\.0001 s .* 30 s"):
-        with pytest.raises(TooLongError, match=fact):
+        with pytest.raises(errors.TooLongError, match=fact):
             client.embed(clip)
     assert max(fake.lengths) == 640  # only a clip of silence, for the limits
     np.testing.assert_array_equal(client.embed(noise(31), long="truncate"), fingerprint(noise(31)[: 30 * SECOND]))
-    with pytest.raises(TooLongError, match=r"60 s .*max_duration"):
+    with pytest.raises(errors.TooLongError, match=r"60 s .*max_duration"):
         client.embed(noise(61), long="windows")
     fake.info = (0.45, 60.0, 640.0)  # a larger limit is learned
     client.embed(noise(1))
@@ -226,7 +199,7 @@ def test_windows(fake: FakeTriton, client: SpeakerClient) -> None:
 def test_a_smaller_limit_in_the_reply_counts(fake: FakeTriton, client: SpeakerClient) -> None:
     """The reply of a model that cut the clip says so: an embedding of a part never passes for one of the whole."""
     fake.info = (0.45, 2.0, 640.0)
-    with pytest.raises(TooLongError, match=" 2 s"):
+    with pytest.raises(errors.TooLongError, match=" 2 s"):
         client.embed(noise(5))
     assert client.embed(noise(5), long="truncate")[0] == 2 * SECOND
     fake.info = (0.45, 1.0, 640.0)
@@ -236,7 +209,7 @@ def test_a_smaller_limit_in_the_reply_counts(fake: FakeTriton, client: SpeakerCl
 
 def test_limits_that_keep_changing_end(fake: FakeTriton, client: SpeakerClient) -> None:
     fake.otherwise = lambda fake, waveform: info(0.45, len(waveform) / SECOND / 2, 640)(fake, waveform)
-    with pytest.raises(ModelNotReadyError, match="limits"):
+    with pytest.raises(errors.ModelNotReadyError, match="limits"):
         client.embed(noise(29), long="windows")
 
 
@@ -262,23 +235,25 @@ def test_long_is_checked(client: SpeakerClient) -> None:
 @pytest.mark.parametrize(
     ("status", "detail", "kind"),
     [
-        (Status.UNAVAILABLE, "Request for unknown model: 'ecapa' has no available versions", ModelNotReadyError),
-        (Status.UNAVAILABLE, "Exceeds maximum queue size", OverloadedError),
-        (Status.UNAVAILABLE, "Server is stopping, scheduler for", ConnectError),
-        (Status.UNAVAILABLE, "Request timeout expired", OverloadedError),
-        (Status.UNAVAILABLE, "Socket closed", ConnectError),
-        (Status.INTERNAL, "Received RST_STREAM with error code 2", ConnectError),
-        (Status.ABORTED, "by a proxy", ConnectError),
-        (Status.UNIMPLEMENTED, "Received http2 header with status: 404", AddressError),
-        (Status.UNAUTHENTICATED, "Received http2 header with status: 401", KeyRefusedError),
-        (Status.PERMISSION_DENIED, "no", KeyRefusedError),
-        (Status.UNAUTHENTICATED, "A certificate is asked for", TrustError),
-        (Status.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (2 vs. 1)", ProtocolError),
-        (Status.INVALID_ARGUMENT, "unexpected shape", RejectedError),
-        (Status.INTERNAL, "onnx runtime\nerror", ServerError),
+        (Status.UNAVAILABLE, "Request for unknown model: 'ecapa' has no available versions", errors.ModelNotReadyError),
+        (Status.UNAVAILABLE, "Exceeds maximum queue size", errors.OverloadedError),
+        (Status.UNAVAILABLE, "Server is stopping, scheduler for", errors.ConnectError),
+        (Status.UNAVAILABLE, "Request timeout expired", errors.OverloadedError),
+        (Status.UNAVAILABLE, "Socket closed", errors.ConnectError),
+        (Status.INTERNAL, "Received RST_STREAM with error code 2", errors.ConnectError),
+        (Status.ABORTED, "by a proxy", errors.ConnectError),
+        (Status.UNIMPLEMENTED, "Received http2 header with status: 404", errors.AddressError),
+        (Status.UNAUTHENTICATED, "Received http2 header with status: 401", errors.KeyRefusedError),
+        (Status.PERMISSION_DENIED, "no", errors.KeyRefusedError),
+        (Status.UNAUTHENTICATED, "A certificate is asked for", errors.TrustError),
+        (Status.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (2 vs. 1)", errors.ProtocolError),
+        (Status.INVALID_ARGUMENT, "unexpected shape", errors.RejectedError),
+        (Status.INTERNAL, "onnx runtime\nerror", errors.ServerError),
     ],
 )
-def test_server_errors(fake: FakeTriton, make: Make, status: Status, detail: str, kind: type[EcapaError]) -> None:
+def test_server_errors(
+    fake: FakeTriton, make: Make, status: Status, detail: str, kind: type[errors.EcapaError]
+) -> None:
     client = make(fake.url, retries=1)
     fake.answers = [refuse_with(status, detail)] * 2
     with pytest.raises(kind) as caught:
@@ -307,7 +282,7 @@ def test_server_errors(fake: FakeTriton, make: Make, status: Status, detail: str
 )
 def test_replies_of_another_model(fake: FakeTriton, client: SpeakerClient, answer: Answer, facts: list[str]) -> None:
     fake.answers = [answer]
-    with pytest.raises(ProtocolError) as caught:
+    with pytest.raises(errors.ProtocolError) as caught:
         client.embed(noise(1))
     assert all(fact in str(caught.value) for fact in facts)
     assert client.embed(noise(1)).shape == (SIZE,)
@@ -315,16 +290,16 @@ def test_replies_of_another_model(fake: FakeTriton, client: SpeakerClient, answe
 
 def test_server_away(make: Make, tmp_path: Path) -> None:
     client = make("127.0.0.1:9", timeout=None, retries=1000)  # an address that was never right is retried 4 times
-    with pytest.raises(ConnectError, match=r"127\.0\.0\.1:9: .*8001"):
+    with pytest.raises(errors.ConnectError, match=r"127\.0\.0\.1:9: .*8001"):
         client.embed(noise(1))
-    with pytest.raises(AudioFileError):  # the clip is read before anything is sent
+    with pytest.raises(errors.AudioFileError):  # the clip is read before anything is sent
         client.embed(tmp_path / "none.wav")
 
 
 def test_model_missing(make: Make, fake: FakeTriton) -> None:
     client = make(fake.url, model="other")
     for call in (lambda: client.embed(noise(1)), client.status):
-        with pytest.raises(ModelNotFoundError, match=f"{fake.url}: .*'other'"):
+        with pytest.raises(errors.ModelNotFoundError, match=f"{fake.url}: .*'other'"):
             call()
 
 
@@ -337,7 +312,7 @@ def test_model_missing(make: Make, fake: FakeTriton) -> None:
     + ["", "a b:1", "host:1\n", "dns:///a b"],
 )
 def test_wrong_urls(make: Make, url: str) -> None:
-    with pytest.raises(AddressError, match="HOST:PORT"):
+    with pytest.raises(errors.AddressError, match="HOST:PORT"):
         make(url)
 
 
@@ -349,8 +324,8 @@ def test_wrong_urls(make: Make, url: str) -> None:
         ("max_duration", [0, -1, math.nan, math.inf, 86_401], ValueError),
         ("retries", [-1], ValueError),
         ("metadata", [{name: "1"} for name in ("Upper", "", "\u00e9", "x-bin", "grpc-timeout")], ValueError),
-        ("metadata", [{"name": "\u00e9"}], TrustError),
-        ("api_key", ["ke\ny"], TrustError),
+        ("metadata", [{"name": "\u00e9"}], errors.TrustError),
+        ("api_key", ["ke\ny"], errors.TrustError),
     ],
 )
 def test_wrong_options(make: Make, option: str, values: list[Any], error: type[Exception]) -> None:
@@ -402,17 +377,17 @@ def test_pauses_double_up_to_two_seconds_and_have_jitter() -> None:
 def test_a_timeout_names_the_failure_before_it(fake: FakeTriton, make: Make) -> None:
     fake.answers = [OVERLOAD]
     fake.otherwise = held
-    with pytest.raises(DeadlineError, match=r" in 2 s.*Exceeds maximum queue size"):
+    with pytest.raises(errors.DeadlineError, match=r" in 2 s.*Exceeds maximum queue size"):
         make(fake.url, timeout=2).embed(noise(1))
 
 
 def test_retries_end(fake: FakeTriton, make: Make) -> None:
     fake.otherwise = nan
-    with pytest.raises(EmbeddingError, match=r"NaN 3 times for 1.00 s"):
+    with pytest.raises(errors.EmbeddingError, match=r"NaN 3 times for 1.00 s"):
         make(fake.url, retries=2).embed(noise(1))
     assert len(fake.lengths) == 3
     fake.otherwise = OVERLOAD
-    with pytest.raises((OverloadedError, DeadlineError), match="Exceeds maximum queue size"):
+    with pytest.raises((errors.OverloadedError, errors.DeadlineError), match="Exceeds maximum queue size"):
         make(fake.url, timeout=1, retries=10**9).embed(noise(1))  # no pause beyond the timeout
 
 
@@ -443,7 +418,7 @@ def test_states(fake: FakeTriton, client: SpeakerClient, make: Make) -> None:
         lambda: client.embed(SAMPLES[0]),
         lambda: unused.embed(noise(1)),
     ):
-        with pytest.raises(ClosedError):
+        with pytest.raises(errors.ClosedError):
             call()
 
 
@@ -454,7 +429,7 @@ def test_closing_ends_requests(fake: FakeTriton, make: Make, answer: Answer) -> 
     fake.otherwise = answer
     with (
         meanwhile(lambda: (fake.wait_until(lambda fake: len(fake.lengths) == 2), client.close())),
-        pytest.raises(ClosedError),
+        pytest.raises(errors.ClosedError),
     ):
         client.embed(noise(1))
     fake.otherwise = good
@@ -463,7 +438,7 @@ def test_closing_ends_requests(fake: FakeTriton, make: Make, answer: Answer) -> 
 
 def test_closing_does_not_wait_for_reading(fake: FakeTriton, client: SpeakerClient) -> None:
     clip = Watched(SAMPLES[0], threading.Event())
-    with meanwhile(lambda: (clip.opened.wait(PATIENCE), client.close())), pytest.raises(ClosedError):
+    with meanwhile(lambda: (clip.opened.wait(PATIENCE), client.close())), pytest.raises(errors.ClosedError):
         client.embed(clip)
     clip.gate.set()
 
@@ -478,7 +453,7 @@ def test_a_closed_client_draws_no_more_clips(fake: FakeTriton, client: SpeakerCl
             time.sleep(0.001)
             yield noise(0.1)
 
-    with pytest.raises(ClosedError):
+    with pytest.raises(errors.ClosedError):
         client.embed_many(clips(), return_exceptions=True)
 
 
@@ -574,7 +549,7 @@ def test_a_machine_that_vanishes_is_noticed() -> None:
         pytest.skip("needs unshare and ip, and leave to use them: apt install util-linux iproute2")
     command = [*own, 'ip link set lo up && exec "$0" -c "$1"', sys.executable, GONE]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=90)
-    assert done.stdout == "noticed\n", done.stderr  # before the 100 s of the timeout, which is no ConnectError
+    assert done.stdout == "noticed\n", done.stderr  # before the 100 s of the timeout, which is no errors.ConnectError
 
 
 # --- cancelling ---
@@ -645,7 +620,7 @@ def test_ctrl_c_cancels_requests(fake: FakeTriton, many: bool) -> None:
 
 def test_utterances(fake: FakeTriton, client: SpeakerClient) -> None:
     one, error, long = client.utterances([noise(1), b"no audio", noise(31)], long="truncate")
-    assert isinstance(one, Utterance) and isinstance(long, Utterance) and isinstance(error, NotAudioError)
+    assert isinstance(one, Utterance) and isinstance(long, Utterance) and isinstance(error, errors.NotAudioError)
     assert (one.seconds, one.model, one.threshold) == (1, MODEL, 0.45)
     assert long.seconds == 30 and long.embedding[0] == 30 * SECOND
     np.testing.assert_array_equal(client.utterance(noise(1)).embedding, one.embedding)
@@ -657,22 +632,24 @@ def test_embeddings_of_two_models_are_not_returned_together(
 ) -> None:
     models = iter([MODEL] * 3)
     fake.model = lambda fake: next(models, OTHER)
-    with pytest.raises(ModelMismatchError) as caught:
+    with pytest.raises(errors.ModelMismatchError) as caught:
         client.embed_many([noise(0.1, i) for i in range(6)], return_exceptions=return_exceptions)
     assert MODEL in str(caught.value) and OTHER in str(caught.value)
 
 
-@pytest.mark.parametrize(("seconds", "kind"), [(31, TooLongError), (29, RejectedError)])
-def test_errors_hold_no_clips(fake: FakeTriton, client: SpeakerClient, seconds: int, kind: type[EcapaError]) -> None:
+@pytest.mark.parametrize(("seconds", "kind"), [(31, errors.TooLongError), (29, errors.RejectedError)])
+def test_errors_hold_no_clips(
+    fake: FakeTriton, client: SpeakerClient, seconds: int, kind: type[errors.EcapaError]
+) -> None:
     client.embed(noise(1))
     fake.otherwise = REJECTED
     tracemalloc.start()
     try:
-        errors = list(client.utterances(noise(seconds, i) for i in range(20)))
+        outcomes = list(client.utterances(noise(seconds, i) for i in range(20)))
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert all(isinstance(error, kind) for error in errors)
+    assert all(isinstance(outcome, kind) for outcome in outcomes)
     assert held < seconds * SECOND * 4 * 3  # bytes of a few of the clips
 
 
@@ -747,9 +724,10 @@ def test_one_bad_clip_does_not_lose_the_others(fake: FakeTriton, client: Speaker
     clips = [noise(1), b"no audio", noise(31), "/none.wav", noise(0), noise(2)]
     outcomes = client.embed_many(clips, return_exceptions=True)
     kinds = [type(outcome) for outcome in outcomes]
-    assert kinds == [np.ndarray, NotAudioError, TooLongError, AudioFileError, TooShortError, np.ndarray]
+    long, short = errors.TooLongError, errors.TooShortError
+    assert kinds == [np.ndarray, errors.NotAudioError, long, errors.AudioFileError, short, np.ndarray]
     sent = fake.lengths.count(2 * SECOND)
-    with pytest.raises(NotAudioError):  # the first, when all are done
+    with pytest.raises(errors.NotAudioError):  # the first, when all are done
         client.embed_many(clips)
     assert fake.lengths.count(2 * SECOND) == sent + 1
 
@@ -783,7 +761,7 @@ def test_threads_get_their_own_replies(client: SpeakerClient) -> None:
 def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
     a, b = noise(1), noise(1.5, seed=1)
     for threshold in 45, -1.01, math.nan:
-        with pytest.raises(ThresholdError, match=f"{threshold}"):
+        with pytest.raises(errors.ThresholdError, match=f"{threshold}"):
             client.verify(a, b, threshold)
     assert fake.lengths == []
     verification = client.verify(a, b)
@@ -794,15 +772,15 @@ def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
     assert not client.verify(a, -a).same
     assert not client.verify(a, a, threshold=1.0).same
     assert client.verify(a, b, threshold=-1.0).same
-    with pytest.raises(NotAudioError):
+    with pytest.raises(errors.NotAudioError):
         client.verify(a, b"no audio")
     fake.info = (math.nan, 30.0, 640.0)
-    with pytest.raises(ThresholdError):
+    with pytest.raises(errors.ThresholdError):
         client.verify(a, a)
     assert client.verify(a, a, 0.9).same
     models = iter((MODEL, OTHER))
     fake.model = lambda fake: next(models)
-    with pytest.raises(ModelMismatchError) as caught:
+    with pytest.raises(errors.ModelMismatchError) as caught:
         client.verify(a, a)
     assert MODEL in str(caught.value) and OTHER in str(caught.value)
 
@@ -812,7 +790,7 @@ def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
     [([1.0, 0.0], [1.0]), ([[1.0]], [[1.0]]), ([0.0, 0.0], [1.0, 0.0]), ([math.nan, 1.0], [1.0, 0.0])],
 )
 def test_score_rejects(a: list[float], b: list[float]) -> None:
-    with pytest.raises(EmbeddingError):
+    with pytest.raises(errors.EmbeddingError):
         score(np.array(a), np.array(b))
 
 
@@ -889,7 +867,7 @@ def test_served_files_bytes_arrays_and_mixed_lengths(served: SpeakerClient, refe
 
 def test_served_long_clips(served: SpeakerClient, reference: Reference) -> None:
     clip = noise(40)
-    with pytest.raises(TooLongError, match="40 s .* 30 s"):
+    with pytest.raises(errors.TooLongError, match="40 s .* 30 s"):
         served.embed(clip)
     first, last = reference(clip[: 30 * SECOND]), reference(clip[10 * SECOND :])
     assert close(served.embed(clip, long="truncate"), first)
@@ -913,5 +891,5 @@ def test_served_unknown_model_and_wrong_version(make: Make, server) -> None:  # 
     for options in ({"model": "other"}, {"model_version": "999"}):
         client = make(server.grpc_url, retries=1, **options)
         for call in (lambda client=client: client.embed(noise(1)), client.status):
-            with pytest.raises((ModelNotFoundError, ModelNotReadyError)):
+            with pytest.raises((errors.ModelNotFoundError, errors.ModelNotReadyError)):
                 call()
