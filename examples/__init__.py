@@ -1,1 +1,1 @@
-"""Clips to try the service on, and the demonstration that uses them."""
+"""Examples of the client, and the demonstration."""

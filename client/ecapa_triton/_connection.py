@@ -91,7 +91,7 @@ class Options:
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected {expected}")
-        for name, value in self.headers.items():  # gRPC would reject them only at the first request
+        for name, value in self._headers.items():  # gRPC would reject them only at the first request
             if not re.fullmatch(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", name):
                 raise ValueError(f"metadata has the name {name!r}: expected a-z 0-9 _ . - (not grpc-..., not ...-bin)")
             if not (value.isascii() and value.isprintable()):
@@ -99,7 +99,7 @@ class Options:
                 raise TrustError(f"{what} has characters other than printable ASCII: pass it as the server has it")
 
     @property
-    def headers(self) -> dict[str, str]:
+    def _headers(self) -> dict[str, str]:
         """GRPC metadata of every request."""
         return dict(self.metadata or {}) | ({} if self.api_key is None else {GRPC_KEY_HEADER: self.api_key})
 
@@ -114,7 +114,7 @@ class Connection:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._target = _target(options.url)
-        self._metadata = tuple(options.headers.items())
+        self._metadata = tuple(options._headers.items())
         tls = options.tls or (Tls() if options.url.startswith(TLS_SCHEME) else None)
         self._credentials = None if tls is None else tls._credentials()
         self._name = [] if tls is None or tls.name is None else [("grpc.ssl_target_name_override", tls.name)]
