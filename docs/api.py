@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ecapa_triton
 import pdoc
-from ecapa_triton import _base, audio
+from ecapa_triton import _async_client, _scoring, audio
 
 
 def place(name: str) -> tuple[bool, bool, bool]:
@@ -18,7 +18,7 @@ def place(name: str) -> tuple[bool, bool, bool]:
 ecapa_triton.__all__.sort(key=place)
 page = pdoc.doc.Module(ecapa_triton)
 # pdoc finds the docstring of a plain value only in the module that defines it.
-for name, module in ("SAMPLE_RATE", audio), ("Audio", audio), ("Embedding", _base), ("Long", _base):
+for name, module in ("SAMPLE_RATE", audio), ("Audio", audio), ("Embedding", _scoring), ("Long", _async_client):
     page.members[name].docstring = pdoc.doc.Module(module).members[name].docstring
 pdoc.render.configure(docformat="google", show_source=False, search=False)
 folder = Path(sys.argv[1])

@@ -64,14 +64,6 @@ def refuse(status: grpc.StatusCode, detail: str) -> Answer:
     return answer
 
 
-def slow(seconds: float) -> Answer:
-    def answer(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
-        time.sleep(seconds)
-        return good(fake, waveform)
-
-    return answer
-
-
 @dataclass
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with `answers` in turn, one a request, then with `otherwise`."""

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -25,37 +24,8 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
-import soxr
-from ecapa_triton import (
-    AddressError,
-    AsyncSpeakerClient,
-    AudioFileError,
-    AudioFormatError,
-    ClosedError,
-    ConnectError,
-    DeadlineError,
-    EcapaError,
-    EmbeddingError,
-    KeyRefusedError,
-    ModelInfo,
-    ModelMismatchError,
-    ModelNotFoundError,
-    ModelNotReadyError,
-    NotAudioError,
-    OverloadedError,
-    ProtocolError,
-    RejectedError,
-    ServerError,
-    SpeakerClient,
-    State,
-    ThresholdError,
-    TooLongError,
-    TooShortError,
-    TrustError,
-    Utterance,
-    score,
-)
-from ecapa_triton._base import pause
+from ecapa_triton import AsyncSpeakerClient, ModelInfo, SpeakerClient, State, Utterance, errors, score
+from ecapa_triton._async_client import pause
 from ecapa_triton.protocol import Deployment
 from fake_triton import MODEL, PATIENCE, SIZE, Answer, FakeTriton, fingerprint, good, held, model_info, nan, outputs
 from fake_triton import refuse as refuse_with
@@ -170,86 +140,66 @@ class Watched(os.PathLike[str]):
 # --- one clip ---
 
 
-def test_embed_is_one_request(fake: FakeTriton, client: SpeakerClient) -> None:
-    waveform = noise(1)
-    embedding = client.embed(waveform)
-    np.testing.assert_array_equal(embedding, fingerprint(waveform))
+@pytest.mark.parametrize("seconds", [1, 30])
+def test_embed_is_one_request(fake: FakeTriton, client: SpeakerClient, seconds: float) -> None:
+    embedding = client.embed(noise(seconds))
+    np.testing.assert_array_equal(embedding, fingerprint(noise(seconds)))
     assert embedding.shape == (SIZE,) and embedding.dtype == np.float32 and embedding.flags.writeable
-    assert fake.lengths == [SECOND]
+    assert fake.lengths == [seconds * SECOND]
 
 
-def test_a_clip_of_the_usual_limit_needs_no_further_request(fake: FakeTriton, client: SpeakerClient) -> None:
-    client.embed(noise(30))
-    assert fake.lengths == [30 * SECOND]
-
-
-@pytest.mark.parametrize("samples", [0, 1, 639])
-def test_too_short(fake: FakeTriton, client: SpeakerClient, samples: int) -> None:
+def test_too_short(fake: FakeTriton, client: SpeakerClient) -> None:
     for _ in range(2):  # with the limits guessed, then known
-        with pytest.raises(TooShortError, match=rf"array float32\[{samples}\]"):
-            client.embed(noise(1)[:samples])
-        client.embed(noise(1))
-    assert samples not in fake.lengths
-    client.embed(noise(1)[:640])
-
-
-def test_the_smallest_clip_is_the_models_own(fake: FakeTriton, client: SpeakerClient) -> None:
+        for samples in 0, 1, 639:
+            with pytest.raises(errors.TooShortError, match=rf"array float32\[{samples}\]"):
+                client.embed(noise(1)[:samples])
+        client.embed(noise(1)[:640])
+    assert set(fake.lengths) == {640}
     fake.info = (0.45, 30.0, 320.0)
+    client.embed(noise(1))
     assert client.embed(noise(0.03))[0] == 480
     fake.info = (0.45, 30.0, 1600.0)
     fake.otherwise = nan
-    with pytest.raises(TooShortError, match=r"50.0 ms .*100 ms"):
+    with pytest.raises(errors.TooShortError, match=r"50.0 ms .*100 ms"):
         client.embed(noise(0.05))
 
 
-def test_too_long(fake: FakeTriton, client: SpeakerClient) -> None:
-    with pytest.raises(TooLongError, match=r"array float32\[\d+\]: 31.0 s .* 30 s.*truncate.*windows"):
-        client.embed(noise(31))
+def test_too_long(fake: FakeTriton, make: Make) -> None:
+    client = make(fake.url, max_duration=60)
+    for clip, fact in (noise(31), ": 31 s .* 30 s"), (np.append(noise(30), np.float32(0)), r": 30\.0001 s .* 30 s"):
+        with pytest.raises(errors.TooLongError, match=fact):
+            client.embed(clip)
     assert max(fake.lengths) == 640  # only a clip of silence, for the limits
-    with pytest.raises(TooLongError, match=r": 30\.0001 s .* 30 s"):
-        client.embed(np.append(noise(30), np.float32(0)))
-
-
-def test_truncate(fake: FakeTriton, client: SpeakerClient) -> None:
-    waveform = noise(31)
-    np.testing.assert_array_equal(client.embed(waveform, long="truncate"), fingerprint(waveform[: 30 * SECOND]))
+    np.testing.assert_array_equal(client.embed(noise(31), long="truncate"), fingerprint(noise(31)[: 30 * SECOND]))
+    with pytest.raises(errors.TooLongError, match=r"60 s .*max_duration"):
+        client.embed(noise(61), long="windows")
+    fake.info = (0.45, 60.0, 640.0)  # a larger limit is learned
+    client.embed(noise(1))
+    assert client.embed(noise(45))[0] == 45 * SECOND
 
 
 def test_windows(fake: FakeTriton, client: SpeakerClient) -> None:
     fake.info = (0.45, 2.0, 640.0)
-    fake.otherwise = held
     waveform = noise(5)
-    fake.answers = [good]  # a clip of silence, for the limits
+    client.embed(waveform[:SECOND])  # the limits
+    fake.otherwise = held
     with meanwhile(lambda: (fake.wait_until(lambda fake: fake.busy == 3), fake.gate.set())):  # all in flight at once
-        embedding = client.embed(waveform, long="windows")
+        outcomes = list(client.utterances([waveform, *(noise(5, i) for i in range(3))], long="windows"))
+    assert all(isinstance(outcome, Utterance) for outcome in outcomes)
+    assert fake.most_busy == 3  # one clip at a time: memory is bounded by `max_duration`
     starts = [0, 1.5, 3]
     parts = [fingerprint(waveform[int(s * SECOND) : int((s + 2) * SECOND)]) for s in starts]
-    np.testing.assert_allclose(embedding, np.mean([p / np.linalg.norm(p) for p in parts], axis=0), atol=1e-6)
-    assert embedding.dtype == np.float32
+    mean = np.mean([p / np.linalg.norm(p) for p in parts], axis=0)
+    np.testing.assert_allclose(outcomes[0].embedding, mean, atol=1e-6)
+    assert outcomes[0].embedding.dtype == np.float32 and outcomes[0].seconds == 5
     short = client.embed(waveform[:SECOND], long="windows")
     np.testing.assert_array_equal(short, fingerprint(waveform[:SECOND]))
-
-
-def test_windows_of_one_clip_at_a_time(fake: FakeTriton, client: SpeakerClient) -> None:
-    """Memory is bounded by `max_duration`, however many long clips there are."""
-    fake.info = (0.45, 1.0, 640.0)
-    client.embed(noise(0.1))
-    fake.otherwise = held
-    with meanwhile(lambda: (fake.wait_until(lambda fake: fake.busy == 3), fake.gate.set())):
-        outcomes = list(client.utterances([noise(3, i) for i in range(4)], long="windows"))
-    assert all(isinstance(outcome, Utterance) for outcome in outcomes)
-    assert fake.most_busy == 3
-
-
-def test_windows_stop_at_max_duration(make: Make, fake: FakeTriton) -> None:
-    with pytest.raises(TooLongError, match=r"60 s .*max_duration"):
-        make(fake.url, max_duration=60).embed(noise(61), long="windows")
 
 
 def test_a_smaller_limit_in_the_reply_counts(fake: FakeTriton, client: SpeakerClient) -> None:
     """The reply of a model that cut the clip says so: an embedding of a part never passes for one of the whole."""
     fake.info = (0.45, 2.0, 640.0)
-    with pytest.raises(TooLongError, match=" 2 s"):
+    with pytest.raises(errors.TooLongError, match=" 2 s"):
         client.embed(noise(5))
     assert client.embed(noise(5), long="truncate")[0] == 2 * SECOND
     fake.info = (0.45, 1.0, 640.0)
@@ -257,14 +207,9 @@ def test_a_smaller_limit_in_the_reply_counts(fake: FakeTriton, client: SpeakerCl
     assert fake.lengths[-5:] == [SECOND] * 5
 
 
-def test_a_larger_limit_is_learned(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.info = (0.45, 60.0, 640.0)
-    assert client.embed(noise(45))[0] == 45 * SECOND
-
-
 def test_limits_that_keep_changing_end(fake: FakeTriton, client: SpeakerClient) -> None:
     fake.otherwise = lambda fake, waveform: info(0.45, len(waveform) / SECOND / 2, 640)(fake, waveform)
-    with pytest.raises(ModelNotReadyError, match="limits"):
+    with pytest.raises(errors.ModelNotReadyError, match="limits"):
         client.embed(noise(29), long="windows")
 
 
@@ -284,46 +229,31 @@ def test_long_is_checked(client: SpeakerClient) -> None:
         client.utterances([], long="cut")  # type: ignore[arg-type]
 
 
-# --- NaN ---
-
-
-def test_nan_for_ever(fake: FakeTriton, make: Make) -> None:
-    fake.otherwise = nan
-    with pytest.raises(EmbeddingError, match=r"NaN 3 times for 1.00 s"):
-        make(fake.url, retries=2).embed(noise(1))
-    assert len(fake.lengths) == 3
-
-
-def test_nan_in_one_window_is_retried(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.info = (0.45, 1.0, 640.0)
-    expected = client.embed(noise(3), long="windows")
-    fake.answers = [nan]
-    np.testing.assert_array_equal(client.embed(noise(3), long="windows"), expected)
-
-
 # --- errors of the server ---
 
 
 @pytest.mark.parametrize(
     ("status", "detail", "kind"),
     [
-        (Status.UNAVAILABLE, "Request for unknown model: 'ecapa' has no available versions", ModelNotReadyError),
-        (Status.UNAVAILABLE, "Exceeds maximum queue size", OverloadedError),
-        (Status.UNAVAILABLE, "Server is stopping, scheduler for", ConnectError),
-        (Status.UNAVAILABLE, "Request timeout expired", OverloadedError),
-        (Status.UNAVAILABLE, "Socket closed", ConnectError),
-        (Status.INTERNAL, "Received RST_STREAM with error code 2", ConnectError),
-        (Status.ABORTED, "by a proxy", ConnectError),
-        (Status.UNIMPLEMENTED, "Received http2 header with status: 404", AddressError),
-        (Status.UNAUTHENTICATED, "Received http2 header with status: 401", KeyRefusedError),
-        (Status.PERMISSION_DENIED, "no", KeyRefusedError),
-        (Status.UNAUTHENTICATED, "A certificate is asked for", TrustError),
-        (Status.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (2 vs. 1)", ProtocolError),
-        (Status.INVALID_ARGUMENT, "unexpected shape", RejectedError),
-        (Status.INTERNAL, "onnx runtime\nerror", ServerError),
+        (Status.UNAVAILABLE, "Request for unknown model: 'ecapa' has no available versions", errors.ModelNotReadyError),
+        (Status.UNAVAILABLE, "Exceeds maximum queue size", errors.OverloadedError),
+        (Status.UNAVAILABLE, "Server is stopping, scheduler for", errors.ConnectError),
+        (Status.UNAVAILABLE, "Request timeout expired", errors.OverloadedError),
+        (Status.UNAVAILABLE, "Socket closed", errors.ConnectError),
+        (Status.INTERNAL, "Received RST_STREAM with error code 2", errors.ConnectError),
+        (Status.ABORTED, "by a proxy", errors.ConnectError),
+        (Status.UNIMPLEMENTED, "Received http2 header with status: 404", errors.AddressError),
+        (Status.UNAUTHENTICATED, "Received http2 header with status: 401", errors.KeyRefusedError),
+        (Status.PERMISSION_DENIED, "no", errors.KeyRefusedError),
+        (Status.UNAUTHENTICATED, "A certificate is asked for", errors.TrustError),
+        (Status.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (2 vs. 1)", errors.ProtocolError),
+        (Status.INVALID_ARGUMENT, "unexpected shape", errors.RejectedError),
+        (Status.INTERNAL, "onnx runtime\nerror", errors.ServerError),
     ],
 )
-def test_server_errors(fake: FakeTriton, make: Make, status: Status, detail: str, kind: type[EcapaError]) -> None:
+def test_server_errors(
+    fake: FakeTriton, make: Make, status: Status, detail: str, kind: type[errors.EcapaError]
+) -> None:
     client = make(fake.url, retries=1)
     fake.answers = [refuse_with(status, detail)] * 2
     with pytest.raises(kind) as caught:
@@ -345,37 +275,31 @@ def test_server_errors(fake: FakeTriton, make: Make, status: Status, detail: str
         (outputs(embedding=np.zeros((1, 0), np.float32)), ["embedding", "float32 [1, 0]"]),
         (outputs(embedding=np.zeros((1, SIZE))), ["embedding", "float64 [1, 192]"]),
         (outputs(model_info=np.zeros((1, 2), np.float32)), ["model_info", "float32 [1, 2]", "float32 [1, 7]"]),
-        (info(0.45, math.nan, 640), ["max_seconds nan"]),
-        (info(0.45, 30, math.nan), ["min_samples nan"]),
-        (outputs(model_info=model_info(0.45, 30, 640) + 0.5), ["identity", "24 bits"]),
+        (info(0.45, math.nan, 640), ["model_info", "nan"]),
+        (info(0.45, 30, math.nan), ["model_info", "nan"]),
+        (outputs(model_info=model_info(0.45, 30, 640) + 0.5), ["model_info", "24 bits"]),
     ],
 )
 def test_replies_of_another_model(fake: FakeTriton, client: SpeakerClient, answer: Answer, facts: list[str]) -> None:
     fake.answers = [answer]
-    with pytest.raises(ProtocolError) as caught:
+    with pytest.raises(errors.ProtocolError) as caught:
         client.embed(noise(1))
     assert all(fact in str(caught.value) for fact in facts)
     assert client.embed(noise(1)).shape == (SIZE,)
 
 
-def test_timeout(make: Make, fake: FakeTriton) -> None:
-    fake.otherwise = held
-    with pytest.raises(DeadlineError, match=rf"{fake.url} in 0.2 s"):
-        make(fake.url, timeout=0.2).embed(noise(1))
-
-
 def test_server_away(make: Make, tmp_path: Path) -> None:
     client = make("127.0.0.1:9", timeout=None, retries=1000)  # an address that was never right is retried 4 times
-    with pytest.raises(ConnectError, match=r"127\.0\.0\.1:9 .*8001"):
+    with pytest.raises(errors.ConnectError, match=r"127\.0\.0\.1:9: .*8001"):
         client.embed(noise(1))
-    with pytest.raises(AudioFileError):  # the clip is read before anything is sent
+    with pytest.raises(errors.AudioFileError):  # the clip is read before anything is sent
         client.embed(tmp_path / "none.wav")
 
 
 def test_model_missing(make: Make, fake: FakeTriton) -> None:
     client = make(fake.url, model="other")
     for call in (lambda: client.embed(noise(1)), client.status):
-        with pytest.raises(ModelNotFoundError, match=f"'other'.* {fake.url}"):
+        with pytest.raises(errors.ModelNotFoundError, match=f"{fake.url}: .*'other'"):
             call()
 
 
@@ -388,36 +312,26 @@ def test_model_missing(make: Make, fake: FakeTriton) -> None:
     + ["", "a b:1", "host:1\n", "dns:///a b"],
 )
 def test_wrong_urls(make: Make, url: str) -> None:
-    with pytest.raises(AddressError, match="HOST:PORT"):
+    with pytest.raises(errors.AddressError, match="HOST:PORT"):
         make(url)
 
 
 @pytest.mark.parametrize(
-    ("option", "values"),
+    ("option", "values", "error"),
     [
-        ("timeout", [0, -1, math.nan, math.inf, 1e10, 1e300]),
-        ("max_in_flight", [0]),
-        ("max_duration", [0, -1, math.nan, math.inf, 86_401]),
-        ("retries", [-1]),
+        ("timeout", [0, -1, math.nan, math.inf, 1e10, 1e300], ValueError),
+        ("max_in_flight", [0], ValueError),
+        ("max_duration", [0, -1, math.nan, math.inf, 86_401], ValueError),
+        ("retries", [-1], ValueError),
+        ("metadata", [{name: "1"} for name in ("Upper", "", "\u00e9", "x-bin", "grpc-timeout")], ValueError),
+        ("metadata", [{"name": "\u00e9"}], errors.TrustError),
+        ("api_key", ["ke\ny"], errors.TrustError),
     ],
 )
-def test_wrong_numbers(make: Make, option: str, values: list[float]) -> None:
+def test_wrong_options(make: Make, option: str, values: list[Any], error: type[Exception]) -> None:
     for value in values:
-        with pytest.raises(ValueError, match=f"{option} is {re.escape(str(value))}: expected"):
+        with pytest.raises(error, match=option):
             make(**{option: value})
-
-
-@pytest.mark.parametrize("name", ["Upper", "", "\u00e9", "x-bin", "grpc-timeout"])
-def test_wrong_metadata(make: Make, name: str) -> None:
-    with pytest.raises(ValueError, match=f"metadata .*{name!r}"):
-        make(metadata={name: "1"})
-    for options in {"api_key": "ke\ny"}, {"metadata": {"name": "\u00e9"}}:
-        with pytest.raises(TrustError, match="api_key|name"):
-            make(**options)
-
-
-def test_the_longest_times(make: Make, fake: FakeTriton) -> None:
-    assert make(fake.url, timeout=1e6, max_duration=86_400).embed(noise(1)).shape == (SIZE,)
 
 
 def test_no_proxy_sees_the_clips(make: Make, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +344,8 @@ def test_no_proxy_sees_the_clips(make: Make, fake: FakeTriton, monkeypatch: pyte
 
 @pytest.mark.parametrize("url", ["grpc://127.0.0.1:{}", "dns:///localhost:{}", "ipv4:127.0.0.1:{}"])
 def test_forms_of_urls(make: Make, fake: FakeTriton, url: str) -> None:
-    assert make(url.format(fake.url.rpartition(":")[2])).embed(noise(1)).shape == (SIZE,)
+    client = make(url.format(fake.url.rpartition(":")[2]), timeout=1e6, max_duration=86_400)  # the longest times
+    assert client.embed(noise(1)).shape == (SIZE,)
 
 
 def test_key_and_metadata_go_with_every_call(fake: FakeTriton, make: Make) -> None:
@@ -459,62 +374,52 @@ def test_pauses_double_up_to_two_seconds_and_have_jitter() -> None:
     assert len({pause(1100) for _ in range(20)}) == 20 and 1 <= pause(1100) <= 2
 
 
-def test_no_retries(fake: FakeTriton, make: Make) -> None:
-    fake.answers = [OVERLOAD]
-    with pytest.raises(OverloadedError):
-        make(fake.url, retries=0).embed(noise(1))
-    assert len(fake.lengths) == 1
-
-
 def test_a_timeout_names_the_failure_before_it(fake: FakeTriton, make: Make) -> None:
     fake.answers = [OVERLOAD]
     fake.otherwise = held
-    with pytest.raises(DeadlineError, match=r" in 2 s.*Exceeds maximum queue size"):
+    with pytest.raises(errors.DeadlineError, match=r" in 2 s.*Exceeds maximum queue size"):
         make(fake.url, timeout=2).embed(noise(1))
 
 
-def test_no_pause_beyond_the_timeout(fake: FakeTriton, make: Make) -> None:
+def test_retries_end(fake: FakeTriton, make: Make) -> None:
+    fake.otherwise = nan
+    with pytest.raises(errors.EmbeddingError, match=r"NaN 3 times for 1.00 s"):
+        make(fake.url, retries=2).embed(noise(1))
+    assert len(fake.lengths) == 3
     fake.otherwise = OVERLOAD
-    with pytest.raises((OverloadedError, DeadlineError), match="Exceeds maximum queue size"):
-        make(fake.url, timeout=1, retries=10**9).embed(noise(1))
+    with pytest.raises((errors.OverloadedError, errors.DeadlineError), match="Exceeds maximum queue size"):
+        make(fake.url, timeout=1, retries=10**9).embed(noise(1))  # no pause beyond the timeout
 
 
 def test_windows_are_retried_one_by_one(fake: FakeTriton, client: SpeakerClient) -> None:
     fake.info = (0.45, 1.0, 640.0)
     expected = client.embed(noise(3), long="windows")
     fake.lengths.clear()
-    fake.answers = [OVERLOAD, AWAY]
+    fake.answers = [OVERLOAD, AWAY, nan]
     np.testing.assert_array_equal(client.embed(noise(3), long="windows"), expected)
-    assert len(fake.lengths) == 5
-
-
-def test_transient_errors() -> None:
-    errors = {name: getattr(ecapa_triton, name) for name in ecapa_triton.__all__ if name.endswith("Error")}
-    assert {name for name, error in errors.items() if error.transient} == {
-        "ConnectError", "OverloadedError", "ModelNotReadyError", "EmbeddingError"
-    }  # fmt: skip
+    assert len(fake.lengths) == 6
 
 
 # --- life of a client ---
 
 
-def test_states(fake: FakeTriton, client: SpeakerClient) -> None:
+def test_states(fake: FakeTriton, client: SpeakerClient, make: Make) -> None:
+    unused = make(fake.url)
+    unused.close()
     assert client.state is State.NEW and fake.calls == 0
     client.embed(noise(1))
     assert client.state is State.OPEN
     for _ in range(2):
         client.close()
         assert client.state is State.CLOSED
-    for call in (lambda: client.embed(noise(1)), client.status, lambda: client.embed(SAMPLES[0])):
-        with pytest.raises(ClosedError):
+    for call in (
+        lambda: client.embed(noise(1)),
+        client.status,
+        lambda: client.embed(SAMPLES[0]),
+        lambda: unused.embed(noise(1)),
+    ):
+        with pytest.raises(errors.ClosedError):
             call()
-
-
-def test_a_client_that_was_never_used_is_closed(make: Make) -> None:
-    client = make("127.0.0.1:9")
-    client.close()
-    with pytest.raises(ClosedError):
-        client.embed(noise(1))
 
 
 @pytest.mark.parametrize("answer", [held, OVERLOAD], ids=["in flight", "before a retry"])
@@ -524,7 +429,7 @@ def test_closing_ends_requests(fake: FakeTriton, make: Make, answer: Answer) -> 
     fake.otherwise = answer
     with (
         meanwhile(lambda: (fake.wait_until(lambda fake: len(fake.lengths) == 2), client.close())),
-        pytest.raises(ClosedError),
+        pytest.raises(errors.ClosedError),
     ):
         client.embed(noise(1))
     fake.otherwise = good
@@ -533,7 +438,7 @@ def test_closing_ends_requests(fake: FakeTriton, make: Make, answer: Answer) -> 
 
 def test_closing_does_not_wait_for_reading(fake: FakeTriton, client: SpeakerClient) -> None:
     clip = Watched(SAMPLES[0], threading.Event())
-    with meanwhile(lambda: (clip.opened.wait(PATIENCE), client.close())), pytest.raises(ClosedError):
+    with meanwhile(lambda: (clip.opened.wait(PATIENCE), client.close())), pytest.raises(errors.ClosedError):
         client.embed(clip)
     clip.gate.set()
 
@@ -548,34 +453,22 @@ def test_a_closed_client_draws_no_more_clips(fake: FakeTriton, client: SpeakerCl
             time.sleep(0.001)
             yield noise(0.1)
 
-    with pytest.raises(ClosedError):
+    with pytest.raises(errors.ClosedError):
         client.embed_many(clips(), return_exceptions=True)
 
 
-def test_event_loops_one_after_another(fake: FakeTriton) -> None:
+def test_event_loops(fake: FakeTriton) -> None:
+    async def two(client: AsyncSpeakerClient) -> None:
+        assert len(await client.embed_many([noise(2, i) for i in range(4)], long="windows")) == 4
+        with pytest.raises(RuntimeError, match="event loop"):
+            await asyncio.to_thread(asyncio.run, client.embed(noise(1)))
+        with SpeakerClient(fake.url) as blocking:
+            assert blocking.embed(noise(1)).shape == (SIZE,)
+
     fake.info = (0.45, 1.0, 640.0)
     client = AsyncSpeakerClient(fake.url)
-    for _ in range(2):
-        assert asyncio.run(client.embed(noise(1))).shape == (SIZE,)
-        assert len(asyncio.run(client.embed_many([noise(2, i) for i in range(4)], long="windows"))) == 4
-
-
-def test_two_event_loops_at_once(fake: FakeTriton) -> None:
-    async def two() -> None:
-        async with AsyncSpeakerClient(fake.url) as client:
-            await client.embed(noise(1))
-            with pytest.raises(RuntimeError, match="event loop"):
-                await asyncio.to_thread(asyncio.run, client.embed(noise(1)))
-
-    asyncio.run(two())
-
-
-def test_a_blocking_client_in_a_running_event_loop(fake: FakeTriton) -> None:
-    async def embed() -> np.ndarray:
-        with SpeakerClient(fake.url) as client:
-            return client.embed(noise(1))
-
-    assert asyncio.run(embed()).shape == (SIZE,)
+    for _ in range(2):  # one after another
+        asyncio.run(two(client))
 
 
 SCRIPT = """
@@ -618,22 +511,15 @@ next(outcomes) if kind == "sync" else wait(first(outcomes))
 """
 
 
-def run_script(script: str, kind: str, fake: FakeTriton) -> None:
+@pytest.mark.parametrize("script", [FORK, EXIT], ids=["fork", "exit with requests in flight"])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_processes(fake: FakeTriton, kind: str, script: str) -> None:
+    """A forked process needs a client of its own; the interpreter exits although nothing was closed."""
+    fake.otherwise = long_ones_held if script == EXIT else good
     command = [sys.executable, "-c", SCRIPT + script, kind, fake.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "Error" not in done.stderr
-
-
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_forked_process_needs_a_client_of_its_own(fake: FakeTriton, kind: str) -> None:
-    run_script(FORK, kind, fake)
-
-
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_the_interpreter_exits_with_requests_in_flight(fake: FakeTriton, kind: str) -> None:
-    fake.otherwise = long_ones_held
-    run_script(EXIT, kind, fake)
 
 
 GONE = """
@@ -663,7 +549,7 @@ def test_a_machine_that_vanishes_is_noticed() -> None:
         pytest.skip("needs unshare and ip, and leave to use them: apt install util-linux iproute2")
     command = [*own, 'ip link set lo up && exec "$0" -c "$1"', sys.executable, GONE]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=90)
-    assert done.stdout == "noticed\n", done.stderr  # before the 100 s of the timeout, which is no ConnectError
+    assert done.stdout == "noticed\n", done.stderr  # before the 100 s of the timeout, which is no errors.ConnectError
 
 
 # --- cancelling ---
@@ -693,16 +579,6 @@ def test_cancelled_clips_are_not_read(fake: FakeTriton, make: Make) -> None:
     gate.set()
     assert client.embed(SAMPLES[0]).shape == (SIZE,)
     assert not any(clip.opened.is_set() for clip in clips[3:])
-
-
-def test_a_window_that_fails_cancels_no_other_clip(fake: FakeTriton, client: SpeakerClient) -> None:
-    fake.info = (0.45, 2.0, 640.0)
-    client.embed(noise(1))
-    fake.otherwise = lambda fake, waveform: (REJECTED if len(waveform) == 2 * SECOND else held)(fake, waveform)
-    with meanwhile(lambda: (fake.wait_until(lambda fake: 2 * SECOND in fake.lengths), fake.gate.set())):
-        long, *others = client.utterances([noise(3), *(noise(1, i) for i in range(3))], long="windows")
-    assert isinstance(long, RejectedError)
-    assert all(isinstance(other, Utterance) for other in others)
 
 
 def test_a_cancelled_task_cancels_its_request(fake: FakeTriton) -> None:
@@ -744,7 +620,7 @@ def test_ctrl_c_cancels_requests(fake: FakeTriton, many: bool) -> None:
 
 def test_utterances(fake: FakeTriton, client: SpeakerClient) -> None:
     one, error, long = client.utterances([noise(1), b"no audio", noise(31)], long="truncate")
-    assert isinstance(one, Utterance) and isinstance(long, Utterance) and isinstance(error, NotAudioError)
+    assert isinstance(one, Utterance) and isinstance(long, Utterance) and isinstance(error, errors.NotAudioError)
     assert (one.seconds, one.model, one.threshold) == (1, MODEL, 0.45)
     assert long.seconds == 30 and long.embedding[0] == 30 * SECOND
     np.testing.assert_array_equal(client.utterance(noise(1)).embedding, one.embedding)
@@ -756,22 +632,24 @@ def test_embeddings_of_two_models_are_not_returned_together(
 ) -> None:
     models = iter([MODEL] * 3)
     fake.model = lambda fake: next(models, OTHER)
-    with pytest.raises(ModelMismatchError) as caught:
+    with pytest.raises(errors.ModelMismatchError) as caught:
         client.embed_many([noise(0.1, i) for i in range(6)], return_exceptions=return_exceptions)
     assert MODEL in str(caught.value) and OTHER in str(caught.value)
 
 
-@pytest.mark.parametrize(("seconds", "kind"), [(31, TooLongError), (29, RejectedError)])
-def test_errors_hold_no_clips(fake: FakeTriton, client: SpeakerClient, seconds: int, kind: type[EcapaError]) -> None:
+@pytest.mark.parametrize(("seconds", "kind"), [(31, errors.TooLongError), (29, errors.RejectedError)])
+def test_errors_hold_no_clips(
+    fake: FakeTriton, client: SpeakerClient, seconds: int, kind: type[errors.EcapaError]
+) -> None:
     client.embed(noise(1))
     fake.otherwise = REJECTED
     tracemalloc.start()
     try:
-        errors = list(client.utterances(noise(seconds, i) for i in range(20)))
+        outcomes = list(client.utterances(noise(seconds, i) for i in range(20)))
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert all(isinstance(error, kind) for error in errors)
+    assert all(isinstance(outcome, kind) for outcome in outcomes)
     assert held < seconds * SECOND * 4 * 3  # bytes of a few of the clips
 
 
@@ -846,9 +724,10 @@ def test_one_bad_clip_does_not_lose_the_others(fake: FakeTriton, client: Speaker
     clips = [noise(1), b"no audio", noise(31), "/none.wav", noise(0), noise(2)]
     outcomes = client.embed_many(clips, return_exceptions=True)
     kinds = [type(outcome) for outcome in outcomes]
-    assert kinds == [np.ndarray, NotAudioError, TooLongError, AudioFileError, TooShortError, np.ndarray]
+    long, short = errors.TooLongError, errors.TooShortError
+    assert kinds == [np.ndarray, errors.NotAudioError, long, errors.AudioFileError, short, np.ndarray]
     sent = fake.lengths.count(2 * SECOND)
-    with pytest.raises(NotAudioError):  # the first, when all are done
+    with pytest.raises(errors.NotAudioError):  # the first, when all are done
         client.embed_many(clips)
     assert fake.lengths.count(2 * SECOND) == sent + 1
 
@@ -881,6 +760,10 @@ def test_threads_get_their_own_replies(client: SpeakerClient) -> None:
 
 def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
     a, b = noise(1), noise(1.5, seed=1)
+    for threshold in 45, -1.01, math.nan:
+        with pytest.raises(errors.ThresholdError, match=f"{threshold}"):
+            client.verify(a, b, threshold)
+    assert fake.lengths == []
     verification = client.verify(a, b)
     assert verification.score == pytest.approx(score(fingerprint(a), fingerprint(b)))
     assert verification.threshold == 0.45  # not 0.44999998807907104
@@ -889,29 +772,16 @@ def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
     assert not client.verify(a, -a).same
     assert not client.verify(a, a, threshold=1.0).same
     assert client.verify(a, b, threshold=-1.0).same
-    with pytest.raises(NotAudioError):
+    with pytest.raises(errors.NotAudioError):
         client.verify(a, b"no audio")
-
-
-def test_verify_without_a_threshold(fake: FakeTriton, client: SpeakerClient) -> None:
     fake.info = (math.nan, 30.0, 640.0)
-    with pytest.raises(ThresholdError):
-        client.verify(noise(1), noise(1))
-    assert client.verify(noise(1), noise(1), 0.9).same
-
-
-@pytest.mark.parametrize("threshold", [45, -1.01, math.nan])
-def test_verify_with_a_wrong_threshold(fake: FakeTriton, client: SpeakerClient, threshold: float) -> None:
-    with pytest.raises(ThresholdError, match=f"{threshold}"):
-        client.verify(noise(1), noise(1), threshold)
-    assert fake.lengths == []
-
-
-def test_verify_does_not_compare_two_models(fake: FakeTriton, client: SpeakerClient) -> None:
+    with pytest.raises(errors.ThresholdError):
+        client.verify(a, a)
+    assert client.verify(a, a, 0.9).same
     models = iter((MODEL, OTHER))
     fake.model = lambda fake: next(models)
-    with pytest.raises(ModelMismatchError) as caught:
-        client.verify(noise(1), noise(1))
+    with pytest.raises(errors.ModelMismatchError) as caught:
+        client.verify(a, a)
     assert MODEL in str(caught.value) and OTHER in str(caught.value)
 
 
@@ -920,7 +790,7 @@ def test_verify_does_not_compare_two_models(fake: FakeTriton, client: SpeakerCli
     [([1.0, 0.0], [1.0]), ([[1.0]], [[1.0]]), ([0.0, 0.0], [1.0, 0.0]), ([math.nan, 1.0], [1.0, 0.0])],
 )
 def test_score_rejects(a: list[float], b: list[float]) -> None:
-    with pytest.raises(EmbeddingError):
+    with pytest.raises(errors.EmbeddingError):
         score(np.array(a), np.array(b))
 
 
@@ -940,17 +810,15 @@ def test_status(fake: FakeTriton, client: SpeakerClient) -> None:
     assert (statistics.mean_batch, statistics.queue_ms, statistics.compute_ms) == (3.0, 3.0, 11.0)
 
 
-def test_status_of_a_model_that_is_not_ready(fake: FakeTriton, client: SpeakerClient) -> None:
+def test_status_of_a_server_in_trouble(fake: FakeTriton, make: Make) -> None:
+    client = make(fake.url, retries=0)
+    fake.otherwise = OVERLOAD
+    status = client.status()
+    assert status.info is None and status.ready and status.statistics
     fake.ready = False
     status = client.status()
     assert (status.live, status.ready, status.model_versions) == (True, False, ())
     assert (status.deployment, status.info, status.statistics) == (None, None, None)
-
-
-def test_status_of_an_overloaded_server(fake: FakeTriton, make: Make) -> None:
-    fake.otherwise = OVERLOAD
-    status = make(fake.url, retries=0).status()
-    assert status.info is None and status.ready and status.statistics
 
 
 # --- the package ---
@@ -960,11 +828,14 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
     lines = [line for line in (ecapa_triton.errors.__doc__ or "").splitlines() if line.startswith("    ")]
     parents: list[str] = []
     for line in lines:
-        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 4 - 1
-        base = getattr(ecapa_triton, name).__bases__[0].__name__
-        assert base == (parents[depth - 1] if depth else "Exception")
-        parents[depth:] = [name]
-    assert {line.split()[0] for line in lines} == {n for n in ecapa_triton.__all__ if n.endswith("Error")}
+        names, depth = line.strip().split(", "), (len(line) - len(line.lstrip())) // 4 - 1
+        for name in names:
+            base = getattr(ecapa_triton, name).__bases__[0].__name__
+            assert base == (parents[depth - 1] if depth else "Exception")
+        parents[depth:] = names
+    assert {n for line in lines for n in line.strip().split(", ")} == {
+        n for n in ecapa_triton.__all__ if n.endswith("Error")
+    }
 
 
 # --- the real server ---
@@ -981,7 +852,7 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b))
 
 
-def test_served_files_bytes_and_arrays(served: SpeakerClient, reference: Reference) -> None:
+def test_served_files_bytes_arrays_and_mixed_lengths(served: SpeakerClient, reference: Reference) -> None:
     path = next(p for p in SAMPLES if p.name == "anna_1.flac")
     floats, rate = soundfile.read(path, dtype="float32")
     ints, _ = soundfile.read(path, dtype="int16")
@@ -989,9 +860,6 @@ def test_served_files_bytes_and_arrays(served: SpeakerClient, reference: Referen
     expected = reference(floats)
     for clip in (path, str(path), path.read_bytes(), floats, ints, floats[:, None], np.stack([floats] * 2, axis=1)):
         assert close(served.embed(clip), expected)
-
-
-def test_served_mixed_lengths(served: SpeakerClient, reference: Reference) -> None:
     clips = [noise(s, seed=i) for i, s in enumerate([0.04, 2.5, 0.3, 7, 1, 0.11, 4, 0.04])]
     for embedding, clip in zip(served.embed_many(clips), clips, strict=True):
         assert close(embedding, reference(clip))
@@ -999,7 +867,7 @@ def test_served_mixed_lengths(served: SpeakerClient, reference: Reference) -> No
 
 def test_served_long_clips(served: SpeakerClient, reference: Reference) -> None:
     clip = noise(40)
-    with pytest.raises(TooLongError, match="40.0 s .* 30 s"):
+    with pytest.raises(errors.TooLongError, match="40 s .* 30 s"):
         served.embed(clip)
     first, last = reference(clip[: 30 * SECOND]), reference(clip[10 * SECOND :])
     assert close(served.embed(clip, long="truncate"), first)
@@ -1007,47 +875,21 @@ def test_served_long_clips(served: SpeakerClient, reference: Reference) -> None:
     assert close(served.embed(clip, long="windows"), mean)
 
 
-def test_served_verdicts(served: SpeakerClient) -> None:
-    speakers = {path: path.name.split("_")[0] for path in SAMPLES}
-    assert len(speakers) == 6 and len(set(speakers.values())) == 3
-    for a in SAMPLES:
-        for b in SAMPLES:
-            verification = served.verify(a, b)
-            assert verification.threshold == 0.45
-            assert verification.same == (speakers[a] == speakers[b]), (a, b, verification)
-
-
-def test_served_resampling_keeps_the_voice(served: SpeakerClient) -> None:
-    """At 48 kHz and back: the same clip to the model."""
-    samples, rate = soundfile.read(SAMPLES[0], dtype="float32")
-    resampled = soxr.resample(samples, rate, 48_000)
-    assert score(served.embed(samples, rate), served.embed(resampled, 48_000)) > 0.99
-
-
 def test_served_status(served: SpeakerClient, mini: checkpoint.Checkpoint) -> None:
     before = served.status()
     served.embed_many([noise(0.5, seed=i) for i in range(8)])
-    for _earlier in itertools.count():  # Triton counts a request just after it has replied
+    after = served.status()
+    while after.statistics.requests < before.statistics.requests + 9:  # Triton counts a request after it has replied
         after = served.status()
-        counted = after.statistics.requests - before.statistics.requests
-        if counted >= 9:  # with the clip of silence of `before`
-            break
-    assert counted <= 9 + _earlier + 1  # with those of the earlier ones, and one before this test
     assert before.server_version == after.server_version != ""
     assert after.live and after.ready and after.model_versions
     assert after.info == ModelInfo(threshold=0.45, max_seconds=30.0, min_samples=640, id=mini.sha256[:24])
-    assert 0 < after.statistics.executions - before.statistics.executions <= counted
-    assert after.statistics.compute_ms > 0
+    assert after.statistics.executions > before.statistics.executions and after.statistics.compute_ms > 0
 
 
 def test_served_unknown_model_and_wrong_version(make: Make, server) -> None:  # type: ignore[no-untyped-def]
     for options in ({"model": "other"}, {"model_version": "999"}):
         client = make(server.grpc_url, retries=1, **options)
         for call in (lambda client=client: client.embed(noise(1)), client.status):
-            with pytest.raises((ModelNotFoundError, ModelNotReadyError)):
+            with pytest.raises((errors.ModelNotFoundError, errors.ModelNotReadyError)):
                 call()
-
-
-def test_served_wrong_array(served: SpeakerClient) -> None:
-    with pytest.raises(AudioFormatError):
-        served.embed(np.zeros((2, 3, 4), np.float32))

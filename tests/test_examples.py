@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -20,10 +19,10 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import ROOT
+from ecapa_triton import SpeakerClient
 
 from server.triton import TritonServer
 
-EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "demo.py")
 SAMPLES = ROOT / "samples"
 Run = Callable[..., tuple[int, list[str], str]]
 # Ray in little memory and on loopback; its processes end with it.
@@ -51,15 +50,6 @@ def run(server: TritonServer, tmp_path: Path) -> Run:
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_is_short_and_shows_how_to_run_it(path: Path) -> None:
-    source = path.read_text()
-    docstring = ast.get_docstring(ast.parse(source), clean=False) or ""
-    assert f"    python examples/{path.name} 127.0.0.1:8001" in docstring
-    code = [line for line in source.replace(docstring, "").splitlines() if line.strip() and line.strip()[0] not in '#"']
-    assert len(code) < 20, "\n".join(code)
 
 
 def test_embed(run: Run, reference: Callable[[np.ndarray], np.ndarray], tmp_path: Path) -> None:
@@ -159,17 +149,12 @@ def test_async_service(port: int) -> None:
     assert re.fullmatch(r"NotAudioError: 8 bytes.*\n", ask(port, b"no sound"))
 
 
-def processes_of(folder: Path) -> list[str]:
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    return [line.replace(b"\0", b" ").decode() for line in lines if os.fsencode(folder) in line]
-
-
 @pytest.mark.slow
 def test_ray_embed(server: TritonServer, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="pip install 'ecapa-triton[ray]'")
     from pyarrow import parquet
 
-    paths = [str(path) for path in sorted(SAMPLES.iterdir()) if path.suffix in (".flac", ".wav")]
+    paths = [sample(f"{name}_{i}") for name in ("anna", "berta", "carl") for i in (1, 2)]
     broken = tmp_path / "broken.wav"
     broken.write_text("no sound")
     (tmp_path / "paths.txt").write_text("\n".join([*paths, str(broken)]))
@@ -181,21 +166,14 @@ def test_ray_embed(server: TritonServer, tmp_path: Path) -> None:
             command, cwd=tmp_path, env=os.environ | quiet, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, done.stderr
-        end = time.monotonic() + 20
-        while (left := processes_of(Path(folder))) and time.monotonic() < end:
-            time.sleep(0.2)
-        assert not left
     table = parquet.read_table(tmp_path / "out")
     assert table.schema.names == ["path", "seconds", "embedding", "model", "error"]
     rows = {row.pop("path"): row for row in table.to_pylist()}
     assert len(rows) == table.num_rows and set(rows) == {*paths, str(broken)}
     bad = rows.pop(str(broken))
     assert "broken.wav" in bad.pop("error") and not any(bad.values())
-    embed = [sys.executable, ROOT / "examples/embed.py", server.grpc_url, SAMPLES, tmp_path / "out.npz"]
-    subprocess.run(embed, check=True, capture_output=True, timeout=120)
-    with np.load(tmp_path / "out.npz") as arrays:
-        alone = dict(zip(arrays["files"], arrays["embeddings"], strict=True))
-    for path, row in rows.items():
-        np.testing.assert_allclose(row["embedding"], alone[path], atol=1e-3)
-        assert row["error"] is None and row["seconds"] > 1 and re.fullmatch("[0-9a-f]{24}", row["model"])
+    with SpeakerClient(server.grpc_url) as client:
+        for path, row in rows.items():
+            np.testing.assert_allclose(row["embedding"], client.embed(path), atol=1e-3)
+            assert row["error"] is None and row["seconds"] > 1 and re.fullmatch("[0-9a-f]{24}", row["model"])
     assert len({row["model"] for row in rows.values()}) == 1

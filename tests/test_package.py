@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import enum
-import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import ecapa_triton
@@ -95,23 +92,15 @@ def test_little_is_installed(installed: Path) -> None:
     direct = {"ecapa-triton", "tritonclient", "numpy", "soundfile", "soxr"}
     grpc = {"grpcio", "protobuf", "python-rapidjson", "urllib3", "typing-extensions", "packaging", "ml-dtypes"}
     assert direct <= names <= direct | grpc | {"cffi", "pycparser"}
-    site = next((installed.parents[1] / "lib").glob("python3*/site-packages"))
-    sizes = {
-        folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        for folder in site.iterdir()
-    }
-    print({name: f"{size / 1e6:.1f} MB" for name, size in sorted(sizes.items(), key=lambda item: -item[1])[:9]})
-    assert (site / "ecapa_triton/py.typed").is_file()
-    assert sizes["ecapa_triton"] < 1e6
+    (package,) = (installed.parents[1] / "lib").glob("python3*/site-packages/ecapa_triton")
+    assert (package / "py.typed").is_file()
+    assert sum(path.stat().st_size for path in package.rglob("*") if path.is_file()) < 1e6
     assert run(installed, "-m", "pip", "check", cwd=installed.parent).returncode == 0
 
 
 @pytest.mark.slow
 def test_it_works_alone(installed: Path, tmp_path: Path) -> None:
     assert not loaded("import ecapa_triton", installed, tmp_path) & set(UNUSED)
-    assert "soundfile" in loaded("from ecapa_triton import *; import soundfile, soxr", installed, tmp_path)
-    shown = run(installed.parent / "ecapa-triton", "--help", cwd=tmp_path)
-    assert shown.returncode == 0 and "verify" in shown.stdout and not shown.stderr
     sample = ROOT / "samples/anna_1.flac"
     away = run(installed.parent / "ecapa-triton", "embed", sample, "--url", "127.0.0.1:9", cwd=tmp_path)
     assert away.returncode == 2 and "127.0.0.1:9" in away.stderr
@@ -132,64 +121,6 @@ def test_types_reach_callers(installed: Path, tmp_path: Path) -> None:
 
 
 # --- the reference ---
-
-
-def described(owner: type, name: str) -> str:
-    """The text for a name in the section Attributes of a class or of its bases."""
-    for one in owner.__mro__:
-        section = re.search(r"^Attributes:\n((?: +.*\n?|\n)+)", inspect.getdoc(one) or "", re.MULTILINE)
-        found = section and re.search(rf"^ {{4}}{name}: (.+(?:\n {{5,}}.+)*)", section[1], re.MULTILINE)
-        if found:
-            return str(found[1])
-    return ""
-
-
-def public() -> list[tuple[str, object, str]]:
-    """Name, value or annotation, and docstring of everything public but plain values."""
-    found = []
-    for name in ecapa_triton.__all__:
-        value = getattr(ecapa_triton, name)
-        if not callable(value) or not hasattr(value, "__name__") or typing.get_origin(value) is not None:
-            continue
-        found.append((name, value, value.__doc__ or ""))
-        if not inspect.isclass(value):
-            continue
-        members = {key: part for key, part in vars(value).items() if not key.startswith("_")}
-        fields = [key for key in getattr(value, "__annotations__", {}) if not key.startswith("_")]
-        if issubclass(value, enum.Enum):
-            members = {key: part for key, part in members.items() if not isinstance(part, value)}
-            fields = list(value.__members__)
-        for key, part in members.items():
-            if callable(part) or isinstance(part, property | classmethod | staticmethod):
-                part = getattr(part, "fget", None) or getattr(part, "__func__", part)
-                found.append((f"{name}.{key}", part, part.__doc__ or ""))
-            elif key not in fields:
-                fields.append(key)
-        found += [(f"{name}.{key}", value.__annotations__.get(key, ""), described(value, key)) for key in fields]
-    return found
-
-
-@pytest.mark.parametrize(("name", "value", "text"), [pytest.param(*one, id=one[0]) for one in public()])
-def test_everything_public_is_described(name: str, value: object, text: str) -> None:
-    assert len(text.split()) >= 2
-    returned = value if isinstance(value, str) else getattr(value, "__annotations__", {}).get("return", "")
-    if "NDArray" in returned or "Embedding" in re.findall(r"\w+", returned):
-        assert re.search(r"float(32|64) +`\[|As for|, as `", text), "arrays have a dtype and a shape"
-    if re.search(r"seconds|timeout|duration", name):
-        assert re.search(r"[Ss]econd|Of audio", text), "times have a unit"
-    if name.endswith("_ms"):
-        assert "illisecond" in text
-
-
-def test_every_parameter_is_described() -> None:
-    missing = []
-    for name, value, text in public():
-        if inspect.isfunction(value) or inspect.isclass(value) and value.__init__ is not object.__init__:
-            text = inspect.cleandoc(text)
-            if "Args:" in text:
-                parameters = set(inspect.signature(value).parameters) - {"self", "cls", "args", "kwargs"}
-                missing += [f"{name}({one})" for one in parameters if not re.search(rf"^ {{4}}{one}: ", text, re.M)]
-    assert not missing
 
 
 def test_reference(tmp_path: Path) -> None:

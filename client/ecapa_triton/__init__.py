@@ -9,12 +9,11 @@ with SpeakerClient("127.0.0.1:8001") as client:
 ```
 """
 
-from ._async_client import AsyncSpeakerClient
-from ._base import Embedding, Long, Status
+from ._async_client import AsyncSpeakerClient, Long
 from ._client import SpeakerClient
 from ._connection import State, Tls
 from ._gallery import Candidate, Gallery, Identification
-from ._scoring import Utterance, Verification, score
+from ._scoring import Embedding, Utterance, Verification, score
 from .audio import SAMPLE_RATE, Audio
 from .errors import (
     AddressError,
@@ -47,54 +46,20 @@ from .errors import (
     TrustError,
     UnknownVoiceError,
 )
-from .protocol import Deployment, ModelInfo, Statistics
+from .protocol import Deployment, ModelInfo, Statistics, Status
 
+# fmt: off
 __all__ = [
-    "SAMPLE_RATE",
-    "AddressError",
-    "AsyncSpeakerClient",
-    "Audio",
-    "AudioError",
-    "AudioFileError",
-    "AudioFormatError",
-    "Candidate",
-    "ClosedError",
-    "ConnectError",
-    "DeadlineError",
-    "Deployment",
+    "AsyncSpeakerClient", "SpeakerClient", "State", "Tls",
+    "Audio", "Embedding", "Long", "SAMPLE_RATE",
+    "Deployment", "ModelInfo", "Statistics", "Status", "Utterance", "Verification", "score",
+    "Candidate", "Gallery", "Identification",
     "EcapaError",
-    "Embedding",
-    "EmbeddingError",
-    "EvaluationError",
-    "Gallery",
-    "GalleryError",
-    "GalleryFileError",
-    "Identification",
-    "KeyRefusedError",
-    "Long",
-    "ManifestError",
-    "ModelInfo",
-    "ModelMismatchError",
-    "ModelNotFoundError",
-    "ModelNotReadyError",
-    "NotAudioError",
-    "NotFiniteError",
-    "OutputError",
-    "OverloadedError",
-    "ProtocolError",
-    "RejectedError",
-    "ServerError",
-    "SpeakerClient",
-    "State",
-    "Statistics",
-    "Status",
-    "ThresholdError",
-    "Tls",
-    "TooLongError",
+    "AudioError", "AudioFileError", "AudioFormatError", "NotAudioError", "NotFiniteError", "TooLongError",
     "TooShortError",
-    "TrustError",
-    "UnknownVoiceError",
-    "Utterance",
-    "Verification",
-    "score",
+    "ServerError", "AddressError", "ConnectError", "DeadlineError", "KeyRefusedError", "ModelNotFoundError",
+    "ModelNotReadyError", "OverloadedError", "ProtocolError", "RejectedError", "TrustError",
+    "ClosedError", "EmbeddingError", "ModelMismatchError", "ThresholdError",
+    "GalleryError", "GalleryFileError", "UnknownVoiceError",
+    "EvaluationError", "ManifestError", "OutputError",
 ]

@@ -1,23 +1,63 @@
-"""The asynchronous client."""
+"""The asynchronous client: read, embed, retry, average windows."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
+import os
+import random
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
-from types import TracebackType
-from typing import Literal, TypeVar, overload
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
 
-from ._base import BaseClient, Embedding, Long, Status, cancel, check_many, embeddings
-from ._connection import CLOSED
-from ._scoring import Utterance, Verification
-from .audio import Audio
-from .errors import ClosedError, EcapaError
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+from . import audio as audio_module
+from . import protocol
+from ._connection import CLOSED, Connection, Options, State
+from ._scoring import (
+    Embedding,
+    Utterance,
+    Verification,
+    agreeing,
+    check_threshold,
+    decide,
+    embeddings,
+    mean_direction,
+    score,
+)
+from .audio import SAMPLE_RATE, Audio, Clip, Waveform
+from .errors import (
+    ClosedError,
+    ConnectError,
+    DeadlineError,
+    EcapaError,
+    EmbeddingError,
+    ModelNotReadyError,
+    OverloadedError,
+    TooLongError,
+    TooShortError,
+)
+from .protocol import ModelInfo, Reply, Status
 
 T = TypeVar("T")
+Audios: TypeAlias = Iterable[Audio] | AsyncIterable[Audio]
+
+Long: TypeAlias = Literal["error", "truncate", "windows"]
+"""How to embed a clip above the model's limit; see `SpeakerClient.embed`."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # s, between two attempts
+FIRST_RETRIES = 4  # of a server that was never reached: the address may be wrong
+READ_AT_ONCE = 1 << 19  # samples of an array; copying them takes about a millisecond, a thread hardly less
+FORKED = "this client was used before this process was forked off, where gRPC would hang: make one in each process"
 
 
-class AsyncSpeakerClient(BaseClient):
+class AsyncSpeakerClient(Options):
     """`SpeakerClient` for asyncio: the same options, methods, results and errors.
 
     Many tasks of one event loop may use a client at once. A cancelled task cancels its requests. Files are read and
@@ -27,80 +67,85 @@ class AsyncSpeakerClient(BaseClient):
     async with AsyncSpeakerClient() as client:
         print(await client.verify("anna.flac", "unknown.mp3"))
     ```
-
-    Args:
-        url: As for `SpeakerClient`, and so are all others.
-        model: Name of the model.
-        timeout: Seconds that one request may take, retries included; None waits for ever.
-        model_version: Version of the model; empty: the server chooses.
-        retries: Most retries of a request.
-        max_in_flight: Requests that one call of `embed_many`, `utterances`, or of `embed` in windows, keeps in flight.
-        max_duration: Longest recording in seconds that `long="windows"` reads.
-        tls: How the connection is encrypted; None: not at all.
-        api_key: Key for the server, where it requires one.
-        metadata: Further gRPC metadata of every request.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._connection = Connection(self)
+        self._info: ModelInfo | None = None  # of the latest reply
+        self._process = 0  # the one that opened the connection
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def state(self) -> State:
+        """Whether the client is new, open or closed."""
+        if self._connection.closed:
+            return State.CLOSED
+        return State.OPEN if self._process else State.NEW
 
     async def __aenter__(self) -> AsyncSpeakerClient:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
+    async def __aexit__(self, *error: object) -> None:
+        self._close()
 
     async def close(self) -> None:
-        """Close the connection; requests in flight raise `ClosedError`. Closing twice does no harm."""
+        """Same as `SpeakerClient.close`, awaited."""
         self._close()
 
     async def embed(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Embedding:
-        """Embed one clip, as `SpeakerClient.embed`; float32 `[192]`."""
-        return (await self._utterance(audio, sample_rate, long)).embedding
+        """Same as `SpeakerClient.embed`, awaited."""
+        return (await self.utterance(audio, sample_rate, long=long)).embedding
 
     async def utterance(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Utterance:
-        """Embed one clip, as `SpeakerClient.utterance`."""
-        return await self._utterance(audio, sample_rate, long)
+        """Same as `SpeakerClient.utterance`, awaited."""
+        _check_long(long)
+        self._open()
+        for _ in range(3):  # with a guess of the limits, those of the model, those of a model that replaced it
+            info = self._info or protocol.USUAL
+            clip = await self._read(audio, sample_rate, info.max_samples)
+            if not len(clip.waveform):
+                raise TooShortError(f"{clip.name}: holds no samples: pass a clip of a second or more")
+            if self._info is None and (clip.cut or len(clip.waveform) < info.min_samples):
+                await self._ask_info()  # a guess may limit reading, but must not reject a clip
+                continue
+            _check_length(clip, info, long)
+            if clip.cut and long == "windows":
+                async with self._one_long_clip:  # so that max_duration bounds memory
+                    clip, replies = await self._windows(audio, sample_rate, info)
+            else:
+                replies = [await self._request(clip.name, clip.waveform)]
+            one_model = len({reply.info for reply in replies}) == 1
+            sent = min(len(clip.waveform), info.max_samples)
+            info = replies[0].info
+            if one_model and (sent <= info.max_samples or long == "truncate"):  # else a model with other limits replied
+                embeddings = [reply.embedding for reply in replies]
+                embedding = embeddings[0] if len(embeddings) == 1 else mean_direction(embeddings)
+                seconds = min(clip.seconds, info.max_seconds) if long == "truncate" else clip.seconds
+                return Utterance(embedding, seconds, info.id, info.threshold)
+        raise ModelNotReadyError(f"model {self.model!r} at {self.url} keeps changing its limits: try again")
 
     @overload
     async def embed_many(
-        self,
-        audios: Iterable[Audio] | AsyncIterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
-        return_exceptions: Literal[False] = False,
+        self, audios: Audios, sample_rate: float | None = None, *, long: Long = "error"
     ) -> list[Embedding]: ...
 
     @overload
     async def embed_many(
-        self,
-        audios: Iterable[Audio] | AsyncIterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
-        return_exceptions: bool,
+        self, audios: Audios, sample_rate: float | None = None, *, long: Long = "error", return_exceptions: bool
     ) -> list[Embedding | EcapaError]: ...
 
     async def embed_many(
-        self,
-        audios: Iterable[Audio] | AsyncIterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
-        return_exceptions: bool = False,
+        self, audios: Audios, sample_rate: float | None = None, *, long: Long = "error", return_exceptions: bool = False
     ) -> Sequence[Embedding | EcapaError]:
-        """Embed many clips, as `SpeakerClient.embed_many`; `audios` may be an asynchronous generator."""
+        """Same as `SpeakerClient.embed_many`, awaited; `audios` may be an asynchronous generator."""
         outcomes = [outcome async for outcome in self.utterances(audios, sample_rate, long=long)]
         return embeddings(outcomes, return_exceptions)
 
     def utterances(
-        self,
-        audios: Iterable[Audio] | AsyncIterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
+        self, audios: Audios, sample_rate: float | None = None, *, long: Long = "error"
     ) -> AsyncGenerator[Utterance | EcapaError, None]:
-        """Embed many clips, as `SpeakerClient.utterances`; `audios` may be an asynchronous generator.
+        """Same as `SpeakerClient.utterances`, for `async for`; `audios` may be an asynchronous generator.
 
         `aclose()` of the returned generator cancels the requests in flight.
         """
@@ -116,33 +161,170 @@ class AsyncSpeakerClient(BaseClient):
         sample_rate: float | None = None,
         long: Long = "error",
     ) -> Verification:
-        """Decide whether two clips are of one speaker, as `SpeakerClient.verify`."""
-        return await self._verification(a, b, threshold, sample_rate, long)
+        """Same as `SpeakerClient.verify`, awaited."""
+        check_threshold(threshold)
+        one, two = agreeing([outcome async for outcome in self.utterances([a, b], sample_rate, long=long)])
+        return decide(score(one.embedding, two.embedding), threshold, two.threshold)
 
     async def status(self) -> Status:
-        """Ask for the state of server and model, as `SpeakerClient.status`."""
-        return await self._status()
+        """Same as `SpeakerClient.status`, awaited."""
+        self._open()
+        ask = functools.partial(self._connection.call, timeout=self.timeout)
+        model = {"name": self.model, "version": self.model_version}
+        live = await ask("ServerLive", service_pb2.ServerLiveRequest())
+        server = await ask("ServerMetadata", service_pb2.ServerMetadataRequest())
+        ready = (await ask("ServerReady", service_pb2.ServerReadyRequest())).ready
+        ready = ready and (await ask("ModelReady", service_pb2.ModelReadyRequest(**model))).ready
+        versions: tuple[str, ...] = ()
+        deployment, statistics, info = None, None, self._info
+        try:
+            versions = tuple((await ask("ModelMetadata", service_pb2.ModelMetadataRequest(**model))).versions)
+            config = await ask("ModelConfig", service_pb2.ModelConfigRequest(**model))
+            deployment = protocol.read_config(config.config)
+            counters = await ask("ModelStatistics", service_pb2.ModelStatisticsRequest(**model))
+            statistics = protocol.read_statistics(counters)
+            info = await self._ask_info()
+        except (ModelNotReadyError, OverloadedError):
+            pass  # the rest of the status matters now more than ever
+        return Status(self.url, server.version, live.live, ready, self.model, versions, deployment, info, statistics)
+
+    def _open(self) -> None:
+        """Use the running event loop, and connect if need be."""
+        if self._process not in (0, os.getpid()):
+            raise RuntimeError(FORKED)
+        loop = asyncio.get_running_loop()
+        if self._connection.closed or self._loop is loop:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError("this client belongs to another event loop that is still open: make one for each")
+        self._loop = loop
+        self._closing: asyncio.Future[None] = loop.create_future()
+        self._one_long_clip = asyncio.Lock()
+        if not self._process:
+            self._process = os.getpid()
+            self._readers = ThreadPoolExecutor(self.max_in_flight, "ecapa-triton")
+            self._connection.open()
+
+    def _close(self) -> None:
+        """Close the connection and end what is in flight, from any thread."""
+        if self._process not in (0, os.getpid()):
+            self._connection.closed = True
+            return
+        self._connection.close()
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the event loop is closed, nothing waits in it
+                self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        self._closing.cancel()
+        self._readers.shutdown(wait=False)
 
     async def _utterances(
-        self, audios: Iterable[Audio] | AsyncIterable[Audio], sample_rate: float | None, long: Long
+        self, audios: Audios, sample_rate: float | None, long: Long
     ) -> AsyncGenerator[Utterance | EcapaError, None]:
-        in_flight = self._options.max_in_flight
-        gate = asyncio.Semaphore(in_flight)
+        gate = asyncio.Semaphore(self.max_in_flight)
         pending: deque[asyncio.Task[Utterance | EcapaError]] = deque()
         try:
             async for audio in _each(audios):
                 if self._connection.closed:
                     raise ClosedError(CLOSED)
-                while pending and (len(pending) == 2 * in_flight or pending[0].done()):
+                while pending and (len(pending) == 2 * self.max_in_flight or pending[0].done()):
                     yield await pending.popleft()
                 pending.append(asyncio.ensure_future(self._outcome(audio, sample_rate, long, gate)))
             while pending:
                 yield await pending.popleft()
         finally:
-            await cancel(pending)
+            await _cancel(pending)
+
+    async def _outcome(
+        self, audio: Audio, sample_rate: float | None, long: Long, gate: asyncio.Semaphore
+    ) -> Utterance | EcapaError:
+        """Embed one clip of several, once the gate lets it pass; an error is returned."""
+        try:
+            async with gate:
+                return await self.utterance(audio, sample_rate, long=long)
+        except EcapaError as exc:
+            return _without_frames(exc)
+
+    async def _windows(self, audio: Audio, sample_rate: float | None, info: ModelInfo) -> tuple[Clip, list[Reply]]:
+        """Read all of a clip and send the windows that cover it; the first error cancels the others."""
+        clip = await self._read(audio, sample_rate, round(self.max_duration * SAMPLE_RATE))
+        if clip.cut:
+            raise TooLongError(
+                f"{clip.name}: longer than the {self.max_duration:g} s that this client reads "
+                "(max_duration of SpeakerClient): cut the recording"
+            )
+        gate = asyncio.Semaphore(self.max_in_flight)
+
+        async def request(place: slice) -> Reply:
+            async with gate:
+                return await self._request(clip.name, clip.waveform[place])
+
+        places = audio_module.windows(len(clip.waveform), info.max_samples)
+        requests = [asyncio.ensure_future(request(place)) for place in places]
+        try:
+            return clip, await asyncio.gather(*requests)
+        finally:
+            await _cancel(requests)
+
+    async def _ask_info(self) -> ModelInfo:
+        """The model's constants; each reply has them, even one without an embedding."""
+        with suppress(EmbeddingError, TooShortError):
+            await self._request("a clip of silence", np.zeros(protocol.USUAL.min_samples, np.float32))
+        assert self._info is not None
+        return self._info
+
+    async def _request(self, name: str, waveform: Waveform) -> Reply:
+        """Send one clip; retry transient failures with exponential backoff and jitter until the timeout."""
+        message = protocol.request(waveform, self.model, self.model_version)
+        end = math.inf if self.timeout is None else time.monotonic() + self.timeout
+        before = ""
+        for attempt in range(self.retries + 1):
+            try:
+                left = None if self.timeout is None else end - time.monotonic()
+                reply = protocol.read_reply(await self._connection.call("ModelInfer", message, left))
+                self._info = reply.info
+                if reply.finite:
+                    return reply
+                if len(waveform) < reply.info.min_samples:
+                    raise _too_short(name, len(waveform), reply.info)
+                raise EmbeddingError(
+                    f"{name}: the model answered NaN {attempt + 1} times for {len(waveform) / SAMPLE_RATE:.2f} s of "
+                    "valid audio: try again, then check the model with `python -m export verify`"
+                )
+            except EcapaError as exc:
+                if isinstance(exc, DeadlineError) and before:
+                    raise DeadlineError(f"{exc}; before that: {before}") from exc
+                before = str(exc)  # not the error: its frames hold the clip
+                seconds = pause(attempt)
+                unreachable = self._info is None and isinstance(exc, ConnectError) and attempt >= FIRST_RETRIES
+                if not exc.transient or attempt == self.retries or unreachable or time.monotonic() + seconds >= end:
+                    raise
+            await self._unless_closed(asyncio.ensure_future(asyncio.sleep(seconds)))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _read(self, audio: Audio, sample_rate: float | None, max_samples: int) -> Clip:
+        """Read a clip, in a thread unless that takes longer than the reading."""
+        if self._connection.closed:
+            raise ClosedError(CLOSED)
+        read = functools.partial(audio_module.read, audio, sample_rate, max_samples=max_samples)
+        if isinstance(audio, np.ndarray) and audio.size <= READ_AT_ONCE and sample_rate in (None, SAMPLE_RATE):
+            return read()
+        return await self._unless_closed(asyncio.get_running_loop().run_in_executor(self._readers, read))
+
+    async def _unless_closed(self, future: asyncio.Future[T]) -> T:
+        """The result of a future, or `ClosedError` as soon as the client is closed."""
+        either: set[asyncio.Future[Any]] = {future, self._closing}
+        try:
+            done, _ = await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            future.cancel()  # without effect where it is done
+        if future not in done:
+            raise ClosedError(CLOSED)
+        return future.result()
 
 
-async def _each(audios: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+async def _each(audios: Audios) -> AsyncIterator[Audio]:
     if isinstance(audios, AsyncIterable):
         async for audio in audios:
             yield audio
@@ -150,3 +332,58 @@ async def _each(audios: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
         for audio in audios:
             yield audio
             await asyncio.sleep(0)  # so that requests start and end while a slow iterator is drawn
+
+
+def check_many(audios: object, long: Long) -> None:
+    """Reject a single clip in place of a list, and an unknown `long`."""
+    single = isinstance(audios, str | bytes | bytearray | memoryview | os.PathLike)
+    if single or (isinstance(audios, np.ndarray) and audios.ndim < 2):
+        raise TypeError(f"audios is a single {type(audios).__name__}: expected a list of clips")
+    _check_long(long)
+
+
+def _check_long(long: Long) -> None:
+    """Reject an unknown `long`."""
+    if long not in get_args(Long):
+        raise ValueError(f"long is {long!r}: expected one of {', '.join(get_args(Long))}")
+
+
+def pause(attempt: int) -> float:
+    """Seconds to wait after attempt 0, 1, ...: they double up to a limit, and each is shortened at random by half."""
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1)
+
+
+async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel the tasks that are not done, and wait for their end."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _without_frames(error: EcapaError) -> EcapaError:
+    """The error without its frames, which would keep the whole clip in memory."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def _check_length(clip: Clip, info: ModelInfo, long: Long) -> None:
+    if len(clip.waveform) < info.min_samples:
+        raise _too_short(clip.name, len(clip.waveform), info)
+    if clip.cut and long == "error":
+        known = clip.source_seconds > info.max_seconds
+        length = f"{clip.source_seconds:g} s long" if known else "longer than its header says"
+        raise TooLongError(
+            f"{clip.name}: {length}, the model takes up to {info.max_seconds:g} s: "
+            "choose long=truncate (the first of it) or long=windows (the mean over all of it)"
+        )
+
+
+def _too_short(name: str, samples: int, info: ModelInfo) -> TooShortError:
+    return TooShortError(
+        f"{name}: {samples / SAMPLE_RATE * 1000:.1f} ms long, "
+        f"expected {info.min_samples / SAMPLE_RATE * 1000:g} ms or more: pass a clip of a second or more"
+    )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ._base import Long
+from ._async_client import Long
 from ._client import SpeakerClient
 from ._commands import DONE, FAILED, TERMINATED, at_least, complain, named, raising_once
 from ._files import check_output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -16,25 +15,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import TypeAlias, get_args
 from urllib.request import ProxyHandler, build_opener
 
 from . import EcapaError, Gallery, Long, SpeakerClient, Tls, TrustError, _bulk, _evaluate
 from ._commands import BROKEN_PIPE, DIFFERENT, DONE, FAILED, INTERRUPTED, at_least, complain, named, raising_once
-from ._connection import MAX_TIMEOUT
 from ._files import check_output, locked_folder
 from ._scoring import check_threshold
 from .audio import describe
 from .errors import HOPELESS
 from .protocol import Gpu, read_gpus
 
-_LARGEST_PAGE = 10_000_000  # bytes of metrics
 Command: TypeAlias = Callable[[SpeakerClient, argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    _open_closed_streams()
     arguments = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal's encoding
@@ -43,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with _client(arguments) as client:
                 status: int = arguments.run(client, arguments)
-                sys.stdout.flush()
+                print(end="", flush=True)
                 return status
         except EcapaError as exc:
             complain(str(exc))
@@ -106,7 +102,7 @@ def _common(timeout: float, retries: int) -> argparse.ArgumentParser:
     add = common.add_argument
     add("--url", default="127.0.0.1:8001", help="HOST:PORT of Triton's gRPC endpoint (%(default)s)")
     add("--model", default="ecapa", help="name of the model (%(default)s)")
-    add("--timeout", type=_seconds, default=timeout, help="seconds for a request and its retries (%(default)s)")
+    add("--timeout", type=float, default=timeout, help="seconds for a request and its retries (%(default)s)")
     add("--retries", type=at_least(0), default=retries, metavar="N", help="after transient failures (%(default)s)")
     add("--tls", action="store_true", help="encrypt; implied by the options below and by a url grpcs://...")
     add("--tls-ca", metavar="FILE", help="authorities to trust the server's certificate by, PEM")
@@ -126,15 +122,18 @@ def _client(arguments: argparse.Namespace) -> SpeakerClient:
             key = arguments.key_file.read_text("utf-8-sig").strip()
         except (OSError, ValueError) as exc:
             raise TrustError(f"{arguments.key_file}: {getattr(exc, 'strerror', exc)}: expected a key file") from exc
-    return SpeakerClient(
-        arguments.url,
-        arguments.model,
-        arguments.timeout,
-        retries=arguments.retries,
-        max_in_flight=getattr(arguments, "in_flight", 8),
-        tls=tls if arguments.tls or tls != Tls() else None,
-        api_key=key,
-    )
+    try:
+        return SpeakerClient(
+            arguments.url,
+            arguments.model,
+            arguments.timeout,
+            retries=arguments.retries,
+            max_in_flight=getattr(arguments, "in_flight", 8),
+            tls=tls if arguments.tls or tls != Tls() else None,
+            api_key=key,
+        )
+    except ValueError as exc:
+        raise EcapaError(str(exc)) from exc
 
 
 def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
@@ -188,7 +187,8 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     status = client.status()
     gpus = _gpus(arguments)
     if arguments.json:
-        print(json.dumps(_without_nan(asdict(status) | {"gpus": [asdict(gpu) for gpu in gpus]})))
+        facts = json.dumps(asdict(status) | {"gpus": [asdict(gpu) for gpu in gpus]})
+        print(json.dumps(json.loads(facts, parse_constant=lambda _: None)))  # JSON has no NaN
         return DONE
     info, statistics, served = status.info, status.statistics, status.deployment
     state = "ready" if status.ready else "live, not ready" if status.live else "not live"
@@ -226,34 +226,11 @@ def _gpus(arguments: argparse.Namespace) -> list[Gpu]:
     try:
         direct = build_opener(ProxyHandler({}))  # without a proxy, like the gRPC connection
         with direct.open(given or metrics_page(arguments.url), timeout=timeout if given else min(timeout, 1)) as reply:
-            return read_gpus(reply.read(_LARGEST_PAGE).decode(errors="replace"))
+            return read_gpus(reply.read().decode(errors="replace"))
     except (OSError, ValueError, HTTPException) as exc:
         if given is None:
             return []
         raise EcapaError(f"{given}: cannot be read ({exc}): expected such as http://127.0.0.1:8002/metrics") from exc
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _seconds(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < (seconds := float(text)) <= MAX_TIMEOUT:
-            return seconds
-    raise argparse.ArgumentTypeError(f"{text!r}: expected seconds above 0 and up to {MAX_TIMEOUT:.0f}")
-
-
-def _open_closed_streams() -> None:
-    """Open /dev/null for streams that the shell closed: a file or socket would get their number otherwise."""
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
 def _abandon_stdout() -> None:

@@ -1,4 +1,4 @@
-"""The blocking client: the coroutines of `BaseClient`, run on an event loop in a thread."""
+"""The blocking client: `AsyncSpeakerClient`, run on an event loop in a thread."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDone  # of its own until Python 3.10
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, TypeVar, overload
 
-from ._base import BaseClient, Embedding, Long, Status, check_many, embeddings
-from ._connection import CLOSED
-from ._scoring import Utterance, Verification
+from ._async_client import AsyncSpeakerClient, Long, check_many
+from ._connection import CLOSED, Options, State
+from ._scoring import Embedding, Utterance, Verification, embeddings
 from .audio import Audio
 from .errors import ClosedError, EcapaError
+from .protocol import Status
 
 T = TypeVar("T")
 
 
-class SpeakerClient(BaseClient):
+class SpeakerClient(Options):
     """Speaker embeddings from an ecapa model on a Triton server.
 
     Many threads may use one client at once, with or without an event loop of their own. It connects when first used,
@@ -55,17 +55,23 @@ class SpeakerClient(BaseClient):
         metadata: Further gRPC metadata of every request: names in small letters, values in ASCII.
     """
 
+    def __post_init__(self) -> None:
+        self._async = AsyncSpeakerClient(**vars(self))
+
+    @property
+    def state(self) -> State:
+        """Whether the client is new, open or closed."""
+        return self._async.state
+
     def __enter__(self) -> SpeakerClient:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the connection; requests in flight raise `ClosedError`. Closing twice does no harm."""
-        self._close()
+        self._async._close()
 
     def embed(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Embedding:
         """Embed one clip.
@@ -89,20 +95,15 @@ class SpeakerClient(BaseClient):
             ServerError: The server was not reached, rejected the request or gave no valid reply.
             EmbeddingError: The model answered NaN at every attempt.
         """
-        return self._run(self._utterance(audio, sample_rate, long)).embedding
+        return self.utterance(audio, sample_rate, long=long).embedding
 
     def utterance(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Utterance:
         """Embed one clip, as `embed`; returns the embedding with its duration, model identity and threshold."""
-        return self._run(self._utterance(audio, sample_rate, long))
+        return _run(self._async.utterance(audio, sample_rate, long=long))
 
     @overload
     def embed_many(
-        self,
-        audios: Iterable[Audio],
-        sample_rate: float | None = None,
-        *,
-        long: Long = "error",
-        return_exceptions: Literal[False] = False,
+        self, audios: Iterable[Audio], sample_rate: float | None = None, *, long: Long = "error"
     ) -> list[Embedding]: ...
 
     @overload
@@ -148,12 +149,8 @@ class SpeakerClient(BaseClient):
     ) -> Generator[Utterance | EcapaError, None, None]:
         """Embed clips as `embed_many`, and yield the outcomes in order: each once the next clip is drawn.
 
-        Memory does not grow with their number. Leaving the iteration early cancels the requests in flight.
-
-        Args:
-            audios: Clips as `embed` takes them, of mixed types.
-            sample_rate: Hz of the arrays among them (None: 16000).
-            long: As for `embed`.
+        The arguments are those of `embed_many`. Memory does not grow with the number of clips. Leaving the iteration
+        early cancels the requests in flight.
 
         Yields:
             An utterance, or the error of its clip in its place.
@@ -183,7 +180,7 @@ class SpeakerClient(BaseClient):
             ThresholdError: No threshold is given and the model has none, or it is not a cosine.
             EcapaError: As for `embed`.
         """
-        return self._run(self._verification(a, b, threshold, sample_rate, long))
+        return _run(self._async.verify(a, b, threshold, sample_rate=sample_rate, long=long))
 
     def status(self) -> Status:
         """Ask the server for its version and readiness, and for the model's constants and statistics.
@@ -193,24 +190,22 @@ class SpeakerClient(BaseClient):
         Raises:
             ServerError: The server is not reached, or has no such model.
         """
-        return self._run(self._status())
+        return _run(self._async.status())
 
     def _utterances(
         self, audios: Iterable[Audio], sample_rate: float | None, long: Long
     ) -> Generator[Utterance | EcapaError, None, None]:
         # As in AsyncSpeakerClient, but the clips are drawn in the caller's thread, and may take their time.
-        in_flight = self._options.max_in_flight
-        gate = asyncio.Semaphore(in_flight)
+        gate = asyncio.Semaphore(self.max_in_flight)
         pending: deque[Future[Utterance | EcapaError]] = deque()
         try:
             for audio in audios:
-                if self._connection.closed:
+                if self.state is State.CLOSED:
                     raise ClosedError(CLOSED)
-                while pending and (len(pending) == 2 * in_flight or pending[0].done()):
+                while pending and (len(pending) == 2 * self.max_in_flight or pending[0].done()):
                     yield _result(pending[0])
                     pending.popleft()
-                pending.append(Future())
-                _start(self._outcome(audio, sample_rate, long, gate), pending[-1])
+                pending.append(_start(self._async._outcome(audio, sample_rate, long, gate)))
             while pending:
                 yield _result(pending[0])
                 pending.popleft()
@@ -218,25 +213,20 @@ class SpeakerClient(BaseClient):
             for future in reversed(pending):  # else the gate would let a later one pass before it is cancelled
                 future.cancel()
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future: Future[T] = Future()  # made before the work begins: Ctrl-C can come at any moment
-        try:
-            _start(work, future)
-            return _result(future)
-        finally:
-            future.cancel()  # without effect where it is done
-
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
 
 
-def _start(work: Coroutine[Any, Any, T], future: Future[T]) -> None:
-    """Run a coroutine on the event loop that all blocking clients of this process share.
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    future = _start(work)
+    try:
+        return _result(future)
+    finally:
+        future.cancel()  # without effect where it is done
 
-    Args:
-        work: The coroutine.
-        future: Receives its result or error; cancelling the future cancels the coroutine.
-    """
+
+def _start(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Run a coroutine on the event loop that all blocking clients of this process share."""
     process = os.getpid()  # a loop does not survive a fork
     if process not in _loops:
         loop = asyncio.new_event_loop()
@@ -244,24 +234,7 @@ def _start(work: Coroutine[Any, Any, T], future: Future[T]) -> None:
             threading.Thread(target=loop.run_forever, name="ecapa-triton", daemon=True).start()
         else:  # another thread has just made one
             loop.close()
-    loop = _loops[process]
-
-    def begin() -> None:
-        task = loop.create_task(work)
-        task.add_done_callback(lambda _: _settle(future, task))
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel) if future.cancelled() else None)
-
-    loop.call_soon_threadsafe(begin)
-
-
-def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
-    error = asyncio.CancelledError() if task.cancelled() else task.exception()
-    if not future.set_running_or_notify_cancel():
-        return
-    if error is None:
-        future.set_result(task.result())
-    else:
-        future.set_exception(error)
+    return asyncio.run_coroutine_threadsafe(work, _loops[process])
 
 
 def _result(future: Future[T]) -> T:

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -66,45 +66,42 @@ def _content(path: Path | str | None) -> bytes | None:
         raise TrustError(f"{path}: {exc.strerror}: pass a file in PEM format") from exc
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Options:
     """The options of a client, checked; `SpeakerClient` documents them."""
 
-    url: str
-    model: str
-    timeout: float | None
-    model_version: str
-    retries: int
-    max_in_flight: int
-    max_duration: float
-    tls: Tls | None
-    api_key: str | None
-    metadata: Mapping[str, str]
+    url: str = "127.0.0.1:8001"
+    model: str = "ecapa"
+    timeout: float | None = 10.0
+    _: KW_ONLY
+    model_version: str = ""
+    retries: int = 4
+    max_in_flight: int = 8
+    max_duration: float = 3600.0
+    tls: Tls | None = None
+    api_key: str | None = None
+    metadata: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.timeout is not None and not 0 < self.timeout <= MAX_TIMEOUT:
-            raise ValueError(
-                f"timeout is {self.timeout}: expected seconds above 0 and up to {MAX_TIMEOUT:.0f}, "
-                "or None to wait for ever"
-            )
-        if not 0 < self.max_duration <= MAX_DURATION:
-            raise ValueError(f"max_duration is {self.max_duration}: expected seconds above 0 and up to {MAX_DURATION}")
-        for name, least in ("max_in_flight", 1), ("retries", 0):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected {least} or more")
-        for name, value in self.headers.items():  # gRPC would reject them only at the first request
+        for name, valid, expected in (
+            ("timeout", self.timeout is None or 0 < self.timeout <= MAX_TIMEOUT, f"0 to {MAX_TIMEOUT:.0f} s, or None"),
+            ("max_duration", 0 < self.max_duration <= MAX_DURATION, f"0 to {MAX_DURATION} s"),
+            ("max_in_flight", self.max_in_flight >= 1, "1 or more"),
+            ("retries", self.retries >= 0, "0 or more"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected {expected}")
+        for name, value in self._headers.items():  # gRPC would reject them only at the first request
             if not re.fullmatch(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", name):
-                raise ValueError(
-                    f"metadata has the name {name!r}: expected small letters, digits, and _ . - (not grpc-..., ...-bin)"
-                )
+                raise ValueError(f"metadata has the name {name!r}: expected a-z 0-9 _ . - (not grpc-..., not ...-bin)")
             if not (value.isascii() and value.isprintable()):
                 what = "api_key" if name == GRPC_KEY_HEADER else f"metadata {name!r}"
                 raise TrustError(f"{what} has characters other than printable ASCII: pass it as the server has it")
 
     @property
-    def headers(self) -> dict[str, str]:
+    def _headers(self) -> dict[str, str]:
         """GRPC metadata of every request."""
-        return dict(self.metadata) | ({} if self.api_key is None else {GRPC_KEY_HEADER: self.api_key})
+        return dict(self.metadata or {}) | ({} if self.api_key is None else {GRPC_KEY_HEADER: self.api_key})
 
 
 class Connection:
@@ -117,22 +114,15 @@ class Connection:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._target = _target(options.url)
-        self._metadata = tuple(options.headers.items())
+        self._metadata = tuple(options._headers.items())
         tls = options.tls or (Tls() if options.url.startswith(TLS_SCHEME) else None)
         self._credentials = None if tls is None else tls._credentials()
         self._name = [] if tls is None or tls.name is None else [("grpc.ssl_target_name_override", tls.name)]
         self._channel: grpc.Channel | None = None
         self.closed = False
 
-    @property
-    def opened(self) -> bool:
-        """Whether there is a channel."""
-        return self._channel is not None
-
     def open(self) -> None:
-        """Make the channel, unless there is one."""
-        if self._channel is not None:
-            return
+        """Make the channel."""
         arguments = [*CHANNEL_ARGS, *self._name]
         if self._credentials is None:
             self._channel = grpc.insecure_channel(self._target, arguments)
@@ -147,34 +137,23 @@ class Connection:
             self._channel.close()
 
     async def call(self, method: str, request: Any, timeout: float | None) -> Any:
-        """Call a method of Triton's GRPCInferenceService; a cancelled task cancels its call.
-
-        Args:
-            method: Name of the method.
-            request: Its message.
-            timeout: Seconds to wait for the reply; None waits for ever.
-
-        Returns:
-            The message of the reply.
-        """
+        """The reply to a method of Triton's GRPCInferenceService within `timeout` seconds (None: waits for ever)."""
         if self.closed:
             raise ClosedError(CLOSED)
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
+        ended = asyncio.Event()
 
         def notify(_: grpc.Future) -> None:  # in a thread of gRPC's
             with suppress(RuntimeError):  # the event loop is closed, nothing waits in it
-                loop.call_soon_threadsafe(_set, ended)
+                loop.call_soon_threadsafe(ended.set)
 
         try:
             call = getattr(self._stub, method).future(request, timeout=timeout, metadata=self._metadata)
         except ValueError as exc:  # another thread has just closed the channel
-            if self.closed:
-                raise ClosedError(CLOSED) from exc
-            raise
+            raise ClosedError(CLOSED) from exc
         call.add_done_callback(notify)
         try:
-            await ended
+            await ended.wait()
         except asyncio.CancelledError:
             call.cancel()
             raise
@@ -182,14 +161,8 @@ class Connection:
             return call.result()
         if self.closed:
             raise ClosedError(CLOSED) from call
-        url, model = self._options.url, self._options.model
-        error = from_grpc(call.code().name, call.details() or "", url=url, model=model, timeout=self._options.timeout)
-        raise error from call
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        url, model, seconds = self._options.url, self._options.model, self._options.timeout
+        raise from_grpc(call.code().name, call.details() or "", url=url, model=model, timeout=seconds) from call
 
 
 def _target(url: str) -> str:

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import Long, SpeakerClient, Utterance, trials
 from ._commands import DONE, at_least, complain, named
@@ -27,37 +27,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-# Rates on the axes of a DET plot.
-TICKS = 1e-5, 1e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999
+# Rates on the axes of a DET plot; smaller and larger ones are drawn at its borders.
+TICKS = 1e-4, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run` but `--long` and `--json`."""
-
-    def moved(source: str) -> str:
-        raise argparse.ArgumentTypeError("has moved: run `python -m export verify --trials LIST` in a checkout")
-
-    parser.add_argument(
-        "trials", type=Path, metavar="TRIALS", help="trial list: `1 a.flac b.flac` or `a.flac b.flac target` a line"
-    )
-    parser.add_argument("--root", type=Path, metavar="DIR", help="folder its paths start from (default: the list's)")
-    parser.add_argument(
-        "--in-flight", type=at_least(1), default=8, metavar="N", help="requests in flight at a time (%(default)s)"
-    )
-    parser.add_argument(
-        "--skip-failed", action="store_true", help="leave out clips that cannot be embedded, and their trials"
-    )
-    parser.add_argument("--scores", type=Path, metavar="FILE", help="write `SCORE LABEL A B` lines")
-    parser.add_argument("--det", type=Path, metavar="FILE.png", help="draw the DET curve")
-    parser.add_argument("--speechbrain", type=moved, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("trials", type=Path, metavar="TRIALS", help="list: `1 a.flac b.flac` or `a.flac b.flac target` a line")
+    add("--root", type=Path, metavar="DIR", help="folder its paths start from (default: the list's)")
+    add("--in-flight", type=at_least(1), default=8, metavar="N", help="requests in flight at a time (%(default)s)")
+    add("--skip-failed", action="store_true", help="leave out clips that cannot be embedded, and their trials")
+    add("--scores", type=Path, metavar="FILE", help="write `SCORE LABEL A B` lines")
+    add("--det", type=Path, metavar="FILE.png", help="draw the DET curve")
 
 
 def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     """Evaluate a trial list, print the figures and return the exit status.
-
-    Args:
-        client: With `max_in_flight=arguments.in_flight`.
-        arguments: Those of `add_arguments`, `long` and `json`.
 
     Raises:
         EcapaError: The list or an output is unusable, or a clip cannot be embedded.
@@ -91,10 +77,8 @@ def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
                 line = f"{score:.7f} {label:d} {listed.names[a]} {listed.names[b]}\n"
                 file.write(line.encode(errors="surrogateescape"))
     if arguments.det is not None:
-        title = (
-            f"DET curve of {describe(arguments.trials.name)}\n"
-            f"{curve.targets:,} target and {curve.nontargets:,} nontarget trials, model {one.model}"
-        )
+        counts = f"{curve.targets:,} target and {curve.nontargets:,} nontarget trials, model {one.model}"
+        title = f"DET curve of {describe(arguments.trials.name)}\n{counts}"
         with replacing(arguments.det) as file:
             _plot(curve, figures, title).savefig(file, format="png")
     print(json.dumps(facts | {"served": asdict(figures)}) if arguments.json else "\n".join(_report(facts, figures)))
@@ -105,12 +89,9 @@ def _check_outputs(arguments: argparse.Namespace, inputs: list[str]) -> None:
     """Reject outputs that cannot be written, and those that would replace an input or each other."""
     taken = {os.path.realpath(path) for path in (arguments.trials, *inputs)}
     for path in filter(None, (arguments.scores, arguments.det)):
-        place = str(check_output(path))
-        if place in taken:
+        if str(check_output(path)) in taken:
             raise OutputError(f"{describe(path)}: is an input or the other output: choose another path")
-        taken.add(place)
-    if arguments.det is not None and arguments.det.suffix.lower() != ".png":
-        raise OutputError(f"{describe(arguments.det)}: expected a name that ends in .png")
+        taken.add(os.path.realpath(path))
 
 
 def _embed(
@@ -119,23 +100,20 @@ def _embed(
     """Embeddings float32 `[clips, dims]`, rows of NaN for failed clips, and the first utterance."""
     first: Utterance | None = None
     embeddings = np.empty((0, 0), np.float32)
-    for place, outcome in enumerate(_progress(client.utterances(paths, long=long), len(paths))):
+    outcomes = _progress(client.utterances(paths, long=long), len(paths))
+    for place, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
         if isinstance(outcome, EcapaError):
-            if isinstance(outcome, HOPELESS):
-                raise outcome
-            error = named(paths[place], outcome)
-            if not skip_failed:
+            error = named(path, outcome)
+            if isinstance(error, HOPELESS) or not skip_failed:
                 raise error
             complain(str(error))
             continue
         if first is None:
             first = outcome
             embeddings = np.full((len(paths), len(outcome.embedding)), np.nan, np.float32)
-        if (outcome.model, outcome.threshold) != (first.model, first.threshold):
-            raise EvaluationError(
-                f"{describe(paths[place])}: embedded by model {outcome.model} (threshold {outcome.threshold}), earlier "
-                f"clips by {first.model} ({first.threshold}): serve one model, then run again"
-            )
+        if outcome.model != first.model:
+            models = f"by model {outcome.model}, earlier clips by {first.model}"
+            raise EvaluationError(f"{describe(path)}: embedded {models}: serve one model, then run again")
         embeddings[place] = outcome.embedding
     if first is None:
         raise EvaluationError(f"none of {len(paths)} clips could be embedded: see the errors above")
@@ -181,25 +159,20 @@ def _plot(curve: Curve, figures: Figures, title: str) -> Figure:
         points.append((label, shape, cost.false_accepts, cost.misses))
     if (own := figures.decisions) is not None:
         points.append((f"model's threshold {own.threshold:g}", "D", own.false_accept_rate, own.miss_rate))
-    # Rates of 0 and 1 lie at infinity: they are drawn at the borders.
-    least = min(0.5 / curve.targets, 0.5 / curve.nontargets, 0.05)
-    most = min(0.999, 1.1 * max([0.45, *(rate for _, _, *rates in points for rate in rates if rate < 1)]))
-    deviate = np.vectorize(lambda rate: NormalDist().inv_cdf(min(max(rate, 1e-9), 1 - 1e-9)), otypes=[np.float64])
-    rate = np.vectorize(NormalDist().cdf, otypes=[np.float64])
+
+    def place(rates: ArrayLike) -> NDArray[np.float64]:
+        return np.array([NormalDist().inv_cdf(rate) for rate in np.atleast_1d(np.clip(rates, TICKS[0], TICKS[-1]))])
+
     figure: Figure = trials.require("matplotlib.figure").Figure(figsize=(7, 7), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(curve.false_accepts.clip(least), curve.misses.clip(least), color="#7fb0dd", linewidth=2.5)
-    for label, shape, *place in points:
-        x, y = np.clip(place, least, most)
-        axes.plot(x, y, shape, label=label, color="#14507f", markersize=8, clip_on=False, zorder=3)
-    ticks = [tick for tick in TICKS if 1.5 * least < tick < most]
-    for scale, put_ticks in (axes.set_xscale, axes.set_xticks), (axes.set_yscale, axes.set_yticks):
-        scale("function", functions=(deviate, rate))
-        put_ticks([least, *ticks], ["0", *(f"{100 * tick:g}" for tick in ticks)])
+    axes = figure.add_subplot(xlabel="False acceptance rate, %", ylabel="Miss rate, %", aspect="equal")
+    axes.plot(place(curve.false_accepts), place(curve.misses), color="#7fb0dd", linewidth=2.5)
+    for label, shape, x, y in points:
+        axes.plot(place(x), place(y), shape, label=label, color="#14507f", markersize=8, clip_on=False, zorder=3)
+    ticks, labels = place(TICKS), [f"{100 * tick:g}" for tick in TICKS]
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
+    axes.set(xlim=ticks[[0, -1]], ylim=ticks[[0, -1]])
     axes.set_title(title, parse_math=False)
-    axes.set(xlabel="False acceptance rate, %", ylabel="Miss rate, %", xlim=(least, most), ylim=(least, most))
-    axes.set_box_aspect(1)
     axes.grid(color="0.9", linewidth=0.8)
-    axes.plot([least, most], [least, most], color="0.75", linewidth=0.8, zorder=0)
     axes.legend(loc="upper right", fontsize="small")
     return figure

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EmbeddingError, ThresholdError
+from .errors import EcapaError, EmbeddingError, ModelMismatchError, ThresholdError
+
+Embedding: TypeAlias = NDArray[np.float32]
+"""An embedding, float32 `[192]`, not of unit length."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,7 @@ class Utterance:
         threshold: The model's threshold: cosine above which two utterances are of one speaker; None where it has none.
     """
 
-    embedding: NDArray[np.float32]
+    embedding: Embedding
     seconds: float
     model: str
     threshold: float | None
@@ -66,7 +69,7 @@ def unit(embedding: NDArray[Any]) -> NDArray[np.float64]:
     return vector / length
 
 
-def mean_direction(embeddings: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+def mean_direction(embeddings: Sequence[Embedding]) -> Embedding:
     """Mean of the embeddings `[dims]`, each scaled to length 1 for equal weight."""
     mean: NDArray[np.float64] = np.mean([unit(embedding) for embedding in embeddings], axis=0)
     return mean.astype(np.float32)
@@ -85,3 +88,25 @@ def decide(score: float, given: float | None, learned: float | None) -> Verifica
         raise ThresholdError("the model has no threshold of its own: pass threshold, a cosine")
     check_threshold(threshold)
     return Verification(score, float(threshold), score > threshold)
+
+
+def agreeing(outcomes: Iterable[Utterance | EcapaError]) -> list[Utterance]:
+    """The outcomes, all of one model; raises the first error among them."""
+    utterances: list[Utterance] = []
+    for outcome in outcomes:
+        if isinstance(outcome, EcapaError):
+            raise outcome
+        utterances.append(outcome)
+    models = dict.fromkeys(utterance.model for utterance in utterances)
+    if len(models) > 1:
+        raise ModelMismatchError(
+            f"the model was replaced between these clips ({', then '.join(models)}), and embeddings of two models "
+            "do not compare: try again"
+        )
+    return utterances
+
+
+def embeddings(outcomes: list[Utterance | EcapaError], return_exceptions: bool) -> list[Embedding | EcapaError]:
+    """The embeddings of one model, with the errors in their places or the first one raised."""
+    agreeing(outcome for outcome in outcomes if not (return_exceptions and isinstance(outcome, EcapaError)))
+    return [outcome if isinstance(outcome, EcapaError) else outcome.embedding for outcome in outcomes]

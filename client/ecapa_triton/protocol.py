@@ -115,6 +115,33 @@ class Deployment:
 
 
 @dataclass(frozen=True)
+class Status:
+    """State of the server and of the model.
+
+    Attributes:
+        url: Address of the server.
+        server_version: Version of Triton.
+        live: The server runs.
+        ready: The server and the model take requests.
+        model: Name of the model.
+        model_versions: Versions of the model that are loaded.
+        deployment: How the model is served; None where it is not ready.
+        info: Constants of the model; None where it gave no reply.
+        statistics: Triton's counters of the model; None where it is not ready.
+    """
+
+    url: str
+    server_version: str
+    live: bool
+    ready: bool
+    model: str
+    model_versions: tuple[str, ...]
+    deployment: Deployment | None
+    info: ModelInfo | None
+    statistics: Statistics | None
+
+
+@dataclass(frozen=True)
 class Gpu:
     """A GPU in Triton's metrics; a figure that they lack is NaN.
 
@@ -132,13 +159,7 @@ class Gpu:
 
 
 def request(waveform: Waveform, model: str, version: str = "") -> service_pb2.ModelInferRequest:
-    """The request to embed one clip.
-
-    Args:
-        waveform: float32 [samples] at 16 kHz.
-        model: Name of the model.
-        version: Version of the model; empty: the server chooses.
-    """
+    """The request to embed a clip, float32 `[samples]` at 16 kHz; no version: the server chooses."""
     message = service_pb2.ModelInferRequest(model_name=model, model_version=version)
     message.inputs.add(name="waveform", datatype="FP32", shape=[1, len(waveform)])
     message.raw_input_contents.append(np.ascontiguousarray(waveform, np.float32).tobytes())
@@ -156,16 +177,12 @@ def read_reply(response: service_pb2.ModelInferResponse) -> Reply:
 @lru_cache(maxsize=8)  # hardly ever another one
 def _model_info(values: bytes) -> ModelInfo:
     """The constants in an output `model_info`, float32 [7]."""
-    threshold, max_seconds, min_samples, *identity = np.frombuffer(values, np.float32)
-    if not (0 < max_seconds < math.inf and 0 <= min_samples < math.inf):
+    threshold, max_seconds, min_samples, *identity = numbers = np.frombuffer(values, np.float32)
+    limits = 0 < max_seconds < math.inf and 0 <= min_samples < math.inf
+    if not (limits and all(0 <= number < 1 << 24 and number == int(number) for number in identity)):
         raise ProtocolError(
-            f"model_info has max_seconds {max_seconds} and min_samples {min_samples}, "
-            "expected positive numbers: export the model again"
-        )
-    if not all(0 <= number < 1 << 24 and number == int(number) for number in identity):
-        raise ProtocolError(
-            f"model_info ends with {', '.join(map(str, identity))}, expected the model identity "
-            "as whole numbers of 24 bits: export the model again"
+            f"output 'model_info' is {numbers.tolist()}: expected threshold, max_seconds, min_samples and the "
+            "model identity as whole numbers of 24 bits: export the model again"
         )
     # The shortest decimal that rounds to this float32: 0.45, not 0.44999998807907104.
     cosine = None if np.isnan(threshold) else float(str(threshold))
@@ -177,19 +194,15 @@ def _output(result: InferResult, name: str, size: int | None = None) -> Waveform
     """Output `name`, a float32 `[1, size]`, as `[size]`."""
     try:
         values = result.as_numpy(name)
-    except (InferenceServerException, ValueError, TypeError, KeyError) as exc:
-        raise _not_ours(name, f"cannot be read: {exc}", size) from exc
-    if values is None:
-        raise _not_ours(name, "is missing", size)
-    if values.dtype != np.float32 or values.shape != (1, size or values.size) or not values.size:
-        raise _not_ours(name, f"is {values.dtype} {list(values.shape)}", size)
+    except (InferenceServerException, ValueError, TypeError) as exc:
+        raise ProtocolError(f"output {name!r} of the reply cannot be read: {exc}") from exc
+    found = "missing" if values is None else f"{values.dtype} {list(values.shape)}"
+    if values is None or values.dtype != np.float32 or values.shape != (1, size or values.size) or not values.size:
+        raise ProtocolError(
+            f"output {name!r} of the reply is {found}, expected float32 [1, {size or 'dims'}]: is this an ecapa model?"
+        )
     row: Waveform = values[0].copy()  # the reply's own memory is read-only
     return row
-
-
-def _not_ours(name: str, found: str, size: int | None) -> ProtocolError:
-    wanted = f"float32 [1, {size or 'dims'}]"
-    return ProtocolError(f"output {name!r} of the reply {found}; expected {wanted}: is this an ecapa model?")
 
 
 def read_statistics(response: service_pb2.ModelStatisticsResponse) -> Statistics:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,8 @@ def read(path: Path, root: Path) -> Trials:
         EvaluationError: A line is not a trial, a clip is missing, or all trials are of one kind.
     """
     places: dict[str, int] = {}
-    lines = array("i")  # of the first appearance of each clip
-    same, pairs = bytearray(), array("i")
+    same: list[bool] = []
+    pairs: list[list[int]] = []
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
@@ -73,23 +72,19 @@ def read(path: Path, root: Path) -> Trials:
                         "a label of 1, 0, target or nontarget and two paths without spaces"
                     )
                 same.append(LABELS[label])
-                for name in pair:
-                    if name not in places:
-                        lines.append(number)
-                    pairs.append(places.setdefault(name, len(places)))
+                pairs.append([places.setdefault(name, len(places)) for name in pair])
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
         reason = getattr(exc, "strerror", None) or exc
         raise EvaluationError(f"{describe(path)}: cannot be read ({reason}): expected a trial list") from exc
+    _check_kinds(np.array(same, np.bool_), f"{describe(path)}: ")
     paths = [os.path.join(root, name) for name in places]
-    trials = Trials(list(places), paths, np.array(same, np.bool_), np.array(pairs, np.int32).reshape(-1, 2))
-    _check_kinds(trials.same, f"{describe(path)}: ")
-    missing = [place for place, file in enumerate(paths) if not os.path.isfile(file)]
+    missing = [file for file in paths if not os.path.isfile(file)]
     if missing:
         raise EvaluationError(
-            f"{describe(path)} line {lines[missing[0]]}: {describe(paths[missing[0]])} is not a file "
-            f"({len(missing)} of {len(paths)} clips are missing): pass the folder that the paths start from (--root)"
+            f"{describe(path)}: {describe(missing[0])} is not a file ({len(missing)} of {len(paths)} clips are "
+            "missing): pass the folder that the paths start from (--root)"
         )
-    return trials
+    return Trials(list(places), paths, np.array(same, np.bool_), np.array(pairs, np.int32))
 
 
 def cosines(embeddings: NDArray[np.float32], pairs: NDArray[np.int32]) -> Floats:
@@ -177,12 +172,9 @@ class Curve:
     def equal_error(self) -> tuple[float, float]:
         """Equal error rate (0 to 1) and its threshold, interpolated linearly between the points beside the crossing."""
         excess = self.false_accepts - self.misses  # rises from -1 to 1
-        after = int(np.argmax(excess > -1e-14))  # rounding apart; unequal shares of under 1e7 trials differ by more
-        if excess[after] < 1e-14:
-            return float(self.false_accepts[after]), self.threshold(after)
-        weight = excess[after] / (excess[after] - excess[after - 1])
-        rate = weight * self.false_accepts[after - 1] + (1 - weight) * self.false_accepts[after]
-        return float(rate), float(self.scores[after - 1])
+        at = int(np.argmax(excess > -1e-14))  # rounding apart; unequal shares of under 1e7 trials differ by more
+        threshold = self.threshold(at) if excess[at] < 1e-14 else float(self.scores[at - 1])
+        return float(np.interp(0, excess, self.false_accepts)), threshold
 
     def least_cost(self, p_target: float) -> Cost:
         """The smallest detection cost at a prior, at the highest threshold that reaches it."""
@@ -235,7 +227,7 @@ def require(module: str) -> Any:
 
 def _check_kinds(same: Bools, name: str = "") -> None:
     targets = np.count_nonzero(same)
-    if not 0 < targets < len(same):
+    if targets in (0, len(same)):
         raise EvaluationError(
             f"{name}{targets} target and {len(same) - targets} nontarget trials: expected some of both"
         )
