@@ -185,7 +185,7 @@ def measure(bench: Bench, path: Path | None = None, command: str = "") -> Row:
         MeasureError: as `run`.
     """
     data = _describe(bench, command)
-    print(f"{data['cpu']}, {data['threads']} threads; {data.get('gpu', {}).get('name', 'no GPU')}; {data['model']}")
+    print(f"{data['cpu']}, {data['threads']} threads; {data.get('gpu', 'no GPU')}; {data['model']}")
     try:
         for section in load, agreement, products, speed, kernels:
             name = section.__name__
@@ -214,13 +214,8 @@ def _describe(bench: Bench, command: str) -> Row:
         sections={},
     )
     if bench.plan.device == "cuda":
-        query = "nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader", "--id=0"
-        data["gpu"] = {
-            "name": torch.cuda.get_device_name(),
-            "memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1),
-            "driver, power limit": machine.output(*query),
-            "cuda": torch.version.cuda,
-        }
+        query = "--query-gpu=name,memory.total,driver_version,power.limit"
+        data["gpu"] = machine.output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
     return data
 
 

@@ -50,7 +50,7 @@ def page(data: Row) -> Page:
         "command": data["command"],
         "commit": data["commit"],
         "CPU": f"{data['cpu']}, {data['cores']} cores, {data['threads']} threads",
-        "GPU": ", ".join(f"{key} {value}" for key, value in data.get("gpu", {}).items()),
+        "GPU": data.get("gpu"),
         "packages": ", ".join(f"{name} {version}" for name, version in data["packages"].items()),
         "model": f"{data['model']}, weights {data['weights'][:24]}",
         "rounds": data["rounds"],
