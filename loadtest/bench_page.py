@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a GPU host may lack jinja2
     from .report import Page
 
 Row: TypeAlias = dict[str, Any]
 
 TITLES = {
-    "contenders": "Contenders",
+    "load": "Contenders",
     "agreement": "Agreement with the CPU, on speech",
     "products": "Square matrix products",
     "speed": "Speed",
     "kernels": "Kernels",
 }
 COLUMNS = {  # keys of a section's rows, with formats; a title is a key without underscores
-    "contenders": "device contender model_mb:.1f",
-    "agreement": "device contender embedded clips cosine:.7f error:.1e",
-    "products": "device precision size tflops:.3g",
-    "speed": "device clips contender ms:.2f fastest_ms:.2f slowest_ms:.2f with_copy_ms:.2f times_real_time:,.0f "
-    "ratio_to_one_by_one:.2f ratio_to_padded:.2f ratio_to_cpu:.1f tflops:.3g of_best_product:.2f "
-    "work_mb:.1f",
-    "kernels": "device contender clips kernels launches kernel_ms:.2f call_ms:.2f waits copies top",
+    "load": "contender model_mb:.1f",
+    "agreement": "contender embedded clips cosine:.7f error:.1e",
+    "products": "precision size tflops:.3g",
+    "speed": "clips contender ms:.2f fastest_ms:.2f slowest_ms:.2f times_real_time:,.0f "
+    "ratio_to_one_by_one:.2f ratio_to_padded:.2f ratio_to_cpu:.1f tflops:.3g of_best_product:.2f work_mb:.1f",
+    "kernels": "contender clips kernels kernel_ms:.2f copies top",
 }
 NOTES = {
-    "agreement": "Against float32 TorchScript on this host's CPU, each clip alone; errors are relative L2. TF32 is not "
-    "served: it is here to compare. SpeechBrain's padded batches change the embeddings of shorter clips.",
+    "agreement": "Against float32 TorchScript on this host's CPU, each clip alone; errors are relative L2. "
+    "SpeechBrain's padded batches change the embeddings of shorter clips.",
     "speed": "Medians over the rounds, all contenders in turn within each, every call after one that is not timed; "
     "inputs on the device, the device synchronised before and after. On the CPU ours runs in batches of the size that "
     "configs/cpu.pbtxt prefers, as the server joins single clips, and in one batch where that differs. Ratios compare "
@@ -35,7 +34,7 @@ NOTES = {
     "faster. SpeechBrain runs with PyTorch's defaults, under which convolutions may use TF32 on a GPU. TFLOP/s: twice "
     "the multiply-accumulates of the model's matrix products and of nothing else, over all of its time. Work memory: "
     "the peak that torch allocated beyond model and inputs; torch does not see ONNX Runtime's.",
-    "kernels": "From torch.profiler, which costs time itself. The call returns after call ms; it holds the waits.",
+    "kernels": "From torch.profiler, which costs time itself.",
 }
 LIMITS = (
     "Another machine, driver or clock. A server, its queue and its network, which python -m loadtest run measures. "
@@ -47,52 +46,39 @@ def page(data: Row) -> Page:
     """The page of a run, of however many sections there are."""
     from .report import Page, Section, Table
 
-    packages = ", ".join(f"{name} {version}" for name, version in data["packages"].items())
     facts = {
         "command": data["command"],
         "commit": data["commit"],
         "CPU": f"{data['cpu']}, {data['cores']} cores, {data['threads']} threads",
-        "GPU": ", ".join(f"{key} {value}" for key, value in data.get("gpu", {}).items()),
-        "packages": packages,
+        "GPU": data.get("gpu"),
+        "packages": ", ".join(f"{name} {version}" for name, version in data["packages"].items()),
         "model": f"{data['model']}, weights {data['weights'][:24]}",
-        "rounds": ", ".join(f"{rounds} on {device}" for device, rounds in data["rounds"].items()),
-        "speech": f"{data['clips_of_speech']} clips",
+        "rounds": data["rounds"],
     }
     sections = []
-    for name, found in data["sections"].items():
-        if not found["rows"] and "failed" not in found:
-            continue
-        done = [row for row in found["rows"] if "failed" not in row]
-        columns = [key.partition(":") for key in COLUMNS[name].split()]
-        columns = [column for column in columns if any(row.get(column[0]) is not None for row in done)]
-        cells = [[_cell(row.get(key), how) for key, _, how in columns] for row in done]
-        missing = [f"- {left_out(row)}" for row in found["rows"] if "failed" in row]
-        missing += [f"- ended early: {found['failed']}"] if "failed" in found else []
-        text = "\n\n".join(filter(None, [NOTES.get(name, ""), "\n".join(missing)]))
-        sections.append(
-            Section(
-                TITLES[name], text, Table([key.replace("_", " ") for key, _, _ in columns], cells) if done else None
-            )
-        )
+    for name, rows in data["sections"].items():
+        done = [row for row in rows if "failed" not in row]
+        columns = [column for column in _columns(name) if any(column[0] in row for row in done)]
+        cells = [[_cell(row.get(key), how) for key, how in columns] for row in done]
+        missing = "\n".join(f"- {line(name, row)}" for row in rows if "failed" in row)
+        text = "\n\n".join(filter(None, [NOTES.get(name), missing]))
+        if rows:
+            sections.append(Section(TITLES[name], text, Table([key.replace("_", " ") for key, _ in columns], cells)))
     sections.append(Section("What this does not show", LIMITS))
-    summary = "Interrupted: not everything was measured." if data.get("interrupted") else ""
     title = f"The model in process, {data['date'][:10]}"
-    return Page(title, summary, {key: str(value) for key, value in facts.items() if value}, sections)
+    return Page(title, "", {key: str(value) for key, value in facts.items() if value}, sections)
 
 
 def line(section: str, row: Row) -> str:
     """A row on the terminal."""
-    if "failed" in row:
-        return left_out(row)
-    columns = [key.partition(":") for key in COLUMNS[section].split()]
-    cells = [(key, _cell(row[key], how)) for key, _, how in columns if row.get(key) is not None]
-    return "  ".join(cell if n < 3 else f"{key}={cell}" for n, (key, cell) in enumerate(cells))
+    cells = [(key, _cell(row[key], how)) for key, how in _columns(section) if key in row]
+    text = "  ".join(cell if n < 2 else f"{key}={cell}" for n, (key, cell) in enumerate(cells))
+    return f"{text}: not measured: {row['failed']}" if "failed" in row else text
 
 
-def left_out(row: Row) -> str:
-    """Why a row has no figures."""
-    what = ", ".join(str(row[key]) for key in ("device", "contender", "clips", "embedded") if key in row)
-    return f"{what}: not measured: {row['failed']}"
+def _columns(section: str) -> list[tuple[str, str]]:
+    """Keys of a section's rows, with their formats."""
+    return [(key, how) for key, _, how in (column.partition(":") for column in COLUMNS[section].split())]
 
 
 def _cell(value: Any, how: str) -> str:

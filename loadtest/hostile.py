@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 from ecapa_triton.audio import SAMPLE_RATE as SECOND  # samples
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2 as pb
+
+from export.configs import MODEL
+from export.verify import MAX_ERROR
 
 from .clips import Array
-from .judge import PATIENCE, Clip, GrpcSender, HttpSender, Outcome, Urls, http_request, infer_request
+from .judge import HEADER_LENGTH, PATIENCE, Clip, GrpcSender, HttpSender, Outcome, Urls, http_request, infer_request
 
 Reference: TypeAlias = Callable[[Array], Array]  # SpeechBrain's embedding [E] of a clip [samples] alone
-Http: TypeAlias = tuple[bytes, bytes, str, dict[str, str]]  # header, body, path, further header fields
 
-INFER = "/v2/models/ecapa/infer"
 LONGEST = "ten minutes"  # a request that is much larger than the others
 MAX_BATCH = 32  # of configs/cpu.pbtxt
 CONSTANT_TOLERANCE = 2e-4  # relative L2, of loud constants, which hold no voice
@@ -32,12 +34,14 @@ class Hostile:
     Attributes:
         clips: in it; one without a reference must not get an embedding.
         grpc: the message; None where gRPC cannot express it.
-        http: None where HTTP cannot express it.
+        http: path, header, body; None where HTTP cannot express it.
+        fields: further ones of HTTP's header.
     """
 
     clips: list[Clip]
     grpc: bytes | None
-    http: Http | None
+    http: tuple[str, bytes, bytes] | None
+    fields: dict[str, str] = field(default_factory=dict)
 
     def over_grpc(self, urls: Urls) -> Outcome:
         """Send it over a new gRPC connection."""
@@ -48,9 +52,8 @@ class Hostile:
     def over_http(self, urls: Urls) -> Outcome:
         """Send it over a new HTTP connection."""
         assert self.http is not None
-        header, body, path, fields = self.http
         with HttpSender(urls.http) as sender:
-            return sender.post(header, body, path, **fields)
+            return sender.post(*self.http, self.fields)
 
     def send(self, urls: Urls) -> Outcome:
         """Send it over gRPC, or over HTTP where gRPC cannot express it."""
@@ -67,10 +70,10 @@ def send_part(urls: Urls, waveform: Array, size: int, *, reset: bool) -> None:
         reset: close it by a reset.
     """
     host, _, port = urls.http.rpartition(":")
-    header, body = http_request(waveform[np.newaxis])
+    path, header, body = http_request(infer_request(waveform[np.newaxis]))
     head = (
-        f"POST {INFER} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(header) + len(body)}\r\n"
-        f"Inference-Header-Content-Length: {len(header)}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(header) + len(body)}\r\n"
+        f"{HEADER_LENGTH}: {len(header)}\r\n\r\n"
     )
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         connection.sendall(head.encode() + (header + body)[:size])
@@ -85,97 +88,74 @@ def requests(reference: Reference, max_samples: int = 30 * SECOND) -> dict[str, 
     wave = speech[np.newaxis]
     data = wave.tobytes()
 
-    def none(samples: Array) -> Clip:
-        return Clip("no embedding", samples, None)
+    def request(clips: list[Clip], message: pb.ModelInferRequest) -> Hostile:
+        return Hostile(clips, message.SerializeToString(), http_request(message))
 
-    def with_sample(value: float) -> Array:
-        samples = speech.copy()
-        samples[500] = value
-        return samples
+    def rejected(waveform: Array) -> Hostile:
+        clips = [Clip("no embedding", clip, None) for clip in np.atleast_2d(waveform)]
+        return request(clips, infer_request(np.atleast_2d(waveform)))
 
-    def alone(clip: Clip) -> Hostile:
-        return changed([clip], clip.waveform[np.newaxis])
+    def with_sample(value: float) -> Hostile:
+        return rejected(np.where(np.arange(SECOND) == 500, np.float32(value), speech))
 
-    def changed(clips: list[Clip], waveform: Array = wave, **changes: Any) -> Hostile:
-        header, body = http_request(waveform, **changes)
-        version = f"/versions/{changes['version']}" if "version" in changes else ""
-        path = f"/v2/models/{changes.get('model', 'ecapa')}{version}/infer"
-        request = infer_request(waveform, **changes)
-        if "output" in changes:
-            request.outputs.add(name=changes["output"])
-        return Hostile(clips, request.SerializeToString(), (header, body, path, {}))
-
-    def bad(**changes: Any) -> Hostile:
-        return changed([none(speech)], **changes)
-
-    def grpc_only(request: bytes) -> Hostile:
-        return Hostile([none(speech)], request, None)
-
-    def http_only(header: bytes, body: bytes, **fields: str) -> Hostile:
-        return Hostile([none(speech)], None, (header, body, INFER, fields))
+    def right(waveform: Array, tolerance: float = MAX_ERROR) -> Hostile:
+        rows = np.atleast_2d(waveform)
+        clips = [Clip(f"row {n}", row, reference(row[:max_samples]), tolerance) for n, row in enumerate(rows)]
+        return request(clips, infer_request(rows))
 
     def batch(clips: int) -> Hostile:
-        rows = (random.standard_normal((clips, 8000)) * 0.1).astype(np.float32)
-        return changed([Clip(f"row {i}", row, reference(row)) for i, row in enumerate(rows)], rows)
+        return right((random.standard_normal((clips, 8000)) * 0.1).astype(np.float32))
 
-    minutes = np.resize(speech, 600 * SECOND)
-    denormal = (random.standard_normal(SECOND) * 1e-40).astype(np.float32)
-    constant = np.full(SECOND, 0.5, np.float32)
-    silence = np.zeros(SECOND, np.float32)
+    none = [Clip("no embedding", speech, None)]
+
+    def bad(**changes: Any) -> Hostile:
+        return request(none, infer_request(wave, **changes))
+
+    def added(tensor: str, datatype: str, values: Array | NDArray[np.int32]) -> Hostile:
+        message = infer_request(wave)
+        message.inputs.add(name=tensor, datatype=datatype, shape=values.shape)
+        message.raw_input_contents.append(values.tobytes())
+        return request(none, message)
+
+    def grpc_only(message: bytes) -> Hostile:
+        return Hostile(none, message, None)
+
+    def http_only(header: bytes, body: bytes = b"", fields: dict[str, str] | None = None) -> Hostile:
+        return Hostile(none, None, (path, header, body), fields or {})
+
     good = infer_request(wave)
-    twice, other, no_input, no_raw = (type(good).FromString(good.SerializeToString()) for _ in range(4))
-    twice.inputs.append(good.inputs[0])
-    twice.raw_input_contents.append(data)
-    other.inputs.add(name="lengths", datatype="INT32", shape=[1, 1])
-    other.raw_input_contents.append(np.int32(5).tobytes())
-    del no_input.inputs[:], no_input.raw_input_contents[:]
-    del no_raw.raw_input_contents[:]
-    header, _ = http_request(wave)
-
-    def http_inputs(*inputs: tuple[str, str, list[int], int]) -> bytes:
-        tensors = [
-            {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}}
-            for name, datatype, shape, size in inputs
-        ]
-        return json.dumps({"inputs": tensors}).encode()
-
-    waveform = "waveform", "FP32", [1, SECOND], len(data)
+    path, header, _ = http_request(good)
+    message = good.SerializeToString()
+    no_input = pb.ModelInferRequest(model_name=MODEL)
+    no_contents = pb.ModelInferRequest(model_name=MODEL, inputs=good.inputs)
     return {
-        "an empty clip": alone(none(speech[:0])),
-        "three empty clips": changed([none(speech[:0])] * 3, np.zeros((3, 0), np.float32)),
-        "1 sample": alone(none(speech[:1])),
-        "100 samples": alone(none(speech[:100])),
-        "639 samples": alone(none(speech[:639])),
-        "a sample is NaN": alone(none(with_sample(np.nan))),
-        "a sample is Inf": alone(none(with_sample(np.inf))),
-        "a sample is -Inf": alone(none(with_sample(-np.inf))),
-        "a sample is 1e30": alone(none(with_sample(1e30))),
-        "all samples are NaN": alone(none(np.full(SECOND, np.nan, np.float32))),
-        "denormal samples": alone(Clip("denormal", denormal, reference(denormal))),
-        "a constant": alone(Clip("constant", constant, reference(constant), CONSTANT_TOLERANCE)),
-        "silence": alone(Clip("silence", silence, reference(silence))),
-        LONGEST: alone(Clip(LONGEST, minutes, reference(minutes[:max_samples]))),
+        "an empty clip": rejected(speech[:0]),
+        "three empty clips": rejected(np.zeros((3, 0), np.float32)),
+        "1 sample": rejected(speech[:1]),
+        "100 samples": rejected(speech[:100]),
+        "639 samples": rejected(speech[:639]),
+        "a sample is NaN": with_sample(np.nan),
+        "a sample is Inf": with_sample(np.inf),
+        "a sample is -Inf": with_sample(-np.inf),
+        "a sample is 1e30": with_sample(1e30),
+        "all samples are NaN": rejected(np.full(SECOND, np.nan, np.float32)),
+        "denormal samples": right((random.standard_normal(SECOND) * 1e-40).astype(np.float32)),
+        "a constant": right(np.full(SECOND, 0.5, np.float32), CONSTANT_TOLERANCE),
+        "silence": right(np.zeros(SECOND, np.float32)),
+        LONGEST: right(np.resize(speech, 600 * SECOND)),
         "two clips in a request": batch(2),
         "as many clips as a batch takes": batch(MAX_BATCH),
         "one clip more than a batch takes": batch(MAX_BATCH + 1),
-        "no clip of one second": changed([], np.zeros((0, SECOND), np.float32)),
+        "no clip of one second": request([], infer_request(np.zeros((0, SECOND), np.float32))),
         "type INT32": bad(datatype="INT32"),
         "type FP64": bad(datatype="FP64"),
         "an unknown type": bad(datatype="FLOAT"),
         "rank 1": bad(shape=[SECOND]),
         "rank 3": bad(shape=[1, 1, SECOND]),
         "another input's name": bad(name="audio"),
-        "no input": Hostile(
-            [none(speech)], no_input.SerializeToString(), (json.dumps({"inputs": []}).encode(), b"", INFER, {})
-        ),
-        "the input twice": Hostile(
-            [none(speech)], twice.SerializeToString(), (http_inputs(waveform, waveform), 2 * data, INFER, {})
-        ),
-        "lengths sent along": Hostile(
-            [none(speech)],
-            other.SerializeToString(),
-            (http_inputs(waveform, ("lengths", "INT32", [1, 1], 4)), data + np.int32(5).tobytes(), INFER, {}),
-        ),
+        "no input": request(none, no_input),
+        "the input twice": added("waveform", "FP32", wave),
+        "lengths sent along": added("lengths", "INT32", np.array([[5]], np.int32)),
         "a byte too few": bad(raw=data[:-1]),
         "a sample too few": bad(raw=data[:-4]),
         "a sample too many": bad(raw=data + b"1234"),
@@ -184,27 +164,27 @@ def requests(reference: Reference, max_samples: int = 30 * SECOND) -> dict[str, 
         "shape [1, -16000]": bad(shape=[1, -SECOND]),
         "shape [-1, 0]": bad(shape=[-1, 0], raw=b""),
         "shape [1, 2^62], one second of bytes": bad(shape=[1, TWO_62]),
-        "shape [2^62 + 1, 16000], one second of bytes": changed(
-            [Clip("speech", speech, reference(speech))], shape=[TWO_62 + 1, SECOND]
+        "shape [2^62 + 1, 16000], one second of bytes": request(
+            right(speech).clips, infer_request(wave, shape=[TWO_62 + 1, SECOND])
         ),
         "an unknown output": bad(output="secret"),
         "an unknown model": bad(model="nobody"),
         "an unknown version": bad(version="7"),
         "a version that is no number": bad(version="x"),
-        "no tensor contents": grpc_only(no_raw.SerializeToString()),
-        "half a message": grpc_only(good.SerializeToString()[: good.ByteSize() // 2]),
+        "no tensor contents": grpc_only(no_contents.SerializeToString()),
+        "half a message": grpc_only(message[: len(message) // 2]),
         "random bytes for a message": grpc_only(np.random.default_rng(0).bytes(1000)),
         "an empty message": grpc_only(b""),
-        "broken JSON": http_only(b'{"inputs":[', b""),
-        "100,000 brackets for JSON": http_only(b"[" * 100_000, b""),
+        "broken JSON": http_only(b'{"inputs":['),
+        "100,000 brackets for JSON": http_only(b"[" * 100_000),
         "words for samples": http_only(
-            b'{"inputs":[{"name":"waveform","shape":[1,2],"datatype":"FP32","data":["a","b"]}]}', b""
+            b'{"inputs":[{"name":"waveform","shape":[1,2],"datatype":"FP32","data":["a","b"]}]}'
         ),
-        "a terabyte announced": http_only(http_request(wave, size=10**12)[0], data),
-        "a header longer than the body": http_only(header, data, Inference_Header_Content_Length=str(10**9)),
-        "a negative header length": http_only(header, data, Inference_Header_Content_Length="-5"),
-        "a header length that is no number": http_only(header, data, Inference_Header_Content_Length="abc"),
-        "not gzip, as announced": http_only(header, data, Content_Encoding="gzip"),
+        "a terabyte announced": http_only(header.replace(b"%d" % len(data), b"%d" % 10**12), data),
+        "a header longer than the body": http_only(header, data, {HEADER_LENGTH: str(10**9)}),
+        "a negative header length": http_only(header, data, {HEADER_LENGTH: "-5"}),
+        "a header length that is no number": http_only(header, data, {HEADER_LENGTH: "abc"}),
+        "not gzip, as announced": http_only(header, data, {"Content-Encoding": "gzip"}),
     }
 
 

@@ -7,36 +7,35 @@ rejected when it is an error or a row of NaN, and wrong otherwise.
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 import numpy as np
 from ecapa_triton import EcapaError, SpeakerClient
+from ecapa_triton.protocol import CHANNEL_ARGS
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
+from export.configs import MODEL
 from export.verify import MAX_ERROR, difference
 
-from .clips import Array
+from .clips import Array, Clips
 from .machine import MeasureError
 
 PATIENCE = 120  # s, after which anything counts as stuck
+HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary body
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
-CHANNEL = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),  # each client has its own connection
-    ("grpc.max_reconnect_backoff_ms", 500),
-]
+CHANNEL = [*CHANNEL_ARGS, ("grpc.use_local_subchannel_pool", 1)]  # each client has its own connection
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,10 @@ def check_apart(clips: Sequence[Clip]) -> None:
     Raises:
         MeasureError: two clips are too much alike.
     """
-    known = [clip for clip in clips if clip.reference is not None]
-    every = np.stack([clip.reference for clip in known if clip.reference is not None]).astype(np.float64)
-    for n, clip in enumerate(known):
-        errors = np.linalg.norm(every - every[n], axis=1) / np.linalg.norm(every[n])
-        errors[n] = np.inf
-        if errors.min() < 10 * clip.tolerance:
-            other = known[int(errors.argmin())].name
-            raise MeasureError(f"{clip.name} and {other} are {errors.min():.1e} apart: an exchange could be missed")
+    references = np.stack([clip.reference for clip in clips if clip.reference is not None])
+    apart = Clips([], references).apart()
+    if apart < 10 * MAX_ERROR:
+        raise MeasureError(f"two clips have embeddings only {apart:.1e} apart: an exchange could be missed")
 
 
 class Tally:
@@ -145,37 +140,40 @@ class Tally:
 
     def __str__(self) -> str:
         names = "requests", "right", "rejected", "wrong", "faults", "recovered"
+        rejections = ", ".join(f"{number:,} {code}" for code, number in self.rejections.most_common())
         table = [" ".join(f"{name:>10}" for name in names), " ".join(f"{self.counts[name]:10,}" for name in names)]
-        if self.rejections:
-            table.append(
-                "rejected: " + ", ".join(f"{number:,} {code}" for code, number in self.rejections.most_common())
-            )
-        return "\n".join([*table, *(f"WRONG: {line}" for line in self.wrong[:20])])
+        return "\n".join([*table, f"rejected: {rejections}", *(f"WRONG: {line}" for line in self.wrong[:20])])
 
 
 # --- requests ---
 
 
 def infer_request(waveform: NDArray[Any], **changes: Any) -> pb.ModelInferRequest:
-    """Triton's request for clips `[n, samples]`; `changes` damage it: shape, name, datatype, raw, model, version."""
-    request = pb.ModelInferRequest(model_name=changes.get("model", "ecapa"), model_version=changes.get("version", ""))
+    """Triton's request for clips `[n, samples]`, damaged by shape, name, datatype, raw, model, version or output."""
+    request = pb.ModelInferRequest(model_name=changes.get("model", MODEL), model_version=changes.get("version", ""))
     tensor = request.inputs.add(name=changes.get("name", "waveform"), datatype=changes.get("datatype", "FP32"))
     tensor.shape.extend(changes.get("shape", waveform.shape))
     request.raw_input_contents.append(changes.get("raw", waveform.tobytes()))
+    request.outputs.add(name=changes.get("output", "embedding"))
     return request
 
 
-def http_request(waveform: NDArray[Any], **changes: Any) -> tuple[bytes, bytes]:
-    """JSON header and binary body for clips `[n, samples]`, damaged as in `infer_request`; and by size or output."""
-    raw = changes.get("raw", waveform.tobytes())
-    tensor = {
-        "name": changes.get("name", "waveform"),
-        "shape": list(changes.get("shape", waveform.shape)),
-        "datatype": changes.get("datatype", "FP32"),
-        "parameters": {"binary_data_size": changes.get("size", len(raw))},
-    }
-    outputs = [{"name": changes.get("output", "embedding"), "parameters": {"binary_data": True}}]
-    return json.dumps({"inputs": [tensor], "outputs": outputs}).encode(), raw
+def http_request(request: pb.ModelInferRequest) -> tuple[str, bytes, bytes]:
+    """The same request over HTTP: path, JSON header and binary body."""
+    inputs = [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "datatype": tensor.datatype,
+            "parameters": {"binary_data_size": len(raw)},
+        }
+        for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
+    ]
+    outputs = [{"name": output.name, "parameters": {"binary_data": True}} for output in request.outputs]
+    version = f"/versions/{request.model_version}" if request.model_version else ""
+    path = f"/v2/models/{request.model_name}{version}/infer"
+    header = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
+    return path, header, b"".join(request.raw_input_contents)
 
 
 class GrpcSender(AbstractContextManager["GrpcSender"]):
@@ -206,10 +204,8 @@ def grpc_outcome(call: Any) -> Outcome:
         return Rejection("CANCELLED")
     except grpc.RpcError as error:
         return Rejection(error.code().name, error.details() or "")
-    (index,) = (i for i, output in enumerate(reply.outputs) if output.name == "embedding")
-    if reply.outputs[index].datatype != "FP32":
-        return Rejection(reply.outputs[index].datatype)
-    return np.frombuffer(reply.raw_output_contents[index], np.float32).reshape(reply.outputs[index].shape)
+    (output,), (content,) = reply.outputs, reply.raw_output_contents
+    return np.frombuffer(content, np.float32).reshape(output.shape)
 
 
 class HttpSender(AbstractContextManager["HttpSender"]):
@@ -223,12 +219,11 @@ class HttpSender(AbstractContextManager["HttpSender"]):
 
     def ask(self, clips: Array) -> Outcome:
         """Send a clip `[samples]` or clips `[n, samples]` and wait for the reply."""
-        return self.post(*http_request(np.atleast_2d(clips)))
+        return self.post(*http_request(infer_request(np.atleast_2d(clips))))
 
-    def post(self, header: bytes, body: bytes, path: str = "/v2/models/ecapa/infer", **more: str) -> Outcome:
-        """Send header and body with further header fields."""
-        headers = {"Inference-Header-Content-Length": str(len(header))}
-        headers |= {name.replace("_", "-"): value for name, value in more.items()}
+    def post(self, path: str, header: bytes, body: bytes, fields: Mapping[str, str] | None = None) -> Outcome:
+        """Send header and body with further fields of HTTP's header."""
+        headers = {HEADER_LENGTH: str(len(header)), **(fields or {})}
         try:
             self._connection.request("POST", path, header + body, headers)
             response = self._connection.getresponse()
@@ -238,10 +233,9 @@ class HttpSender(AbstractContextManager["HttpSender"]):
             return Rejection(type(error).__name__)
         if response.status != http.HTTPStatus.OK:
             return Rejection(str(response.status), data.decode(errors="replace"))
-        split = int(response.headers.get("Inference-Header-Content-Length", len(data)))
-        output = next(item for item in json.loads(data[:split])["outputs"] if item["name"] == "embedding")
-        values = output.get("data", np.frombuffer(data[split:], np.float32, int(np.prod(output["shape"]))))
-        return np.asarray(values, np.float32).reshape(output["shape"])
+        split = int(response.headers.get(HEADER_LENGTH, len(data)))
+        (output,) = json.loads(data[:split])["outputs"]
+        return np.frombuffer(data[split:], np.float32).reshape(output["shape"])
 
 
 class ClientSender(AbstractContextManager["ClientSender"]):
@@ -256,26 +250,17 @@ class ClientSender(AbstractContextManager["ClientSender"]):
     def ask(self, clip: Array) -> Outcome:
         """Send a clip `[samples]` and wait for the reply."""
         try:
-            return self._outcome(self._client.embed(clip, long="truncate"))
+            embedding = self._client.embed(clip, long="truncate")
         except EcapaError as error:
-            return self._outcome(error)
-
-    def ask_many(self, clips: Sequence[Array]) -> list[Outcome]:
-        """Send clips `[samples]`, in flight together, and wait for the replies."""
-        return [self._outcome(reply) for reply in self._client.embed_many(clips, return_exceptions=True)]
-
-    def _outcome(self, reply: Array | EcapaError) -> Outcome:
-        if isinstance(reply, EcapaError):
-            return Rejection(type(reply).__name__, str(reply))
-        assert np.isfinite(reply).all(), "SpeakerClient handed out an embedding that is not finite"
-        return np.asarray(reply[np.newaxis])
+            return Rejection(type(error).__name__, str(error))
+        assert np.isfinite(embedding).all(), "SpeakerClient handed out an embedding that is not finite"
+        return embedding[np.newaxis]
 
 
 Sender: TypeAlias = GrpcSender | HttpSender | ClientSender
 
 
-@dataclass(frozen=True)
-class Urls:
+class Urls(NamedTuple):
     """Addresses of a server."""
 
     grpc: str
@@ -292,11 +277,9 @@ class Urls:
         return [lambda: GrpcSender(self.grpc), lambda: HttpSender(self.http), lambda: ClientSender(self.grpc)]
 
 
-def shuffled(clips: Iterable[Clip], seed: int) -> list[Clip]:
+def shuffled(clips: Sequence[Clip], seed: int) -> list[Clip]:
     """The clips in another order."""
-    mixed = list(clips)
-    random.Random(seed).shuffle(mixed)
-    return mixed
+    return random.Random(seed).sample(clips, len(clips))
 
 
 @dataclass
@@ -337,13 +320,12 @@ class Traffic:
 
     def _run(self, seed: int, connect: Callable[[], Sender]) -> None:
         with connect() as sender:
-            while not self._stop:
-                for clip in shuffled(self.clips, seed):
-                    verdict = self.check(clip, sender.ask(clip.waveform))
-                    with self._changed:
-                        self.verdicts[verdict] += 1
-                        self._changed.notify_all()
-                    if self._stop:
-                        break
-                    if verdict == "rejected":
-                        time.sleep(0.02)  # a stopped server rejects thousands per second
+            for clip in itertools.cycle(shuffled(self.clips, seed)):
+                if self._stop:
+                    return
+                verdict = self.check(clip, sender.ask(clip.waveform))
+                with self._changed:
+                    self.verdicts[verdict] += 1
+                    self._changed.notify_all()
+                if verdict == "rejected":
+                    time.sleep(0.02)  # a stopped server rejects thousands per second

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ def reason(error: BaseException) -> str:
 
 
 def describe(packages: tuple[str, ...], **more: Any) -> dict[str, Any]:
-    """CPU, versions of the installed ones of `packages`, commit and time, for a report; and `more`."""
+    """CPU, versions of the installed ones of `packages` and time, for a report; and `more`."""
+    names = re.findall(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    versions = {name: importlib.metadata.version(name) for name in installed(*packages)}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu_name(),
+        "cpu": names[0] if names else platform.machine(),
         "cores": cores(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages if any(importlib.metadata.distributions(name=name))},
+        "packages": versions,
         **more,
     }
 
@@ -46,15 +48,6 @@ def describe(packages: tuple[str, ...], **more: Any) -> dict[str, Any]:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def cpu_name() -> str:
-    """The processor's own name for itself."""
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def installed(*packages: str) -> tuple[str, ...]:

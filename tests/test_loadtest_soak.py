@@ -38,10 +38,9 @@ def test_the_soak_runs(exported: bool, repository: Path, monkeypatch: pytest.Mon
     good, bad = report["good_requests"], report["hostile_requests"]
     assert good["requests"] == good["right"] > 0
     assert bad["faults"] >= bad["requests"] > 0
-    assert report["wrong"] == [] and report["errors"] == {} and not report["process_ended"]
+    assert report["wrong"] == [] and not report["process_ended"]
     assert report["levels_off"] is None  # too short
     assert report["largest_bytes"] >= report["ready_bytes"] > 1e7
-    assert [minute["minute"] for minute in report["minutes"]] == [0]
     assert drawn.read_bytes().startswith(b"\x89PNG\r\n")
 
 
@@ -112,15 +111,34 @@ def test_clips_that_cannot_be_told_apart_are_rejected() -> None:
         check_apart([one, other])
 
 
-@pytest.mark.parametrize("wrong", ["--clients=0", "--clients=2.5", "--hostile=5", "--hostile=nan", "--minutes=abc"])
-def test_wrong_options(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["soak", wrong])
-    assert wrong.partition("=")[2] in capsys.readouterr().err
-
-
 def test_a_soak_that_cannot_write_does_not_begin(tmp_path: Path) -> None:
     assert main(["soak", "--json", str(tmp_path)]) == 1
+
+
+GOOD = {
+    "wrong": [],
+    "rejections": {"good": {"NaN": 2}},
+    "process_ended": False,
+    "good_requests": {"right": 1},
+    "levels_off": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ({}, ""),
+        ({"levels_off": None}, ""),
+        ({"wrong": ["clip 7"]}, "clip 7"),
+        ({"rejections": {"good": {"INTERNAL": 3}}}, "INTERNAL"),
+        ({"process_ended": True}, "ended"),
+        ({"good_requests": {}}, "no request"),
+        ({"levels_off": False}, "memory"),
+    ],
+)
+def test_a_broken_promise_fails_the_soak(change: dict[str, object], broken: str) -> None:
+    found = soak.faults(GOOD | change)
+    assert len(found) == bool(broken) and broken in "".join(found)
 
 
 MB = 1e6
@@ -140,10 +158,10 @@ MB = 1e6
     ],
 )
 def test_the_verdict_on_memory(what: str, bytes_at: Callable[[float], float], levels_off: bool) -> None:
-    verdict = soak.judge_memory([(float(at), bytes_at(at)) for at in range(0, 601, 2)])
-    assert verdict.levels_off is levels_off, verdict
+    *_, found = soak.judge_memory([(float(at), bytes_at(at)) for at in range(0, 601, 2)])
+    assert found is levels_off
 
 
 def test_a_short_run_is_not_judged() -> None:
-    verdict = soak.judge_memory([(float(at), (100 + at) * MB) for at in range(0, 179, 2)])
-    assert verdict.levels_off is None
+    *_, verdict = soak.judge_memory([(float(at), (100 + at) * MB) for at in range(0, 179, 2)])
+    assert verdict is None

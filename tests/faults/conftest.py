@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loadtest.clips import speech
 from loadtest.hostile import Hostile, requests
 from loadtest.judge import Clip, Tally, Urls, check_apart
 from server import Limits, TritonServer, gateway
 
-from .harness import INSTALLED, LIMIT_MB, ROOT, SECOND, Gate, assert_right, serving_with
+from .harness import INSTALLED, LIMIT_MB, SECOND, Gate, assert_right, serving_with
 
 SUMMARY = pytest.StashKey[Tally]()
-LENGTHS = [640, 641, 1599, 1600, 5000, 7999, 8000, 16001, 33333, 48000, 80000]  # samples
+LENGTHS = [640, 641, 1599, 1600, 5000, 7999, 8000, 16001, 33333, 48000, 80000, 160000]  # samples
 SAME_LENGTH = 8  # clips of exactly one second, which no length tells apart
 
 
@@ -34,21 +35,9 @@ def logs_go_with_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture(scope="session")
 def pool(reference: Callable[[np.ndarray], np.ndarray]) -> list[Clip]:
     """Good clips, each with SpeechBrain's embedding of it alone."""
-    from ecapa_triton.audio import read
-
-    random = np.random.default_rng(0)
-    clips = {
-        path.stem: read(path, max_samples=10 * SECOND).waveform
-        for path in sorted((ROOT / "samples").glob("*"))
-        if path.suffix in (".flac", ".wav")
-    }
-    clips |= {f"second of {name}": clip[:SECOND] for name, clip in clips.items()}
-    for number in range(SAME_LENGTH - len(clips) // 2):
-        clips[f"second of noise {number}"] = random.standard_normal(SECOND).astype(np.float32) * 0.1
-    for samples in LENGTHS:
-        clips[f"{samples} of noise"] = random.standard_normal(samples).astype(np.float32) * 0.1
-    assert sum(len(clip) == SECOND for clip in clips.values()) == SAME_LENGTH
-    pool = [Clip(name, clip, reference(clip)) for name, clip in clips.items()]
+    lengths = [*LENGTHS, *[SECOND] * SAME_LENGTH]
+    waveforms = speech([samples / SECOND for samples in lengths])
+    pool = [Clip(f"clip {n} of {len(clip)} samples", clip, reference(clip)) for n, clip in enumerate(waveforms)]
     check_apart(pool)
     return pool
 

@@ -11,9 +11,8 @@ import pytest
 from loadtest.judge import Clip, GrpcSender, Outcome, Tally, Traffic, grpc_outcome, infer_request
 from server import TritonServer, gateway
 
-from .harness import SECOND, Gate, ServerCommand, code, wait_until, wait_until_queued
+from .harness import PREFERRED_BATCH, SECOND, Gate, ServerCommand, code, wait_until, wait_until_queued
 
-IN_FLIGHT = 24
 TWO_62 = 1 << 62  # samples, whose bytes are 0 modulo 2^64
 NOTHING = Clip("nothing", np.zeros(0, np.float32), None)
 
@@ -47,18 +46,17 @@ def test_killed_under_load(
 
 def test_stopped_under_load(repository: Path, gate: Gate, pool: list[Clip], tally: Tally) -> None:
     """Accepted requests get right replies, later ones UNAVAILABLE, and the server ends in order."""
-    clips = pool[:IN_FLIGHT]
     with ServerCommand(repository, gate.backends) as server, GrpcSender(server.urls.grpc) as sender:
         with gate.hold():
-            accepted = [sender.start(clip.waveform) for clip in clips]
-            wait_until_queued(server.urls, len(clips) - 3)
+            accepted = [sender.start(clip.waveform) for clip in pool]
+            wait_until_queued(server.urls, len(pool) - PREFERRED_BATCH)
             server.process.terminate()
             tally.fault()
-            wait_until(lambda: code(sender.ask(clips[0].waveform, timeout=1)) == "UNAVAILABLE", "a rejection")
-            late = [sender.start(clip.waveform) for clip in clips]
-        for clip, call in zip(clips, accepted, strict=True):
+            wait_until(lambda: code(sender.ask(pool[0].waveform, timeout=1)) == "UNAVAILABLE", "a rejection")
+            late = [sender.start(clip.waveform) for clip in pool]
+        for clip, call in zip(pool, accepted, strict=True):
             assert tally.check(clip, grpc_outcome(call)) == "right"
-        for clip, call in zip(clips, late, strict=True):
+        for clip, call in zip(pool, late, strict=True):
             outcome = grpc_outcome(call)
             assert tally.check(clip, outcome) == "rejected" and code(outcome) == "UNAVAILABLE"
         assert server.stop() == 0
