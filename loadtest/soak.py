@@ -29,7 +29,7 @@ from ecapa_triton.audio import SAMPLE_RATE
 from tritonclient.grpc import InferenceServerClient
 
 from export import checkpoint
-from export.artifacts import OnnxModel, write_onnx
+from export.artifacts import ExportedModel, write_onnx
 from export.configs import MODEL
 from export.packed import PackedEcapa
 from export.pipeline import step
@@ -124,14 +124,14 @@ def run(options: argparse.Namespace) -> None:
         repository = options.repository or Path(folder) / "repository"
         path = repository / MODEL / "1" / "model.onnx"
         if options.repository:
-            loaded = made_from(OnnxModel(path).metadata)
+            loaded = made_from(ExportedModel(path).metadata)
         else:
             loaded = checkpoint.load(options.source, channels=options.channels)
             shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("*.onnx", "*.pt"))
             path.parent.mkdir(exist_ok=True)
             with step("write ONNX"):
                 write_onnx(PackedEcapa(loaded), loaded, path)
-        model = OnnxModel(path)
+        model = ExportedModel(path)
         shortest, longest = model.min_samples, model.max_samples
         del model
         with step(f"SpeechBrain's embeddings of clips of {LENGTHS} lengths"):

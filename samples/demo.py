@@ -12,7 +12,7 @@ from pathlib import Path
 from ecapa_triton import EcapaError, SpeakerClient, score
 
 from export import checkpoint
-from export.artifacts import OnnxModel, up_to_date
+from export.artifacts import ExportedModel, up_to_date
 from export.configs import MODEL
 from export.pipeline import ERRORS as EXPORT_ERRORS
 from export.pipeline import export, step
@@ -88,11 +88,11 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
     return 1 if wrong else 0
 
 
-def _model(repository: Path, source: str | None) -> OnnxModel:
+def _model(repository: Path, source: str | None) -> ExportedModel:
     """The model of the repository, exported first if it is missing or older than what it is made from."""
     path = repository / MODEL / "1" / "model.onnx"
     if up_to_date(path, source):
-        model = OnnxModel(path)
+        model = ExportedModel(path)
         if model.metadata["origin"] == "--source mini" and source is None:
             print(f"{MINI_NOTE}\n(`make export` fetches the published one)\n")
         print(f"{path} is up to date: {model.metadata['source']}")
@@ -104,7 +104,7 @@ def _model(repository: Path, source: str | None) -> OnnxModel:
             raise
         print(f"\n{error}\n\n{MINI_NOTE}\n")
         export(repository, "mini", half=False)
-    return OnnxModel(path)
+    return ExportedModel(path)
 
 
 def _speaker(name: str) -> str:
