@@ -24,12 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--trials goes with the command verify")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
-        (run_verify if options.command == "verify" else run_export)(options)
-    except pipeline.ERRORS as error:
+        (_verify if options.command == "verify" else _export)(options)
+    except (*pipeline.ERRORS, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or options.repository}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was changed", file=sys.stderr)
@@ -37,8 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_export(options: argparse.Namespace) -> None:
-    """Export as the command line says."""
+def _export(options: argparse.Namespace) -> None:
     pipeline.export(
         options.repository,
         options.source or checkpoint.HUB_ID,
@@ -51,8 +47,7 @@ def run_export(options: argparse.Namespace) -> None:
     )
 
 
-def run_verify(options: argparse.Namespace) -> None:
-    """Verify as the command line says."""
+def _verify(options: argparse.Namespace) -> None:
     listed = read_trials(options.trials, options.root or options.trials.parent) if options.trials else None
     loaded = None
     if options.source:

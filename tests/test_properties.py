@@ -22,12 +22,12 @@ import stand_in
 import torch
 from ecapa_triton.audio import MAX_AMPLITUDE, SAMPLE_RATE, read
 from google.protobuf import json_format, text_format
-from hypothesis import example, given, note, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
 
 from export import artifacts
-from export.artifacts import OnnxModel
+from export.artifacts import ExportedModel
 from export.checkpoint import Checkpoint
 from export.packed import PackedEcapa
 from export.verify import MAX_ERROR, SAMPLES, difference
@@ -109,27 +109,26 @@ batches_with_empty = st.lists(cuts() | cuts() | st.just(Cut("noise", 0)), min_si
 
 
 @pytest.fixture(scope="module")
-def model(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
+def model(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
     """The small trained model, exported to embed LIMIT samples of a clip."""
     path = tmp_path_factory.mktemp("model") / "model.onnx"
     artifacts.write_onnx(PackedEcapa(mini, LIMIT / SAMPLE_RATE).eval(), mini, path)
-    model = OnnxModel(path)
+    model = ExportedModel(path)
     assert (model.min_samples, model.max_samples) == (SHORTEST, LIMIT)
     return model
 
 
-def run(model: OnnxModel, waveform: np.ndarray, lengths: list[int]) -> np.ndarray:
+def run(model: ExportedModel, waveform: np.ndarray, lengths: list[int]) -> np.ndarray:
     """Embeddings [B, 192], after a check of the other output."""
-    feed = {"waveform": waveform, "lengths": np.array(lengths, np.int32).reshape(-1, 1)}
-    embedding, info = model.session.run(["embedding", "model_info"], feed)
+    embedding, info = model.run(waveform, np.array(lengths, np.int32).reshape(-1, 1))
     identity = [int(model.metadata["weights_sha256"][i : i + 6], 16) for i in (0, 6, 12, 18)]
     expected = np.array([0.45, LIMIT / SAMPLE_RATE, SHORTEST, *identity], np.float32)
     np.testing.assert_array_equal(info, np.tile(expected, (len(lengths), 1)))
     assert embedding.shape == (len(lengths), 192) and embedding.dtype == np.float32
-    return np.asarray(embedding)
+    return embedding
 
 
-def embed(model: OnnxModel, batch: list[Cut]) -> np.ndarray:
+def embed(model: ExportedModel, batch: list[Cut]) -> np.ndarray:
     clips = [cut.clip for cut in batch]
     return run(model, np.concatenate(clips), [len(clip) for clip in clips])
 
@@ -145,7 +144,9 @@ def defined(batch: list[Cut]) -> list[bool]:
 @example(batch=[Cut(kind, 5_000) for kind in sorted(material())])
 @example(batch=[Cut("noise", n) for n in (3_000, 0, 3_000)])
 @example(batch=[Cut("noise", 0)])
-def test_each_clip_is_as_alone_in_speechbrain_or_nan(model: OnnxModel, reference: Reference, batch: list[Cut]) -> None:
+def test_each_clip_is_as_alone_in_speechbrain_or_nan(
+    model: ExportedModel, reference: Reference, batch: list[Cut]
+) -> None:
     for cut, is_defined, row in zip(batch, defined(batch), embed(model, batch), strict=True):
         if is_defined:
             error, _ = difference(row, reference(cut.clip[:LIMIT]))
@@ -155,14 +156,14 @@ def test_each_clip_is_as_alone_in_speechbrain_or_nan(model: OnnxModel, reference
 
 
 @given(batch=batches, data=st.data())
-def test_neighbours_change_no_bit(model: OnnxModel, batch: list[Cut], data: st.DataObject) -> None:
+def test_neighbours_change_no_bit(model: ExportedModel, batch: list[Cut], data: st.DataObject) -> None:
     mine = data.draw(st.integers(0, len(batch) - 1))
     others = [cut if n == mine else data.draw(cuts(st.just(cut.samples))) for n, cut in enumerate(batch)]
     np.testing.assert_array_equal(embed(model, others)[mine], embed(model, batch)[mine])
 
 
 @given(batch=batches, data=st.data())
-def test_order_and_other_clips_do_not_matter(model: OnnxModel, batch: list[Cut], data: st.DataObject) -> None:
+def test_order_and_other_clips_do_not_matter(model: ExportedModel, batch: list[Cut], data: st.DataObject) -> None:
     rows = embed(model, batch)
     largest = np.nan_to_num(np.abs(rows)).max()
     order = data.draw(st.permutations(range(len(batch))))
@@ -191,7 +192,7 @@ def torn(draw: st.DrawFn) -> tuple[int, list[int]]:
 @example(case=(4_000, [INT32 - 1, INT32 - 1, 4_002]))  # 4000 in 32 bits
 @example(case=(3 * LIMIT, [INT32 - 1, INT32 - 1]))  # the start of the second + one hop is beyond 32 bits
 def test_lengths_that_do_not_fit_the_samples_give_nan_and_no_crash(
-    model: OnnxModel, case: tuple[int, list[int]]
+    model: ExportedModel, case: tuple[int, list[int]]
 ) -> None:
     total, given = case
     rows = run(model, np.resize(material()["noise"], total), given)
@@ -205,8 +206,8 @@ class Tensor:
     """In place of the C++ class that Triton's Python backend gives its models, as are the next three."""
 
     def __init__(self, name: str, array: np.ndarray) -> None:
-        assert type(name) is str and type(array) is np.ndarray and array.dtype in (np.float32, np.int32)
-        self._name, self._array = name, np.ascontiguousarray(array)
+        assert array.dtype in (np.float32, np.int32)
+        self._name, self._array = name, array
 
     def name(self) -> str:
         return self._name
@@ -226,7 +227,7 @@ class Request:
         return [Tensor(name, array) for name, array in self.tensors.items()]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Error:
     text: str
 
@@ -236,15 +237,8 @@ class Error:
 
 class Response:
     def __init__(self, output_tensors: list[Tensor] | None = None, error: Error | None = None) -> None:
-        assert all(type(tensor) is Tensor for tensor in output_tensors or []) and isinstance(error, Error | None)
         self.error = error
         self.tensors = {tensor.name(): tensor.as_numpy() for tensor in output_tensors or []}
-
-
-class Logger:
-    @staticmethod
-    def log_error(message: str) -> None:
-        assert type(message) is str
 
 
 def _utils() -> types.ModuleType:
@@ -255,9 +249,8 @@ def _utils() -> types.ModuleType:
     path = Path(pytriton.origin).parent / "tritonserver/backends/python/triton_python_backend_utils.py"
     utils = _load("triton_python_backend_utils", path)
     error = type("TritonModelException", (Exception,), {})
-    vars(utils).update(
-        Tensor=Tensor, InferenceResponse=Response, TritonError=Error, TritonModelException=error, Logger=Logger
-    )
+    vars(utils).update(Tensor=Tensor, InferenceResponse=Response, TritonError=Error, TritonModelException=error)
+    utils.Logger = types.SimpleNamespace(log_error=print)  # type: ignore[attr-defined]
     return utils
 
 
@@ -382,25 +375,6 @@ def test_each_request_gets_its_own_rows_or_its_own_error(sums: Any, requests: li
             assert str(request.samples) in response.error.message()
 
 
-@given(requests=st.lists(good, min_size=1, max_size=6))
-def test_a_model_with_too_few_rows_is_an_error_for_all(wrong_rows: Any, requests: list[Sums]) -> None:
-    responses = execute(wrong_rows, [one.tensors for one in requests])
-    items = sum(one.items for one in requests)
-    for request, response in zip(requests, responses, strict=True):
-        if items == 1:
-            request.check(response)
-        else:
-            assert response.error is not None and not response.tensors
-            assert f"{items} rows" in response.error.message()
-
-
-@pytest.fixture(scope="module")
-def wrong_rows(backends: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("repository") / "wrong_rows"
-    stand_in.write(folder, rows=1)
-    return load(backends, folder)
-
-
 INDEXED = {"scale": "A__0", "samples": "B__1", "clip": "C__2"}
 
 
@@ -434,79 +408,3 @@ def test_pytorch_does_not_load_the_config_of_another_model(
     write_torch_sums(tmp_path / "sums", **names)
     with pytest.raises(sys.modules["triton_python_backend_utils"].TritonModelException, match=facts):
         load(backends, tmp_path / "sums")
-
-
-class Sections(torch.nn.Module):
-    """Two ragged inputs, one of them of rows of two, and a plain one."""
-
-    def forward(
-        self, a: torch.Tensor, a_shape: torch.Tensor, b: torch.Tensor, b_shape: torch.Tensor, c: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return c, sums_of(a, a_shape[:, 0]), sums_of(b, b_shape.prod(1).int()), b_shape
-
-
-SECTIONS_CONFIG = """
-name: "sections" backend: "pytorch" max_batch_size: 8
-input { name: "a" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }
-input { name: "c" data_type: TYPE_FP32 dims: [ 3 ] }
-input { name: "b" data_type: TYPE_FP32 dims: [ -1, 2 ] allow_ragged_batch: true }
-batch_input { kind: BATCH_ITEM_SHAPE target_name: "a_shape" data_type: TYPE_INT32 source_input: "a" }
-batch_input { kind: BATCH_ITEM_SHAPE target_name: "b_shape" data_type: TYPE_FP32 source_input: "b" }
-output { name: "plain" data_type: TYPE_FP32 dims: [ 3 ] }
-output { name: "a_sum" data_type: TYPE_FP32 dims: [ 1 ] }
-output { name: "b_sum" data_type: TYPE_FP32 dims: [ 1 ] }
-output { name: "b_dims" data_type: TYPE_FP32 dims: [ 2 ] }
-"""
-
-
-@pytest.fixture(scope="module")
-def sections(backends: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("repository") / "sections"
-    (folder / "1").mkdir(parents=True)
-    torch.jit.save(torch.jit.script(Sections()), folder / "1/model.pt")
-    (folder / "config.pbtxt").write_text(SECTIONS_CONFIG)
-    return load(backends, folder)
-
-
-shapes = st.tuples(st.integers(1, 4), st.integers(0, 40), st.integers(0, 40))
-
-
-@given(shapes=st.lists(shapes, min_size=1, max_size=8), seed=st.integers(0, 1 << 30))
-def test_several_inputs_stay_together(sections: Any, shapes: list[tuple[int, int, int]], seed: int) -> None:
-    random = np.random.default_rng(seed)
-    requests = [
-        {
-            name: random.integers(-99, 99, shape).astype(np.float32)
-            for name, shape in (("a", (items, a)), ("b", (items, b, 2)), ("c", (items, 3)))
-        }
-        for items, a, b in shapes
-    ]
-    for request, response in zip(requests, execute(sections, requests), strict=True):
-        assert response.error is None, response.error
-        b = request["b"]
-        np.testing.assert_array_equal(response.tensors["a_sum"], request["a"].sum(1, keepdims=True))
-        np.testing.assert_array_equal(response.tensors["b_sum"], b.sum((1, 2))[:, None])
-        np.testing.assert_array_equal(response.tensors["b_dims"], np.tile(np.float32(b.shape[1:]), (len(b), 1)))
-        np.testing.assert_array_equal(response.tensors["plain"], request["c"])
-
-
-@pytest.fixture(scope="module")
-def ecapa(backends: dict[str, Any], repository: Path) -> Any:
-    return load(backends, repository / "ecapa", "configs/cpu.pbtxt")
-
-
-@settings(max_examples=20)
-@given(requests=st.lists(st.tuples(st.integers(1, 2), cuts(lengths | st.just(0))), min_size=1, max_size=6))
-@example(requests=[(1, Cut("noise", 3_000)), (1, Cut("noise", 0)), (1, Cut("tone", 2_000))])
-def test_the_real_model_in_the_backend(ecapa: Any, reference: Reference, requests: list[tuple[int, Cut]]) -> None:
-    """It embeds 30 s, so a bad sample always counts. An empty clip affects no other request here."""
-    tensors = [{"waveform": np.tile(cut.clip, (items, 1))} for items, cut in requests]
-    for (items, cut), response in zip(requests, execute(ecapa, tensors), strict=True):
-        note(f"{cut}")
-        assert response.error is None, response.error
-        rows = response.tensors["embedding"]
-        assert rows.shape == (items, 192) and response.tensors["model_info"].shape == (items, 7)
-        if np.abs(cut.clip).max(initial=0) <= MAX_AMPLITUDE and cut.samples >= SHORTEST:
-            assert all(difference(row, reference(cut.clip))[0] <= MAX_ERROR for row in rows)
-        else:
-            assert np.isnan(rows).all()
