@@ -11,7 +11,7 @@ from pathlib import Path
 from ecapa_triton import EcapaError, SpeakerClient, score
 
 from export import checkpoint
-from export.artifacts import OnnxModel, up_to_date
+from export.artifacts import ExportedModel, up_to_date
 from export.configs import MODEL
 from export.pipeline import ERRORS as EXPORT_ERRORS
 from export.pipeline import export, step
@@ -74,11 +74,11 @@ def _demo(repository: Path, source: str | None, device: str) -> int:
     return 1 if wrong else 0
 
 
-def _model(repository: Path, source: str | None) -> OnnxModel:
+def _model(repository: Path, source: str | None) -> ExportedModel:
     """The model of the repository, exported first if it is missing or out of date."""
     path = repository / MODEL / "1" / "model.onnx"
     if up_to_date(path, source):
-        model = OnnxModel(path)
+        model = ExportedModel(path)
         print(f"{path} is up to date: {model.metadata['source']}")
         return model
     try:
@@ -88,7 +88,7 @@ def _model(repository: Path, source: str | None) -> OnnxModel:
             raise
         print(f"\n{error}\n")
         export(repository, "mini", half=False)
-    return OnnxModel(path)
+    return ExportedModel(path)
 
 
 def _speaker(name: str) -> str:

@@ -5,13 +5,13 @@ The loaded classifier is exported, and the export is verified against it.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.machinery
 import logging
 import math
 import shlex
 import sys
+import textwrap
 import types
 import warnings
 from dataclasses import dataclass
@@ -101,12 +101,10 @@ def load(source: str = HUB_ID, revision: str | None = None, *, seed: int = 0, ch
 
 def load_again(origin: str) -> Checkpoint:
     """Load a checkpoint from its ``origin``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--source")
-    parser.add_argument("--revision")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--channels", type=int, default=1024)
-    return load(**vars(parser.parse_args(shlex.split(origin))))
+    words = shlex.split(origin)
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    numbers = {name: int(options[f"--{name}"]) for name in ("seed", "channels") if f"--{name}" in options}
+    return load(options["--source"], options.get("--revision"), **numbers)
 
 
 def _download(hub_id: str, revision: str) -> Path:
@@ -128,12 +126,10 @@ def _download(hub_id: str, revision: str) -> Path:
             get_hf_file_metadata(hf_hub_url(hub_id, HYPERPARAMS, revision=revision), timeout=10)
             return fetch(local_files_only=False)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"cannot get {hub_id} at revision {revision[:12]} from the Hugging Face hub: {reason}. Use --source FOLDER "
-            "with a copy of it, or --source mini, the small model that is shipped (for trying out, not for access "
-            "control)"
+            f"cannot get {hub_id} at revision {revision[:12]} from the Hugging Face hub: "
+            f"{_line(error.__cause__ or error)}: use --source FOLDER with a copy of it, or --source mini, the small "
+            "model that is shipped (for trying out, not for access control)"
         ) from error
 
 
@@ -166,110 +162,57 @@ def _speechbrain() -> Any:
 
 def _from_folder(folder: Path, source: str, origin: str, revision: str) -> Checkpoint:
     """Load a SpeechBrain folder without network access, even if its yaml names the hub."""
+    from hyperpyyaml import load_hyperpyyaml
+
     yaml_file, weights_file = folder / HYPERPARAMS, folder / WEIGHTS
     for path in (yaml_file, weights_file):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: a source folder needs {HYPERPARAMS} and {WEIGHTS}")
     sb = _speechbrain()
-    hparams = _read_hyperparams(yaml_file)
-    modules = hparams.get("modules")
-    modules = modules if isinstance(modules, dict) else {}
-    needed = sb.inference.classifiers.EncoderClassifier.MODULES_NEEDED
-    if missing := [name for name in needed if not isinstance(modules.get(name), torch.nn.Module)]:
-        raise CheckpointError(
-            f"{yaml_file} has no modules: {', '.join(missing)}; expected an ECAPA-TDNN recipe's {HYPERPARAMS}"
-        )
-    model = modules["embedding_model"]
-    if not isinstance(model, sb.lobes.models.ECAPA_TDNN.ECAPA_TDNN):
-        raise CheckpointError(f"{yaml_file} builds a {type(model).__name__} as embedding_model, expected an ECAPA_TDNN")
-    _load_weights(model, weights_file)
-    classifier = _classifier(sb, hparams)
     try:
-        classifier.encode_batch(torch.zeros(1, SAMPLE_RATE))
-    except Exception as error:  # modules that do not fit each other may raise anything
-        raise CheckpointError(f"{folder}: SpeechBrain itself cannot embed with it: {error}") from error
-    digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
-    return Checkpoint(classifier, source, origin, revision, digest, _threshold(hparams, yaml_file))
-
-
-def _read_hyperparams(path: Path) -> dict[str, Any]:
-    from hyperpyyaml import load_hyperpyyaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_tags(path, text)
+        text = yaml_file.read_text(encoding="utf-8")
+        _check_tags(text)
         hparams = load_hyperpyyaml(text)
-    except CheckpointError:
-        raise
-    except Exception as error:  # constructors of the yaml may raise anything
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(hparams, dict):
-        raise CheckpointError(f"{path} holds a {type(hparams).__name__}, expected a mapping with modules")
-    return hparams
+        threshold = float(hparams.get("verification_threshold", SPEECHBRAIN_THRESHOLD))
+        if not -1 <= threshold <= 1:
+            raise ValueError(f"verification_threshold is {threshold:g}, expected a cosine in [-1, 1]")
+        classifier = _classifier(sb, hparams["modules"], hparams)
+        model = classifier.mods.embedding_model
+        if not isinstance(model, sb.lobes.models.ECAPA_TDNN.ECAPA_TDNN):
+            raise TypeError(f"embedding_model is a {type(model).__name__}, expected an ECAPA_TDNN")
+        classifier.encode_batch(torch.zeros(1, SAMPLE_RATE))
+    except Exception as error:  # the classes of the yaml may raise anything
+        raise CheckpointError(f"{yaml_file} builds no ECAPA-TDNN that embeds: {_line(error)}") from error
+    try:
+        model.load_state_dict(torch.load(weights_file, map_location="cpu", weights_only=True), strict=True)
+    except Exception as error:  # pickle, zip and torch errors alike
+        raise CheckpointError(f"{weights_file} does not fit the model of its {HYPERPARAMS}: {_line(error)}") from error
+    if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{weights_file}: {bad[0]} has values that are not finite")
+    digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
+    return Checkpoint(classifier, source, origin, revision, digest, threshold)
 
 
-def _check_tags(path: Path, text: str) -> None:
+def _line(error: BaseException) -> str:
+    """The message of an error in one line, cut where it lists hundreds of layers."""
+    return textwrap.shorten(str(error), 800) or type(error).__name__
+
+
+def _check_tags(text: str) -> None:
     """Reject a yaml whose loading would do more than build the model."""
-    tag = ""
     for token in yaml.scan(text):
         line = token.start_mark.line + 1
         if isinstance(token, yaml.DirectiveToken):
-            raise CheckpointError(f"{path} line {line} has a % directive, expected plain YAML: remove it")
+            raise ValueError(f"line {line} has a % directive, expected plain YAML: remove it")
         if isinstance(token, yaml.TagToken):
             tag = "".join(part or "" for part in token.value)
             if tag not in _ALLOWED_TAGS:
-                raise CheckpointError(
-                    f"{path} line {line} has the tag {tag}, which may run code: expected !ref, !copy, !tuple, or !new "
-                    "and !name of an ECAPA-TDNN's classes; remove the line if embedding does not need it"
+                raise ValueError(
+                    f"line {line} has the tag {tag}, which may run code: expected !ref, !copy, !tuple, or !new and "
+                    "!name of an ECAPA-TDNN's classes; remove the line if embedding does not need it"
                 )
-            continue
-        if tag == "!ref" and isinstance(token, yaml.ScalarToken) and "**" in token.value:
-            raise CheckpointError(f"{path} line {line} computes {token.value!r}, which may never end: write the number")
-        tag = ""
-
-
-def _threshold(hparams: dict[str, Any], path: Path) -> float:
-    value = hparams.get("verification_threshold", SPEECHBRAIN_THRESHOLD)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
-        raise CheckpointError(f"{path}: verification_threshold is {value!r}, expected a cosine in [-1, 1]")
-    return float(value)
-
-
-def _load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Load strictly; an error names keys and shapes."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch errors alike
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path} is not a readable weights file: {reason}") from error
-    if not isinstance(state, dict) or not all(map(_is_plain, state.values())):
-        raise CheckpointError(f"{path} holds no dictionary of plain tensors, expected a state_dict")
-    expected = model.state_dict()
-    problems = [f"missing {key} {list(expected[key].shape)}" for key in expected if key not in state]
-    problems += [f"unexpected {key} {list(state[key].shape)}" for key in state if key not in expected]
-    problems += [
-        f"{key} has shape {list(state[key].shape)}, expected {list(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    problems += [
-        f"{key} has values that are not finite"
-        for key, value in state.items()
-        if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"{path} does not fit the model of its {HYPERPARAMS}: {shown}")
-    model.load_state_dict(state, strict=True)
-
-
-def _is_plain(value: object) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-    )
+        if isinstance(token, yaml.ScalarToken) and "**" in token.value:  # HyperPyYAML computes it
+            raise ValueError(f"line {line} has the power {token.value!r}, which may never end: write the number")
 
 
 def _random(seed: int, channels: int) -> Checkpoint:
@@ -290,24 +233,27 @@ def _random(seed: int, channels: int) -> Checkpoint:
                 module.bias.copy_(torch.randn(size) * 0.2)
                 module.running_mean.copy_(torch.rand(size) * 0.3)  # type: ignore[union-attr]
                 module.running_var.copy_(torch.rand(size) * 0.5 + 0.3)  # type: ignore[union-attr]
-        modules = {
-            "compute_features": sb.lobes.features.Fbank(n_mels=80),
-            "mean_var_norm": sb.processing.features.InputNormalization(norm_type="sentence", std_norm=False),
-            "embedding_model": model,
-            "classifier": ecapa.Classifier(192, out_neurons=1),  # required by SpeechBrain, not used to embed
-        }
+    modules = {
+        "compute_features": sb.lobes.features.Fbank(n_mels=80),
+        "mean_var_norm": sb.processing.features.InputNormalization(norm_type="sentence", std_norm=False),
+        "embedding_model": model,
+        "classifier": ecapa.Classifier(192, out_neurons=1),  # required by SpeechBrain, not used to embed
+    }
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    source = f"random (seed {seed}, channels {channels})"
-    origin = f"--source random --seed {seed} --channels {channels}"
-    # Random weights do not separate speakers: there is no threshold.
-    return Checkpoint(_classifier(sb, {"modules": modules}), source, origin, "", digest.hexdigest(), math.nan)
+        digest.update(name.encode() + value.numpy().tobytes())
+    return Checkpoint(
+        _classifier(sb, modules, {}),
+        source=f"random (seed {seed}, channels {channels})",
+        origin=f"--source random --seed {seed} --channels {channels}",
+        revision="",
+        sha256=digest.hexdigest(),
+        threshold=math.nan,  # random weights do not separate speakers
+    )
 
 
-def _classifier(sb: Any, hparams: dict[str, Any]) -> Any:
+def _classifier(sb: Any, modules: dict[str, Any], hparams: dict[str, Any]) -> Any:
     classifier = sb.inference.classifiers.EncoderClassifier(
-        modules=hparams["modules"], hparams={"label_encoder": None, **hparams}, run_opts={"device": "cpu"}
+        modules=modules, hparams={"label_encoder": None, **hparams}, run_opts={"device": "cpu"}
     )
     return classifier.eval().requires_grad_(False)

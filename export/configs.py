@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,33 +33,32 @@ FORMATS = {
 }
 MODEL = FORMATS["onnx"].folder  # the client's default
 USUAL_FILES = {kind.backend: kind.file for kind in FORMATS.values()}  # loaded where the config names no file
-_METADATA = {"source", "origin", "weights_sha256", "verification_threshold", "max_seconds", "min_samples", "precision"}
-_TRITON_TYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT32: "TYPE_INT32"}
+_METADATA = {"source", "origin", "weights_sha256", "verification_threshold", "max_seconds", "min_samples"}
+_METADATA |= {"embedding_size", "precision"}
+# The tensors of every exported model, as in its config: see PackedEcapa.forward.
+_TENSORS = """
+input {{ name: "waveform" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }}
+batch_input {{
+  kind: BATCH_ITEM_SHAPE target_name: "lengths" data_type: TYPE_INT32 source_input: "waveform"
+}}
+output {{ name: "embedding" data_type: TYPE_FP32 dims: [ {embedding_size} ] }}
+output {{ name: "model_info" data_type: TYPE_FP32 dims: [ 7 ] }}
+"""
 
 
 class ConfigError(Exception):
-    """A config disagrees with the model; the message says which line to change."""
+    """A config disagrees with the model; the message says what to change."""
 
 
 class ModelFileError(Exception):
     """A model file cannot be served; the message says what to do."""
 
 
-class Tensor(NamedTuple):
-    """An input or output of a model file, with Triton's name of its type; a variable dimension has a name or is 0."""
-
-    name: str
-    data_type: str
-    shape: list[int | str]
-
-
 @dataclass(frozen=True)
 class ModelFile:
-    """The tensors and metadata of an exported file, which is read, not run."""
+    """An exported file, which is read, not run: the backend that serves it, and its metadata."""
 
     backend: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
     metadata: dict[str, str]
 
     @classmethod
@@ -70,44 +68,20 @@ class ModelFile:
         Raises:
             ModelFileError: it is missing, damaged, changed, unguarded, or not one of ours.
         """
+        kind = FORMATS["torchscript" if ".pt" in path.suffixes else "onnx"]
         try:
             seal.check(path)
-            model = _read_torchscript(path) if ".pt" in path.suffixes else _read_onnx(path)
-            seal.check_guards(path, model.metadata)
+            metadata = _read_torchscript(path) if ".pt" in path.suffixes else _read_onnx(path)
+            seal.check_guards(path, metadata)
         except OSError as error:
             raise ModelFileError(f"{path} cannot be read ({error.strerror}): write it with python -m export") from error
         except seal.SealError as error:
             raise ModelFileError(str(error)) from error
-        if [item.name for item in model.inputs] != ["waveform", "lengths"]:
-            names = ", ".join(item.name for item in model.inputs)
-            raise ModelFileError(f"{path} has inputs {names}, expected waveform and lengths: run python -m export")
-        if missing := sorted(_METADATA - set(model.metadata)):
+        except (message.DecodeError, zipfile.BadZipFile, ValueError, KeyError) as error:
+            raise ModelFileError(f"{path} was not written by python -m export: run it") from error
+        if missing := sorted(_METADATA - set(metadata)):
             raise ModelFileError(f"{path} has no metadata {', '.join(missing)}: run python -m export")
-        return model
-
-
-def _read_onnx(path: Path) -> ModelFile:
-    try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except message.DecodeError as error:
-        raise ModelFileError(f"{path} was not written by python -m export: run it") from error
-    metadata = {item.key: item.value for item in proto.metadata_props}
-    inputs, outputs = ([_tensor(value) for value in values] for values in (proto.graph.input, proto.graph.output))
-    return ModelFile("onnxruntime", inputs, outputs, metadata)
-
-
-def _read_torchscript(path: Path) -> ModelFile:
-    """Its tensors are those of every model of this project: the archive does not name their types."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}"))
-            metadata = json.loads(archive.read(name))
-        size = int(metadata["embedding_size"])
-    except (zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise ModelFileError(f"{path} was not written by python -m export: run it") from error
-    inputs = [Tensor("waveform", "TYPE_FP32", ["S"]), Tensor("lengths", "TYPE_INT32", ["B", 1])]
-    outputs = [Tensor("embedding", "TYPE_FP32", ["B", size]), Tensor("model_info", "TYPE_FP32", ["B", 7])]
-    return ModelFile("pytorch", inputs, outputs, metadata)
+        return cls(kind.backend, metadata)
 
 
 def config_files(folder: Path) -> list[Path]:
@@ -141,10 +115,21 @@ def check(path: Path, model: ModelFile, name: str) -> None:
         ConfigError: the config is missing, unreadable or disagrees with the model.
     """
     config = read(path)
-    for section, block, key, found, expected in _differences(config, model, name):
-        line = _line_of(path.read_text(encoding="utf-8", errors="replace"), section, block, key)
-        where = f"line {line}" if line else "add a line"
-        raise ConfigError(f"{path} {where}: {key} of {block} is {found}, the model in {name}/1 needs {expected}")
+    needed = text_format.Parse(_TENSORS.format_map(model.metadata), pb.ModelConfig())
+    comparison = {
+        "name": (config.name or name, name),
+        "backend": (config.backend, model.backend),
+        "max_batch_size": (config.max_batch_size, max(1, config.max_batch_size)),
+        "input": (config.input, needed.input),
+        "batch_input": (config.batch_input, needed.batch_input),
+        "output": (config.output, needed.output),
+        "parameter required_guards": (_parameter(config, "required_guards"), ",".join(seal.GUARDS)),
+        "parameter precision": (_parameter(config, "precision"), model.metadata["precision"]),
+    }
+    for field, (found, expected) in comparison.items():
+        if found != expected:
+            found, expected = (" ".join(str(value).split()) for value in (found, expected))
+            raise ConfigError(f"{path}: {field} is {found}, the model in {name}/1 needs {expected}")
 
 
 def read(path: Path) -> Any:
@@ -154,7 +139,7 @@ def read(path: Path) -> Any:
         ConfigError: it is missing or is not a config.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} is missing: restore it from the project")
+        raise ConfigError(f"{path} is missing: restore it, or name a copy of the project's model_repository")
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
         return text_format.Parse(text, pb.ModelConfig(), allow_unknown_field=True)
@@ -168,60 +153,16 @@ def is_ours(config: Any) -> bool:
     return {"waveform", "embedding"} <= names and config.backend != "python"  # a program has no file to check
 
 
-def _differences(config: Any, model: ModelFile, name: str) -> list[tuple[str, str, str, str, str]]:
-    """Differences as (section, block name, key, found, expected)."""
-    wanted: list[tuple[str, str, str, Any, Any]] = [
-        ("", name, "name", config.name or name, name),
-        ("", name, "backend", config.backend, model.backend),
-        ("", name, "max_batch_size", config.max_batch_size, max(1, config.max_batch_size)),
-    ]
-    waveform, lengths = model.inputs
-    inputs = {item.name: item for item in config.input}
-    given = inputs.pop(waveform.name, pb.ModelInput())
-    wanted += [
-        ("input", waveform.name, "data_type", _type(given), waveform.data_type),
-        ("input", waveform.name, "dims", list(given.dims), [-1]),
-        ("input", waveform.name, "allow_ragged_batch", given.allow_ragged_batch, True),
-        *(("input", extra, "name", extra, "no such input") for extra in inputs),
-    ]
-    batch = next((item for item in config.batch_input if lengths.name in item.target_name), pb.BatchInput())
-    wanted += [
-        ("batch_input", lengths.name, "target_name", list(batch.target_name), [lengths.name]),
-        ("batch_input", lengths.name, "kind", pb.BatchInput.Kind.Name(batch.kind), "BATCH_ITEM_SHAPE"),
-        ("batch_input", lengths.name, "data_type", _type(batch), lengths.data_type),
-        ("batch_input", lengths.name, "source_input", list(batch.source_input), [waveform.name]),
-    ]
-    outputs = {item.name: item for item in config.output}
-    for output in model.outputs:
-        given_output = outputs.pop(output.name, pb.ModelOutput())
-        wanted += [
-            ("output", output.name, "data_type", _type(given_output), output.data_type),
-            ("output", output.name, "dims", list(given_output.dims), output.shape[1:]),
-        ]
-    wanted += [("output", extra, "name", extra, "no such output") for extra in outputs]
-    for key, value in ("required_guards", ",".join(seal.GUARDS)), ("precision", model.metadata.get("precision")):
-        given_value = config.parameters[key].string_value if key in config.parameters else ""
-        wanted += [("parameters", key, "string_value", given_value, value)]
-    return [(s, n, k, str(found), str(expected)) for s, n, k, found, expected in wanted if found != expected]
+def _read_onnx(path: Path) -> dict[str, str]:
+    proto = onnx.load(str(path), load_external_data=False)
+    return {item.key: item.value for item in proto.metadata_props}
 
 
-def _type(item: Any) -> str:
-    return str(pb.DataType.Name(item.data_type))
+def _read_torchscript(path: Path) -> dict[str, str]:
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_FILE}"))
+        return dict(json.loads(archive.read(name)))
 
 
-def _tensor(value: onnx.ValueInfoProto) -> Tensor:
-    kind = value.type.tensor_type
-    shape: list[int | str] = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-    return Tensor(value.name, _TRITON_TYPES.get(kind.elem_type, "another type"), shape)
-
-
-def _line_of(text: str, section: str, name: str, key: str) -> int | None:
-    """The line of ``key`` in the block of ``section`` that mentions ``name``, else the line of the block, if any."""
-    code = re.sub(r"#[^\n]*", lambda comment: " " * len(comment[0]), text)  # same offsets, no comments
-    block = rf"^[ \t]*{section}\b[\s:\[]*\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}" if section else r"[\s\S]+"
-    found = (match for match in re.finditer(block, code, re.MULTILINE) if not section or f'"{name}"' in match[0])
-    match = next(found, None)
-    if match is None:
-        return None
-    line = re.compile(rf"\b{key}\b\s*:").search(code, *match.span()) or (match if section else None)
-    return code.count("\n", 0, line.start()) + 1 if line else None
+def _parameter(config: Any, key: str) -> str:
+    return str(config.parameters[key].string_value) if key in config.parameters else ""

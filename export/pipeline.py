@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from ecapa_triton.audio import SAMPLE_RATE
 from ecapa_triton.errors import EcapaError
+from ecapa_triton.trials import Trials
 
-from . import artifacts, checkpoint, configs, packed, seal, verify
+from . import artifacts, checkpoint, configs, packed, seal, trials, verify
 
 ERRORS = (
     checkpoint.CheckpointError,
@@ -45,7 +47,7 @@ def export(
     max_seconds: float = packed.MAX_SECONDS,
     formats: Sequence[str] = ("onnx",),
     half: bool = True,
-) -> list[Path]:
+) -> None:
     """Export a checkpoint into a model repository, verified, and print each step.
 
     Args:
@@ -58,88 +60,98 @@ def export(
         formats: of :data:`configs.FORMATS`.
         half: write the float16 files for GPUs too.
 
-    Returns:
-        The paths of the model files.
-
     Raises:
         ERRORS: any of them. The old files of the format that was being written are unchanged.
         OSError: a file cannot be read or written; the same holds.
     """
     kinds = [configs.FORMATS[name] for name in formats]
-    for kind in kinds:
+    for kind in kinds:  # cheap checks before minutes of work
         folder = repository / kind.folder
-        if missing := [path for path in configs.config_files(folder) if not path.is_file()]:
-            raise configs.ConfigError(
-                f"{missing[0]} is missing: --repository must be a copy of this project's model_repository"
-            )
+        for path in configs.config_files(folder):
+            configs.read(path)
         (folder / "1").mkdir(exist_ok=True)
         if not os.access(folder / "1", os.W_OK):
             raise artifacts.ExportError(f"{folder / '1'} is not writable: mend its owner or mode, or name another copy")
     with step(f"load {source}"):
         loaded = checkpoint.load(source, revision, seed=seed, channels=channels)
-    return [path for kind in kinds for path in _export(repository / kind.folder, kind, loaded, max_seconds, half)]
+    for kind in kinds:
+        _export(repository / kind.folder, kind, loaded, max_seconds, half)
 
 
-def _export(
-    folder: Path, kind: configs.Format, loaded: checkpoint.Checkpoint, max_seconds: float, half: bool
-) -> list[Path]:
+def verify_all(repository: Path, loaded: checkpoint.Checkpoint | None = None, listed: Trials | None = None) -> None:
+    """Verify the model files of a repository and its configs, and print each step.
+
+    Args:
+        repository: with at least one model file.
+        loaded: what the models should have been made from; None for the origin in each file's metadata.
+        listed: trials to compare on, in place of the built-in clips.
+
+    Raises:
+        ERRORS: any of them.
+    """
+
+    @cache
+    def origin(arguments: str) -> tuple[checkpoint.Checkpoint, verify.Reference]:
+        with step(f"load {arguments}"):
+            found = checkpoint.load_again(arguments)
+        return found, verify.Reference(found.classifier)
+
+    models = {path: artifacts.ExportedModel(path) for path in _exported_files(repository)}
+    given = loaded and (loaded, verify.Reference(loaded.classifier))
+    for path, model in models.items():
+        configs.check_all(path.parents[1], {path.name: model.file})
+    for path, model in models.items():
+        source, reference = given or origin(model.metadata["origin"])
+        _verify(path, model, source, trials.verify(model, reference, listed) if listed else None)
+
+
+def _export(folder: Path, kind: configs.Format, loaded: checkpoint.Checkpoint, max_seconds: float, half: bool) -> None:
     partials: dict[Path, Path] = {}
     try:
         for name in (kind.file, kind.half_file) if half else (kind.file,):
             target = folder / "1" / name
-            partial = partials[target] = target.with_name(f".{name}.{os.getpid()}.partial")
-            is_half = name == kind.half_file
+            partials[target] = target.with_name(f".{name}.{os.getpid()}.partial")
             with step(f"write {target}"):
-                # Groups fit a CPU's caches; float16 files are for GPUs.
-                group = None if is_half else packed.GROUP
+                is_half = name == kind.half_file
+                group = None if is_half else packed.GROUP  # groups fit a CPU's caches; float16 files are for GPUs
                 model = packed.PackedEcapa(loaded, max_seconds, group, is_half).eval()
-                artifacts.write(model, loaded, partial)
-        models = {path: artifacts.read(file) for path, file in partials.items()}
+                artifacts.write(model, loaded, partials[target])
+        models = {path: artifacts.ExportedModel(partial) for path, partial in partials.items()}
         configs.check_all(folder, {path.name: one.file for path, one in models.items()})
         for path, one in models.items():
-            verify_file(path, one, loaded)
-        for path, file in partials.items():
-            os.replace(file, path)
+            _verify(path, one, loaded)
+        for path, partial in partials.items():
+            os.replace(partial, path)
     finally:
-        for file in partials.values():
-            file.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
     threshold = "none" if math.isnan(loaded.threshold) else f"{loaded.threshold:g}"
     for path in partials:
         print(
             f"{path}: {path.stat().st_size / 1e6:.1f} MB, {model.embedding_size}-dimensional embeddings, "
             f"clips of {model.min_samples / SAMPLE_RATE:g} s to {max_seconds:g} s, threshold {threshold}"
         )
-    return list(partials)
 
 
-def exported_files(repository: Path) -> list[Path]:
+def _exported_files(repository: Path) -> list[Path]:
     """The model files in a repository, always with a format's float32 file; the float32 ONNX file if there is none."""
     files = []
     for kind in configs.FORMATS.values():
         file, half_file = (repository / kind.folder / "1" / name for name in (kind.file, kind.half_file))
-        if file.is_file() or half_file.is_file():
-            files += [file, half_file] if half_file.is_file() else [file]
-    kind = configs.FORMATS["onnx"]
-    return files or [repository / kind.folder / "1" / kind.file]
+        if half_file.is_file():
+            files += [file, half_file]
+        elif file.is_file():
+            files.append(file)
+    return files or [repository / configs.MODEL / "1" / configs.FORMATS["onnx"].file]
 
 
-def verify_file(
+def _verify(
     path: Path,
     model: artifacts.ExportedModel,
     loaded: checkpoint.Checkpoint,
-    comparison: Iterator[object] | None = None,
+    comparison: Iterable[object] | None = None,
 ) -> None:
-    """Verify one opened model file against its checkpoint, and print each step of the comparison.
-
-    Args:
-        path: of the file.
-        model: the file, opened.
-        loaded: what it should have been made from.
-        comparison: yields lines to print; :func:`verify.verify` by default.
-
-    Raises:
-        VerificationError: the model was made from other weights, differs from SpeechBrain, or lacks a guard.
-    """
+    """Verify one file against its checkpoint by a comparison that yields lines to print, or raises."""
     made_from, source = model.metadata["weights_sha256"], model.metadata["source"]
     if made_from != loaded.sha256:
         raise verify.VerificationError(

@@ -17,7 +17,6 @@ GUARDS = ("empty", "short", "not-finite", "torn", "max-seconds")
 # bytes, with the key "sha256". TorchScript is a zip archive, which may end with a comment.
 _SEALS = {".onnx": b"\x72\x4a\x0a\x06sha256\x12\x40", ".pt": b"sha256 "}
 _DIGITS = 64  # of a SHA-256, hexadecimal
-_BLOCK = 1 << 20  # bytes read at a time
 
 
 class SealError(Exception):
@@ -32,16 +31,12 @@ def seal(path: Path) -> None:
         OSError: it cannot be read or written.
     """
     mark = _mark(path)
-    if path.suffix == ".pt":
-        with path.open("r+b") as file:
-            file.seek(-2, 2)  # a zip archive without a comment ends with the comment's length
-            if file.read() != b"\0\0":
-                raise SealError(f"{path} does not end as a zip archive without a comment does")
-            file.seek(-2, 2)
-            file.write((len(mark) + _DIGITS).to_bytes(2, "little"))
-    digest = _digest(path, path.stat().st_size)
-    with path.open("ab") as file:
-        file.write(mark + digest.encode())
+    data = bytearray(path.read_bytes())
+    if mark == _SEALS[".pt"]:
+        if data[-2:] != b"\0\0":  # the length of the comment
+            raise SealError(f"{path} does not end as a zip archive without a comment does")
+        data[-2:] = (len(mark) + _DIGITS).to_bytes(2, "little")
+    path.write_bytes(data + mark + hashlib.sha256(data).hexdigest().encode())
 
 
 def check(path: Path) -> None:
@@ -52,17 +47,14 @@ def check(path: Path) -> None:
         OSError: it cannot be read.
     """
     mark = _mark(path)
-    size = path.stat().st_size - len(mark) - _DIGITS
-    end = b""
-    if size > 0:
-        with path.open("rb") as file:
-            file.seek(size)
-            end = file.read()
+    data = memoryview(path.read_bytes())
+    size = max(0, len(data) - len(mark) - _DIGITS)
+    content, end = data[:size], bytes(data[size:])
     if not end.startswith(mark):
         raise SealError(
             f"{path} ends without a checksum: it was cut off or written by another version: run python -m export again"
         )
-    if end[len(mark) :].decode(errors="replace") != _digest(path, size):
+    if end != mark + hashlib.sha256(content).hexdigest().encode():
         raise SealError(f"{path} was changed after its export (its checksum differs): run python -m export again")
 
 
@@ -83,12 +75,3 @@ def _mark(path: Path) -> bytes:
         if suffix in _SEALS:
             return _SEALS[suffix]
     raise SealError(f"{path} is neither an .onnx nor a .pt file")
-
-
-def _digest(path: Path, size: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while size > 0 and (block := file.read(min(size, _BLOCK))):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()

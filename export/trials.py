@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from ecapa_triton import trials
@@ -18,21 +18,13 @@ MIN_COSINE = 0.9999  # between the embeddings of a clip; float16 keeps it too
 BATCH = 60 * SAMPLE_RATE  # samples of a packed batch: 440 MB at 7.3 MB a second
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """An exported model beside SpeechBrain.
-
-    Attributes:
-        exported: Error rates of the exported model.
-        speechbrain: Error rates of SpeechBrain.
-        difference: The largest difference between the scores of a trial.
-        cosine: The smallest cosine between the embeddings of a clip.
-    """
+class Comparison(NamedTuple):
+    """Error rates of the exported model and of SpeechBrain, and how far the two are from each other."""
 
     exported: Figures
     speechbrain: Figures
-    difference: float
-    cosine: float
+    difference: float  # largest, between the scores of a trial
+    cosine: float  # smallest, between the embeddings of a clip
 
 
 def compare(model: ExportedModel, reference: Reference, listed: Trials) -> Comparison:
@@ -58,6 +50,29 @@ def compare(model: ExportedModel, reference: Reference, listed: Trials) -> Compa
     return Comparison(exported, speechbrain, float(np.abs(scores[0] - scores[1]).max()), cosine)
 
 
+def verify(model: ExportedModel, reference: Reference, listed: Trials) -> Iterator[str]:
+    """Compare on a list of trials, yielding lines of a report.
+
+    Raises:
+        EcapaError: as for :func:`compare`.
+        VerificationError: after the lines, when a score or an embedding is out of bounds.
+    """
+    result = compare(model, reference, listed)
+    targets = np.count_nonzero(listed.same)
+    yield f"{targets} target and {len(listed.same) - targets} nontarget trials of {len(listed.names)} clips"
+    yield f"{'':24}{'exported':>12}{'SpeechBrain':>14}"
+    yield f"{'EER':24}{100 * result.exported.eer:10.3f} %{100 * result.speechbrain.eer:12.3f} %"
+    for ours, theirs in zip(result.exported.min_dcf, result.speechbrain.min_dcf, strict=True):
+        yield f"{f'minDCF, P_target {ours.p_target:g}':24}{ours.cost:12.4f}{theirs.cost:14.4f}"
+    yield f"{'largest score difference':24}{result.difference:12.1e}"
+    yield f"{'smallest cosine':24}{result.cosine:12.7f}"
+    if not (result.difference <= MAX_DIFFERENCE and result.cosine >= MIN_COSINE):
+        raise VerificationError(
+            f"a score differs from SpeechBrain's by {result.difference:.1e} (allowed: {MAX_DIFFERENCE:g}) or an "
+            f"embedding has cosine {result.cosine:.6f} to SpeechBrain's (at least {MIN_COSINE:g}): do not use the model"
+        )
+
+
 def _batches(paths: list[str], model: ExportedModel) -> Iterator[dict[str, Waveform]]:
     batch: dict[str, Waveform] = {}
     for path in paths:
@@ -72,27 +87,3 @@ def _batches(paths: list[str], model: ExportedModel) -> Iterator[dict[str, Wavef
             batch = {}
     if batch:
         yield batch
-
-
-def verify(model: ExportedModel, reference: Reference, listed: Trials) -> Iterator[str]:
-    """Compare on a list of trials, yielding lines of a report.
-
-    Raises:
-        EcapaError: as for :func:`compare`.
-        VerificationError: after the lines, when a score or an embedding is out of bounds.
-    """
-    result = compare(model, reference, listed)
-    both = result.exported, result.speechbrain
-    targets = np.count_nonzero(listed.same)
-    yield f"{targets} target and {len(listed.same) - targets} nontarget trials of {len(listed.names)} clips"
-    yield f"{'':24}{'exported':>12}{'SpeechBrain':>14}"
-    yield f"{'EER':24}{100 * both[0].eer:10.3f} %{100 * both[1].eer:12.3f} %"
-    for ours, theirs in zip(*(figures.min_dcf for figures in both), strict=True):
-        yield f"{f'minDCF, P_target {ours.p_target:g}':24}{ours.cost:12.4f}{theirs.cost:14.4f}"
-    yield f"{'largest score difference':24}{result.difference:12.1e}"
-    yield f"{'smallest cosine':24}{result.cosine:12.7f}"
-    if not (result.difference <= MAX_DIFFERENCE and result.cosine >= MIN_COSINE):
-        raise VerificationError(
-            f"a score differs from SpeechBrain's by {result.difference:.1e} (allowed: {MAX_DIFFERENCE:g}) or an "
-            f"embedding has cosine {result.cosine:.6f} to SpeechBrain's (at least {MIN_COSINE:g}): do not use the model"
-        )

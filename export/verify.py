@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from .artifacts import ExportedModel
 
 Array = NDArray[Any]
+Clip = tuple[str, Array]  # label and waveform
+Batch = tuple[str, list[Clip], set[int]]  # what is special, its clips, places of rows that must be NaN
 SAMPLES = Path(__file__).parent.parent / "samples"
 MAX_SPEECH = 600  # s of a file in samples/ that are read
 
@@ -44,32 +46,31 @@ def difference(got: Array, expected: Array) -> tuple[float, float]:
 
 @dataclass
 class Group:
-    """Differences from SpeechBrain over some clips: label, relative L2 error and cosine of each."""
+    """Differences from SpeechBrain over some clips: relative L2 error, cosine and label of each."""
 
     name: str
     bounds: Bounds
-    differences: list[tuple[str, float, float]] = field(default_factory=list)
+    differences: list[tuple[float, float, str]] = field(default_factory=list)
 
     def add(self, label: str, got: Array, expected: Array) -> None:
         """Compare one embedding ``[E]`` with its reference ``[E]``."""
-        self.differences.append((label, *difference(got, expected)))
+        self.differences.append((*difference(got, expected), label))
 
     @property
     def passed(self) -> bool:
         """Whether every clip is within both bounds; NaN is not."""
         return all(
-            error <= self.bounds.max_error and cosine >= self.bounds.min_cosine for _, error, cosine in self.differences
+            error <= self.bounds.max_error and cosine >= self.bounds.min_cosine for error, cosine, _ in self.differences
         )
 
     @property
-    def worst(self) -> tuple[str, float, float]:
+    def worst(self) -> tuple[float, float, str]:
         """The largest difference; NaN is larger than any number."""
-        by_error = (item[1] if item[1] == item[1] else np.inf for item in self.differences)
-        return max(zip(by_error, self.differences, strict=True), default=(0.0, ("", 0.0, 1.0)))[1]
+        return max(self.differences, key=lambda item: np.nan_to_num(item[0], nan=np.inf))
 
     def __str__(self) -> str:
-        label, error, _ = self.worst
-        cosine = float(np.min([cosine for *_, cosine in self.differences] or [1.0]))
+        error, _, label = self.worst
+        cosine = np.min([cosine for _, cosine, _ in self.differences])
         verdict = "ok" if self.passed else f"FAILED (worst: {label})"
         clips = len(self.differences)
         return f"{self.name:28s} {clips:4d} clips   error {error:.1e}   cosine {cosine:.7f}   {verdict}"
@@ -100,14 +101,12 @@ def verify(model: ExportedModel, classifier: Any, *, seed: int = 0) -> Iterator[
     # Float16 is slow on a CPU, and the two precisions differ in nothing that depends on a clip's length.
     longest = model.max_samples if bounds is BOUNDS["fp32"] else min(model.max_samples, 10 * SAMPLE_RATE)
     clips = clip_groups(model.min_samples, longest, seed, classifier.mods.compute_features.compute_STFT.hop_length)
-    failed = []
+    worst = Group("the worst of all", bounds)
     for group in _compare(model, clips, Reference(classifier), bounds, np.random.default_rng(seed)):
-        failed += [] if group.passed else [group]
+        worst.differences += [] if group.passed else [group.worst]
         yield group
-    if failed:
-        label, error, cosine = max(
-            (group.worst for group in failed), key=lambda worst: np.nan_to_num(worst[1], nan=np.inf)
-        )
+    if worst.differences:
+        error, cosine, label = worst.worst
         raise VerificationError(
             f"{label}: {error:.1e} away from SpeechBrain (cosine {cosine:.6f}), expected at most "
             f"{bounds.max_error:.0e} and at least {bounds.min_cosine}: the model is not used"
@@ -160,51 +159,47 @@ def _compare(
     bounds: Bounds,
     random: np.random.Generator,
 ) -> Iterator[Group]:
+    batches: dict[str, list[Batch]] = {}
     for name, members in groups.items():
-        group = Group(name, bounds)
-        for label, clip in members.items():
-            group.add(label, model.embed([clip])[0], reference(label, clip))
-        yield group
-
-    group = Group("mixed lengths, shuffled", bounds)
-    clips = [item for members in groups.values() for item in members.items()]
+        batches[name] = [("alone", [clip], set()) for clip in members.items()]
+    clips = [clip for members in groups.values() for clip in members.items()]
+    mixed = batches["mixed lengths, shuffled"] = []
     for size in (len(clips), 2, 7, 16):
         order = random.permutation(len(clips))
         for start in range(0, len(order), size):
             batch = [clips[i] for i in order[start : start + size]]
-            for (label, clip), row in zip(batch, model.embed([clip for _, clip in batch]), strict=True):
-                group.add(f"{label} in a batch of {len(batch)}", row, reference(label, clip))
-    yield group
-
-    group = Group("guards: neighbours, limit", bounds)
-    neighbours = [item for item in groups["noise"].items() if len(item[1]) <= 3 * SAMPLE_RATE][-3:]
+            mixed.append((f"in a batch of {len(batch)}", batch, set()))
+    neighbours = [clip for clip in groups["noise"].items() if len(clip[1]) <= 3 * SAMPLE_RATE][-3:]
     long = (random.standard_normal(2 * model.max_samples + 777) * 0.1).astype(np.float32)
-    for what, batch, nan in _guarded_batches(model.min_samples, neighbours, long):
-        for n, ((label, clip), row) in enumerate(zip(batch, model.embed([clip for _, clip in batch]), strict=True)):
-            if n not in nan:
-                group.add(f"{label}, with {what}", row, reference(label, clip[: model.max_samples]))
-            elif not np.isnan(row).all():
-                raise VerificationError(f"{what}: clip {n} has an embedding, expected NaN: the model is not used")
+    batches["guards: neighbours, limit"] = list(_guarded_batches(model.min_samples, neighbours, long))
+
+    for name, given in batches.items():
+        group = Group(name, bounds)
+        for how, batch, nan in given:
+            rows = model.embed([clip for _, clip in batch])
+            for n, ((label, clip), row) in enumerate(zip(batch, rows, strict=True)):
+                if n not in nan:
+                    group.add(f"{label}, {how}", row, reference(label, clip[: model.max_samples]))
+                elif not np.isnan(row).all():
+                    raise VerificationError(f"{label}, {how}: found an embedding, expected NaN: the model is not used")
+        yield group
+
     (_, one), (_, other), _ = neighbours
     for lost in 1, len(other):  # as from a server that stopped copying
-        rows = model.run(np.concatenate([one, other])[:-lost], np.array([[len(one)], [len(other)]], np.int32))
+        rows, _ = model.run(np.concatenate([one, other])[:-lost], np.array([[len(one)], [len(other)]], np.int32))
         if not np.isnan(rows).all():
             raise VerificationError(f"{lost} samples are missing: expected NaN for all clips: the model is not used")
-    yield group
 
 
-def _guarded_batches(
-    min_samples: int, neighbours: list[tuple[str, Array]], long: Array
-) -> Iterator[tuple[str, list[tuple[str, Array]], set[int]]]:
-    """Batches of labelled clips with the cause and the places of NaN rows."""
+def _guarded_batches(min_samples: int, neighbours: list[Clip], long: Array) -> Iterator[Batch]:
     a, b, c = neighbours
     empty = ("empty", np.zeros(0, np.float32))
     for value, at in (np.nan, 0), (np.nan, -1), (np.inf, SAMPLE_RATE // 2), (-np.inf, 7), (1e30, 100):
         bad = np.full(SAMPLE_RATE, 0.1, np.float32)
         bad[at] = value
-        yield f"a sample {value}", [a, ("bad", bad), b, ("bad", bad), c], {1, 3}
+        yield f"with a sample {value}", [a, ("bad", bad), b, ("bad", bad), c], {1, 3}
     for samples in {min_samples - 1, 1} - {0, min_samples}:
-        yield f"a clip of {samples} samples", [a, ("short", np.full(samples, 0.1, np.float32)), b], {1}
-    yield "an empty clip before others", [a, empty, b, c], {1, 2, 3}
-    yield "an empty clip alone", [empty], {0}
-    yield "a clip over the limit", [a, ("long", long), b], set()
+        yield f"with a clip of {samples} samples", [a, ("short", np.full(samples, 0.1, np.float32)), b], {1}
+    yield "with an empty clip before others", [a, empty, b, c], {1, 2, 3}
+    yield "with an empty clip alone", [empty], {0}
+    yield "with a clip over the limit", [a, ("long", long), b], set()

@@ -46,7 +46,7 @@ def _errors() -> tuple[type[Exception], ...]:
     """Errors whose message is for the user, of the packages that are installed."""
     errors: list[type[Exception]] = [MeasureError, OSError, ModuleNotFoundError]
     with contextlib.suppress(ImportError):
-        errors += importlib.import_module("export.__main__").ERRORS
+        errors += importlib.import_module("export.pipeline").ERRORS
     with contextlib.suppress(ImportError):
         errors.append(importlib.import_module("server").ServerError)
     return tuple(errors)

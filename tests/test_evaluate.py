@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from export import checkpoint
 from export.__main__ import main as export_main
-from export.artifacts import OnnxModel
+from export.artifacts import ExportedModel
 from export.trials import compare, verify
 from export.verify import Reference, VerificationError
 from server import TritonServer
@@ -378,7 +378,7 @@ def test_another_checkpoint_is_out_of_bounds(
         def encode_batch(self, waveforms: torch.Tensor) -> torch.Tensor:
             return change(mini.classifier.encode_batch(waveforms))
 
-    model = OnnxModel(repository / "ecapa/1/model.onnx")
+    model = ExportedModel(repository / "ecapa/1/model.onnx")
     listed = trials.read(SAMPLES / "trials.txt", SAMPLES)
     result = compare(model, Reference(mini.classifier), listed)
     assert result.difference < 1e-5 and result.cosine > 0.999999
@@ -400,7 +400,7 @@ def test_clips_at_the_limits_of_the_model(repository: Path, mini: checkpoint.Che
     for name, clip in ("both", np.concatenate([anna, berta])), ("anna", anna), ("berta", berta), ("short", anna[:639]):
         soundfile.write(tmp_path / f"{name}.wav", clip, 16_000)
     (tmp_path / "bad.wav").write_bytes(b"no audio")
-    model, reference = OnnxModel(repository / "ecapa/1/model.onnx"), Reference(mini.classifier)
+    model, reference = ExportedModel(repository / "ecapa/1/model.onnx"), Reference(mini.classifier)
 
     def difference(text: str) -> float:
         (tmp_path / "list.txt").write_text(text)

