@@ -13,10 +13,11 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -30,9 +31,6 @@ from ._scoring import Utterance
 from ._tables import shown
 from .audio import describe
 from .errors import HOPELESS, AudioFileError, DeadlineError, EcapaError, OutputError
-
-if TYPE_CHECKING:
-    import rich.progress
 
 IN_FLIGHT = 16
 MOST_UNANSWERED = 32  # requests in a row without a reply, after which the server counts as hung
@@ -180,7 +178,7 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -
                 missing.append(path)
 
         new, audio = 0, 0.0
-        with _Progress(parts.name, len(rows) + len(missing), len(rows)) as progress:
+        with _progress(parts.name, len(rows) + len(missing), len(rows)) as show:
             for path, stat, outcome in _outcomes(client, missing, arguments.long):
                 if isinstance(outcome, EcapaError):
                     failures.add(path, outcome)
@@ -188,7 +186,7 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -
                     rows[path] = parts.add(path, stat, outcome)
                     new += 1
                     audio += outcome.seconds
-                progress.show(new, failures.count, audio)
+                show(new, failures.count, audio)
     given = [rows[path] for path in paths if path in rows]
     kept = sorted(parts.earlier.values())
     if given or kept:
@@ -280,44 +278,33 @@ class _Failures:
         self._file.flush()
 
 
-class _Progress:
-    """The progress of a run: a bar on a terminal, a line a minute elsewhere."""
+@contextmanager
+def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int, int, float], None]]:
+    """Yield a function that shows how far a run is: a bar on a terminal, a line a minute elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    def __init__(self, name: str, total: int, done: int) -> None:
-        self._name, self._total, self._done = name, total, done
-        self._start = self._shown = time.monotonic()
-        self._bar: rich.progress.Progress | None = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[words]}")
+    terminal = sys.stderr.isatty()
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False)
+    task = bar.add_task(name, total=total, completed=done, words="")
+    start = shown = time.monotonic()
 
-            columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[words]}")
-            self._bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False)
-            self._bar.add_task(name, total=total, completed=done, words="")
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, new: int, failed: int, audio: float) -> None:
-        """Show how many files this run has finished, if an update is due."""
+    def show(new: int, failed: int, audio: float) -> None:
+        nonlocal shown
         now = time.monotonic()
-        if now - self._shown < (REPORT_EVERY if self._bar is None else REFRESH_EVERY):
+        if now - shown < (REFRESH_EVERY if terminal else REPORT_EVERY):
             return
-        self._shown = now
-        elapsed = now - self._start
-        done = min(self._done + new + failed, self._total)
-        left = timedelta(seconds=round((self._total - done) * elapsed / (new + failed)))
+        shown, elapsed, finished = now, now - start, min(done + new + failed, total)
+        left = timedelta(seconds=round((total - finished) * elapsed / (new + failed)))
         words = (
-            f"{done:,} of {self._total:,} files, {failed:,} failed, {(new + failed) / elapsed:,.1f} files/s, "
+            f"{finished:,} of {total:,} files, {failed:,} failed, {(new + failed) / elapsed:,.1f} files/s, "
             f"{audio / elapsed:,.1f} s of audio a second, {left} left"
         )
-        if self._bar is None:
-            complain(f"{self._name}: {words}")
+        if terminal:
+            bar.update(task, completed=finished, words=words)
         else:
-            self._bar.update(self._bar.task_ids[0], completed=done, words=words)
+            complain(f"{name}: {words}")
+
+    with bar if terminal else nullcontext():
+        yield show
