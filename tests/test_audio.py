@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -339,38 +337,6 @@ def test_thousands_of_damaged_files_in_bounded_time_and_memory() -> None:
     assert run.returncode == 0, run.stdout
     counts = {kind: int(count) for kind, count in re.findall(r"(\w+) (\d+)[,\n]", run.stdout)}
     assert counts["waveform"] > 150 and counts["NotAudioError"] > 150 and counts["NotFiniteError"] > 1, run.stdout
-
-
-def dies(*arguments: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hangs(*arguments: object) -> None:
-    while True:
-        pass
-
-
-def is_greedy(*arguments: object) -> None:
-    np.ones(fuzz_audio.MEMORY // 8 + (1 << 20))
-
-
-def prints(*arguments: object) -> None:
-    os.write(2, b"Note: skipped\nFrom cffi callback\n")
-
-
-@pytest.mark.parametrize(
-    ("misbehaves", "fact"),
-    [(dies, "SIGKILL"), (hangs, "SIGPROF"), (is_greedy, "MiB"), (prints, "cffi callback")],
-)
-def test_the_fuzzer_reports(monkeypatch: pytest.MonkeyPatch, misbehaves: Callable[..., None], fact: str) -> None:
-    numbers = iter(range(1_000))  # anew in each child
-    monkeypatch.setattr(fuzz_audio, "CPU_SECONDS", 0.5)
-    monkeypatch.setattr(fuzz_audio, "check", lambda *_: next(numbers) == 1 and misbehaves() or "waveform")
-    results = fuzz_audio.read_files(0, first=5)
-    good, bad = next(results), next(results)
-    results.close()
-    assert good == (5, "waveform", False)
-    assert (bad.number, bad.failed) == (6, True) and fact in bad.outcome
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6).filter(lambda size: size > 1_000))
