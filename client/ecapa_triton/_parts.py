@@ -218,5 +218,5 @@ def _read(path: Path) -> tuple[dict[str, str], list[pa.Table]]:
     """The facts of a Parquet file and its row groups without the embeddings, which are checked for damage."""
     with open_parquet(path) as file:
         facts, dims = read_facts(file)
-        groups = [file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups)]
+        groups = (file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups))
         return facts | {"dims": str(dims)}, [group.select(["path", "size", "stamp"]) for group in groups]
