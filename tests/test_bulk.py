@@ -602,17 +602,17 @@ def test_two_runs_at_once(run: Run, fake: FakeTriton, hold: Any, folder: Path, t
 
 
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, output: Path) -> None:
-    """The embeddings of 22,000 files alone take 17 MB."""
+    """It grows by some 350 bytes a file; the embeddings of 32,000 files alone take 25 MB."""
     allocators = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}  # that give back what is freed
     peaks = []
-    for count in 8_000, 30_000:
+    for count in 8_000, 40_000:
         folder = tmp_path / str(count)
         folder.mkdir()
         for number in range(count):
             os.mknod(folder / f"{number}.wav")
         command = [sys.executable, "-c", FAST, str(folder), "-o", f"{output.parent}/{count}{output.suffix}"]
         peaks.append(float(subprocess.check_output(command, env=os.environ | allocators).splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 12  # MB
+    assert peaks[1] - peaks[0] < 20  # MB
 
 
 # --- inputs ---

@@ -112,8 +112,7 @@ def parquet_from_npz(source: Path, file: BinaryIO) -> None:
 
     with _naming(source), zipfile.ZipFile(source) as archive:
         facts = {name: str(_npy.read_array(archive.open(f"{name}.npy"))) for name in FACTS}
-        first, *_ = _blocks(archive.open("embeddings.npy"))
-        dims = first.shape[1]
+        dims = next(_blocks(archive.open("embeddings.npy"))).shape[1]
 
         def tables() -> Iterator[pa.Table]:
             columns = [_blocks(archive.open(f"{name}.npy")) for name in ARRAYS]
