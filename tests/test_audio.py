@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import struct
 import subprocess
 import sys
 import tracemalloc
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 import soundfile
 from ecapa_triton import (
-    AudioError,
     AudioFileError,
     AudioFormatError,
     NotAudioError,
@@ -219,16 +217,6 @@ def test_a_wav_header_with_other_chunks_and_none() -> None:
         read(b"RIFF" + bytes(1_000_000), max_samples=LIMIT)
 
 
-def test_unreadable_file(tmp_path: Path) -> None:
-    path = tmp_path / "secret.wav"
-    path.write_bytes(encoded(tone(1), SECOND, "WAV"))
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("this user may read everything")
-    with pytest.raises(AudioFileError, match="Permission denied"):
-        read(path, max_samples=LIMIT)
-
-
 def test_the_rate_of_a_file_is_its_own() -> None:
     data = encoded(tone(1, 8_000), 8_000, "WAV")
     assert len(read(data, 8_000, max_samples=LIMIT).waveform) == SECOND
@@ -271,26 +259,6 @@ def test_a_header_that_claims_ten_hours() -> None:
 
 def with_field(data: bytes, place: int, value: bytes) -> bytes:
     return data[:place] + value + data[place + len(value) :]
-
-
-@pytest.mark.parametrize(
-    ("container", "place", "layout", "value", "kind"),
-    [
-        ("WAV", 22, "<H", 65_535, NotAudioError),
-        ("WAV", 24, "<I", 4_000_000_000, NotAudioError),
-        ("AU", 16, ">I", 2_000_000_000, AudioFormatError),
-        ("AU", 20, ">I", 65_535, NotAudioError),
-        ("AIFF", 20, ">H", 65_535, NotAudioError),
-        ("CAF", 20, ">d", 4e9, NotAudioError),
-        ("CAF", 20, ">d", float("nan"), NotAudioError),
-        ("CAF", 44, ">I", 65_535, NotAudioError),
-        ("RF64", 28, "<Q", 10**15, NotAudioError),
-    ],
-)
-def test_extreme_headers(container: str, place: int, layout: str, value: float, kind: type[AudioError]) -> None:
-    data = with_field(encoded(tone(1), SECOND, container, "PCM_16"), place, struct.pack(layout, value))
-    with pytest.raises(kind):
-        read(data, max_samples=LIMIT)
 
 
 def test_a_file_of_too_many_samples_a_second() -> None:
