@@ -2,18 +2,18 @@
 
     python -m tests.fuzz_audio --seconds 300 --seed 1
 
-File N of a seed is always the same; --first N --files 1 reads it again. A child process reads the files, so that a
-crash, a hang or a huge allocation in libsndfile is reported as a failure of one file. Files that fail are saved.
+File N of a seed is always the same; --first N --files 1 reads it again. Files that fail are saved. A crash or a hang in
+libsndfile ends the program; the file that caused it is the one saved last.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
 import functools
 import io
 import itertools
-import multiprocessing
 import os
 import random
 import re
@@ -25,10 +25,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -38,9 +35,8 @@ from ecapa_triton.audio import MAGIC, read
 SECOND = 16_000
 LIMITS = (0, 1, SECOND, 30 * SECOND)  # max_samples
 CPU_SECONDS = 10  # for one file; processor time, because the machine may be busy
-WALL_SECONDS = 120  # for one file; a child may sleep for ever
 MEMORY = 96 << 20  # bytes for one file: 30 s are 2 MB, a block 1 MB, twice that for resampling
-ADDRESS_SPACE = 512 << 20  # bytes that the child may reserve beyond those at its start
+ADDRESS_SPACE = 512 << 20  # bytes that may be reserved beyond those at the start
 # Output of libmpg123 about damaged files, which libsndfile does not silence.
 MPG123 = re.compile(rb"Note: |Warning: |\[src/libmpg123/|$")
 CHANGES = "flip", "flip", "set", "set", "set size", "set size", "insert", "delete", "cut", "repeat", "splice"
@@ -160,89 +156,33 @@ def check(audio: bytes | Path, max_samples: int) -> str:
     return "waveform"
 
 
-class Result(NamedTuple):
-    """The outcome of one file."""
-
-    number: int
-    outcome: str  # of `check`, or what failed
-    failed: bool
-
-
-def make(seed: int, number: int) -> tuple[bytes, int, bool]:
-    """File `number` of a seed, `max_samples` to read it with, and whether to read a file in place of bytes."""
+def fault(seed: int, number: int, path: Path, output: io.FileIO) -> tuple[str, str]:
+    """Read file `number` of a seed. Returns the kind of the outcome and, if it failed, how."""
     source = random.Random(f"{seed}/{number}")
-    return damaged(source), source.choice(LIMITS), source.randrange(4) == 0
-
-
-def _read_one(seed: int, number: int, path: Path, output: io.FileIO) -> Result:
-    data, max_samples, as_file = make(seed, number)
-    if as_file:
-        path.write_bytes(data)
+    data, max_samples, as_file = damaged(source), source.choice(LIMITS), source.randrange(4) == 0
+    path.write_bytes(data)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, printed = _memory("VmHWM"), output.seek(0, os.SEEK_END)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
-        outcome = check(path if as_file else data, max_samples)
+        kind = check(path if as_file else data, max_samples)
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        return Result(number, f"{type(error).__name__}: {error} ({place})", True)
+        return "FAILED", f"{max_samples=}: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     if (memory := _memory("VmHWM") - before) > MEMORY:
-        return Result(number, f"took {memory >> 20} MiB, allowed are {MEMORY >> 20}", True)
+        return "FAILED", f"{max_samples=}: took {memory >> 20} MiB, allowed are {MEMORY >> 20}"
     output.seek(printed)
     if lines := [line for line in output.read(10_000).splitlines() if not MPG123.match(line)]:
-        return Result(number, f"printed {lines[0]!r}", True)
-    return Result(number, outcome, False)
+        return "FAILED", f"{max_samples=}: printed {lines[0]!r}"
+    return kind, ""
 
 
 def _memory(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) << 10
-
-
-def _child(seed: int, first: int, folder: str, results: Connection) -> None:
-    """Read file after file until killed. Each number is sent first, so that a death is attributed to its file."""
-    whole_files()
-    with open(Path(folder, "output"), "w+b", buffering=0) as output:
-        for descriptor in (1, 2):
-            os.dup2(output.fileno(), descriptor)
-        limit = _memory("VmSize") + ADDRESS_SPACE
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        for number in itertools.count(first):
-            results.send(number)
-            results.send(_read_one(seed, number, Path(folder, "clip"), output))
-
-
-def read_files(seed: int, first: int = 0) -> Iterator[Result]:
-    """Read the files from `first` on, in a new child process after each death of one."""
-    context, number = multiprocessing.get_context("fork"), first
-    with tempfile.TemporaryDirectory() as folder:
-        while True:
-            receiver, sender = context.Pipe(duplex=False)
-            child = context.Process(target=_child, args=(seed, number, folder, sender), daemon=True)
-            child.start()
-            sender.close()
-            try:
-                while True:
-                    if not receiver.poll(WALL_SECONDS):
-                        child.kill()
-                    message = receiver.recv()
-                    if isinstance(message, Result):
-                        number += 1
-                        yield message
-            except EOFError:
-                child.join()
-                code = child.exitcode or 0
-                reason = signal.Signals(-code).name if code < 0 else f"exit {code}"
-                yield Result(number, f"the process died: {reason}", True)
-                number += 1
-            finally:
-                child.kill()
-                child.join()
 
 
 def main() -> int:
@@ -252,21 +192,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32), help="default: random")
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
     args = parser.parse_args()
-    print(f"seed {args.seed}, {len(whole_files())} whole files", flush=True)
+    report = os.fdopen(os.dup(1), "w", buffering=1)  # what libsndfile prints goes elsewhere
+    print(f"seed {args.seed}, {len(whole_files())} whole files", file=report)
+    faulthandler.enable(report)
+    faulthandler.register(signal.SIGPROF, report, chain=True)  # of the timer; it ends the program
+    limit = _memory("VmSize") + ADDRESS_SPACE
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     kinds: collections.Counter[str] = collections.Counter()
     end = time.monotonic() + args.seconds
-    results = read_files(args.seed, args.first)
-    while kinds.total() < args.files and time.monotonic() < end:
-        result = next(results)
-        kinds["FAILED" if result.failed else result.outcome] += 1
-        if result.failed:
-            data, max_samples, as_file = make(args.seed, result.number)
-            path = Path(tempfile.gettempdir(), f"fuzz_audio_{args.seed}_{result.number}")
-            path.write_bytes(data)
-            how = "as a file" if as_file else "as bytes"
-            print(f"FAILED {path} ({how}, {len(data)} bytes, {max_samples=}): {result.outcome}", flush=True)
-    results.close()
-    print(f"{kinds.total()} files:", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
+    with tempfile.TemporaryFile(buffering=0) as output:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+        for number in itertools.count(args.first):
+            if kinds.total() >= args.files or time.monotonic() > end:
+                break
+            path = Path(tempfile.gettempdir(), f"fuzz_audio_{args.seed}_{number}")
+            kind, how = fault(args.seed, number, path, output)
+            kinds[kind] += 1
+            if how:
+                print(f"FAILED {path}: {how}", file=report)
+            else:
+                path.unlink()
+    print(f"{kinds.total()} files:", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()), file=report)
     return 1 if kinds["FAILED"] else 0
 
 

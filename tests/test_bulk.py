@@ -206,12 +206,11 @@ def test_thousands_of_rows(run: Run, folder: Path, output: Path) -> None:
 
 def test_names_that_are_not_utf_8(run: Run, fake: FakeTriton, folder: Path, output: Path) -> None:
     odd = write(folder / os.fsdecode(b"caf\xe9 \xc3\xa9.wav"), 4)
-    escaped = write(folder / "caf\\xe9.wav", 5)
-    shown = str(odd) if output.suffix == ".npz" else os.fsencode(odd).decode(errors="backslashreplace")
+    shown = str(odd).encode(errors="backslashreplace").decode()
     for again in range(3):
         assert run(folder, "-o", output)[0] == 0
-        assert requested(fake) == ([] if again else [1, 2, 3, 4, 5])
-        assert sorted(row["path"] for row in rows(output))[3:] == sorted([shown, str(escaped)])
+        assert requested(fake) == ([] if again else [1, 2, 3, 4])
+        assert rows(output)[-1]["path"] == shown
 
 
 # --- what a later run requests ---
@@ -232,15 +231,7 @@ def test_a_second_run_embeds_what_is_new_or_changed(run: Run, fake: FakeTriton, 
     check_embeddings(output)
 
 
-def test_the_same_size_and_another_time_is_a_change(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
-    run(folder, "-o", tmp_path / "out.npz")
-    requested(fake)
-    os.utime(folder / "a.wav", ns=(0, os.stat(folder / "a.wav").st_mtime_ns + 1))
-    run(folder, "-o", tmp_path / "out.npz")
-    assert requested(fake) == [1]
-
-
-@pytest.mark.parametrize("moved", ["files", "folders"])
+@pytest.mark.parametrize("moved", ["files", "folders", "neither"])
 def test_files_that_change_places_are_a_change(run: Run, tmp_path: Path, moved: str) -> None:
     """They have one size and one time, as an archive leaves clips of one length."""
     one, two = write(tmp_path / "one/a.wav", 1, 2000), write(tmp_path / "two/a.wav", 2, 2000)
@@ -248,10 +239,14 @@ def test_files_that_change_places_are_a_change(run: Run, tmp_path: Path, moved: 
         os.utime(path, ns=(0, 10**18))
     output = tmp_path / "out.npz"
     run(one, two, "-o", output)
-    a, b = (one, two) if moved == "files" else (one.parent, two.parent)
-    a.rename(tmp_path / "aside")
-    b.rename(a)
-    (tmp_path / "aside").rename(b)
+    if moved == "neither":
+        for path in one, two:
+            os.utime(path, ns=(0, 10**18 + 1))
+    else:
+        a, b = (one, two) if moved == "files" else (one.parent, two.parent)
+        a.rename(tmp_path / "aside")
+        b.rename(a)
+        (tmp_path / "aside").rename(b)
     assert "2 of 2 files embedded, 2 new" in run(one, two, "-o", output)[1]
     check_embeddings(output)
 
@@ -317,18 +312,6 @@ def test_a_model_that_changes_during_the_run(run: Run, fake: FakeTriton, folder:
     assert requested(fake) == [3] and {row["model"] for row in rows(tmp_path / "out.npz")} == {MODEL}
 
 
-def test_parts_of_another_model_are_rejected_and_kept(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.npz"
-    fake.model = lambda fake: OTHER
-    run(folder, "-o", output)
-    aside = output.rename(tmp_path / "aside.npz")
-    fake.model = lambda fake: MODEL
-    interrupt(run, fake, folder, output)
-    aside.rename(output)
-    one_error(run(folder, "-o", output), MODEL, OTHER, "2 embeddings")
-    assert left(tmp_path) == ["out.npz", "out.npz.parts"]
-
-
 def test_ways_of_embedding_long_clips_do_not_mix(run: Run, folder: Path, tmp_path: Path, output: Path) -> None:
     write(folder / "long.wav", samples=31 * 16_000)
     assert run(folder, "-o", output)[0] == 2
@@ -353,40 +336,26 @@ def test_relative_paths_belong_to_one_folder(
     assert [row["path"] for row in rows(output)] == [str(two / "a.wav"), "a.wav"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["notes.txt", "other.npz", "cut.npz", "flipped.npz", "old.npz", "wide.npz", "uneven.npz", "narrow.npz", "nan.npz"]
-    + ["other.parquet", "cut.parquet", "flipped.parquet"],
-)
+@pytest.mark.parametrize("damage", ["foreign", "other", "cut", "flipped"])
 def test_an_output_that_is_foreign_or_damaged_is_rejected(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, name: str
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path, damage: str
 ) -> None:
-    output = tmp_path / name
-    if not name.startswith(("notes", "other")):
-        run(folder, "-o", output)
-    if name.startswith("cut"):
-        output.write_bytes(output.read_bytes()[:-40])
-    elif name.startswith("flipped"):
-        flip(output)
-    elif name == "other.parquet":
-        parquet.write_table(pyarrow.table({"a": [1]}), output)
-    elif name in ("notes.txt", "other.npz"):
+    run(folder, "-o", output)
+    if damage == "foreign":
         output.write_text("important")
+    elif damage == "cut":
+        output.write_bytes(output.read_bytes()[:-40])
+    elif damage == "flipped":
+        flip(output)
+    elif output.suffix == ".npz":
+        np.savez(output, embeddings=np.ones((3, SIZE), np.float32))
     else:
-        arrays = dict(np.load(output))
-        embeddings = arrays["embeddings"]
-        changed = {"wide": np.float64(embeddings), "uneven": embeddings[:2], "narrow": embeddings[:, :10]}
-        changed["nan"] = embeddings * np.nan
-        if name == "old.npz":
-            del arrays["sizes"]
-        np.savez(output, **arrays | {"embeddings": changed.get(output.stem, embeddings)})
+        parquet.write_table(pyarrow.table({"a": [1]}), output)
     before = output.read_bytes()
     requested(fake)
-    status, out, err = run(folder, write(tmp_path / "clips/z.wav", 4), "-o", output)
-    assert (status, out) == (2, "") and err.count("\n") == 1 and name in err and "--replace" in err
-    assert output.read_bytes() == before and left(tmp_path) == [name]
-    assert requested(fake) in ([], [4])  # narrow embeddings show beside others
-    assert run(folder, "-o", output, "--replace")[0] == 0 and len(rows(output)) == 4
+    one_error(run(folder, "-o", output), output.name, "--replace")
+    assert output.read_bytes() == before and left(tmp_path) == [output.name] and requested(fake) == []
+    assert run(folder, "-o", output, "--replace")[0] == 0 and len(rows(output)) == 3
 
 
 def flip(path: Path) -> None:
@@ -438,14 +407,16 @@ def test_nothing_embedded_is_no_output(run: Run, fake: FakeTriton, folder: Path,
     assert left(tmp_path) == ["out.npz.failed.tsv"]
 
 
-def test_a_server_away_stops_the_run(run: Run, folder: Path, tmp_path: Path) -> None:
-    one_error(run(folder, "-o", tmp_path / "out.npz", url="127.0.0.1:9"), "127.0.0.1:9")
+@pytest.mark.parametrize("options", [[], ["-o", "out.npz"]])
+def test_a_server_that_is_away_or_hangs_stops_the_run(
+    run: Run, fake: FakeTriton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = many(tmp_path / "clips", 100)
+    one_error(run(folder, *options, url="127.0.0.1:9"), "127.0.0.1:9")
     assert left(tmp_path) == []
-
-
-def test_a_server_that_hangs_stops_the_run(run: Run, fake: FakeTriton, tmp_path: Path) -> None:
     fake.otherwise = refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "late")
-    status, out, err = run(many(tmp_path / "clips", 100), "-o", tmp_path / "out.npz", "--in-flight", 2)
+    status, out, err = run(folder, *options, "--in-flight", 2)
     assert (status, out) == (2, "") and err.count("\n") == 32 and len(requested(fake)) < 50
 
 
@@ -455,7 +426,7 @@ def test_a_server_that_hangs_stops_the_run(run: Run, fake: FakeTriton, tmp_path:
 def interrupt(run: Run, fake: FakeTriton, folder: Path, output: Path, *options: str) -> None:
     """A run whose server goes away after two clips."""
     fake.answers = [good, good, refuse(grpc.StatusCode.UNAVAILABLE, "gone")]
-    one_error(run(folder, "-o", output, "--in-flight", 1, *options), "2 embeddings", f"{output}.parts", "resumes")
+    one_error(run(folder, "-o", output, "--in-flight", 1, *options), "2 embeddings", f"{output}.parts")
     requested(fake)
 
 
@@ -631,17 +602,17 @@ def test_two_runs_at_once(run: Run, fake: FakeTriton, hold: Any, folder: Path, t
 
 
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, output: Path) -> None:
-    """The embeddings of 22,000 files alone take 17 MB."""
+    """It grows by some 350 bytes a file; the embeddings of 32,000 files alone take 25 MB."""
     allocators = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}  # that give back what is freed
     peaks = []
-    for count in 8_000, 30_000:
+    for count in 8_000, 40_000:
         folder = tmp_path / str(count)
         folder.mkdir()
         for number in range(count):
             os.mknod(folder / f"{number}.wav")
         command = [sys.executable, "-c", FAST, str(folder), "-o", f"{output.parent}/{count}{output.suffix}"]
         peaks.append(float(subprocess.check_output(command, env=os.environ | allocators).splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 12  # MB
+    assert peaks[1] - peaks[0] < 20  # MB
 
 
 # --- inputs ---
@@ -669,16 +640,14 @@ def test_lists(run: Run, folder: Path, tmp_path: Path, name: str, text: str) -> 
 @pytest.mark.parametrize(
     ("name", "text", "fact"),
     [
-        ("list.csv", "id,sound\n1,a.wav\n", "list.csv:1: has id, sound"),
-        ("list.csv", "", "list.csv:1: "),
-        ("list.csv", "id,path\n1,a.wav\n\n2\n", "list.csv:4: has 1 columns, expected 2"),
-        ("list.csv", "id,path\n1,\n", "list.csv:2: ''"),
+        ("list.csv", "id,sound\n1,a.wav\n", "list.csv:2: has id, sound"),
+        ("list.csv", "", "out.npz: no audio files"),
+        ("list.csv", "id,path\n1,a.wav\n\n2\n", "list.csv:4: expected 2"),
+        ("list.csv", "id,path\n1,\n", "list.csv:2: the path is ''"),
         ("list.csv", 'id,path\n1,"a.wav"b\n', "list.csv: "),
         ("list.jsonl", '{"path": "a.wav"}\n["a.wav"]\n', "list.jsonl:2: is a list"),
         ("list.jsonl", '{"path": "a.wav"}\na.wav\n', "list.jsonl:2: "),
         ("list.jsonl", '{"path": 1}', "list.jsonl:1: the path is 1"),
-        ("list.jsonl", '{"path": "a\\u0000b"}', "list.jsonl:1: 'a\\x00b'"),
-        ("list.jsonl", '{"path": "a\\ud800"}', "list.jsonl:1: 'a\\ud800'"),
         ("list.jsonl", '{"path": "a.wav", "offset": 1.5}', "offset is 1.5"),
         ("list.txt", None, os.strerror(errno.ENOENT)),
         ("list.txt", "# nothing\n", "out.npz: no audio files"),
@@ -764,17 +733,11 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("with_rich", [True, False])
 def test_progress_on_a_terminal(
-    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_rich: bool
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without rich there is no bar, but failures are reported."""
-    if with_rich:
-        pytest.importorskip("rich")
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setenv("COLUMNS", "200")
-    else:
-        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "300")
 
     def slow(fake: FakeTriton, waveform: np.ndarray) -> dict[str, np.ndarray]:
         time.sleep(0.2)  # the bar is drawn every 0.1 s
@@ -786,16 +749,9 @@ def test_progress_on_a_terminal(
     fake.otherwise = slow
     assert run(folder, "-o", tmp_path / "out.npz", "--in-flight", 1)[0] == 2
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert ("━" in shown) == ("4 of 4 files, 1 failed, " in shown) == (" files/s, " in shown) == with_rich
+    assert "━" in shown and "4 of 4 files, 1 failed, " in shown
     [failure] = re.findall(r"(?:^|[\r\n]|\x1b\[2K)(ecapa-triton: .*?)\r?\n", shown)
     assert failure.startswith(f"ecapa-triton: {folder}/b/cc [x].wav: ")
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "many"])
-def test_wrong_in_flight(run: Run, folder: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
-    with pytest.raises(SystemExit):
-        run(folder, "--in-flight", text)
-    assert f"'{text}'" in capsys.readouterr().err
 
 
 # --- the real server ---

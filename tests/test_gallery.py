@@ -10,9 +10,9 @@ import pickle
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import permutations
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -85,65 +85,50 @@ def test_enrolled_voices_are_there_in_order(gallery: Gallery) -> None:
     assert "2 voices" in repr(gallery) and "anna" not in repr(gallery)
 
 
-@pytest.mark.parametrize("order", list(permutations([1, 2, 3])))
-def test_each_clip_counts_the_same_in_any_order(order: tuple[int, ...]) -> None:
-    gallery, probe = Gallery(), utterance(9)
-    gallery.enrol("anna", [utterance(1000 * vector(order[0])), utterance(order[1])])
-    gallery.enrol("berta", utterance(7))
-    gallery.enrol("anna", (utterance(seed) for seed in order[2:]))
-    mean = sum(vector(seed) / np.linalg.norm(vector(seed)) for seed in (1, 2, 3))
-    assert gallery.verify("anna", probe).score == pytest.approx(score(mean, probe.embedding), abs=1e-6)
-    for candidate in gallery.identify(probe).candidates:
-        assert candidate.score == gallery.verify(candidate.name, probe).score
-    assert gallery.clips("anna") == 3 and list(gallery) == ["anna", "berta"]
+BAD = [
+    (AudioError("x.wav: no audio"), AudioError, "x.wav"),  # as client.utterances yields one
+    (utterance(5, OTHER), ModelMismatchError, f"{OTHER}.*{MODEL}"),
+    (utterance(5, ""), ModelMismatchError, "model"),
+    (utterance(np.full(192, np.nan)), EmbeddingError, "nan"),
+    (utterance(np.full(192, np.inf)), EmbeddingError, "inf"),
+    (utterance(np.zeros(192)), EmbeddingError, "0"),
+    (utterance(np.ones(191)), EmbeddingError, r"\[191\].*\[192\]"),
+    (utterance(np.ones((1, 192))), EmbeddingError, r"\[1, 192\].*\[192\]"),
+    (vector(1), TypeError, r"float32\[192\]"),
+]
 
 
-@pytest.mark.parametrize("name", ["anna", "carl"])
-@pytest.mark.parametrize(
-    ("bad", "kind", "facts"),
-    [
-        (AudioError("x.wav: no audio"), AudioError, "x.wav"),
-        (utterance(5, OTHER), ModelMismatchError, f"{OTHER}.*{MODEL}"),
-        (utterance(5, ""), ModelMismatchError, "model"),
-        (utterance(np.full(192, np.nan)), EmbeddingError, "nan"),
-        (utterance(np.full(192, np.inf)), EmbeddingError, "inf"),
-        (utterance(np.zeros(192)), EmbeddingError, "0"),
-        (utterance(np.ones(191)), EmbeddingError, r"\[191\].*\[192\]"),
-        (utterance(np.ones((1, 192))), EmbeddingError, r"\[1, 192\].*\[192\]"),
-        (vector(1), TypeError, r"float32\[192\]"),
-    ],
-)
-def test_all_of_a_call_is_enrolled_or_nothing(
-    gallery: Gallery, name: str, bad: Any, kind: type[Exception], facts: str
-) -> None:
-    before = contents(gallery)
-    for items in [utterance(4), bad], [bad, utterance(4)]:
+@pytest.mark.parametrize(("bad", "kind", "facts"), BAD)
+def test_utterances_that_are_rejected(gallery: Gallery, bad: Any, kind: type[Exception], facts: str) -> None:
+    """Nothing of a call that fails is enrolled."""
+    before, empty = contents(gallery), Gallery()
+    for call in (
+        *(lambda name=name: gallery.enrol(name, [utterance(4), bad]) for name in ("anna", "carl")),
+        lambda: gallery.enrol("anna", [bad, utterance(4)]),
+        lambda: empty.enrol("anna", [utterance(4), bad]),
+        lambda: gallery.identify(bad),
+        lambda: gallery.verify("anna", bad),
+        lambda: gallery.scores([utterance(1), bad]),
+    ):
         with pytest.raises(kind, match=facts) as caught:
-            gallery.enrol(name, items)
+            call()
         assert type(caught.value) is kind and "\n" not in str(caught.value)
-        assert contents(gallery) == before
+    assert contents(gallery) == before and (empty.model, empty.threshold, len(empty)) == (None, None, 0)
 
 
-def test_nothing_to_enrol(gallery: Gallery) -> None:
-    before = contents(gallery)
-    for error, name, items in [
+@pytest.mark.parametrize(
+    ("error", "name", "items"),
+    [
         (GalleryError, "carl", []),
-        (GalleryError, "carl", iter(())),
         (EmbeddingError, "carl", [utterance(4), utterance(-vector(4))]),  # they cancel each other out
         (EmbeddingError, "berta", [utterance(-vector(3))]),
-    ]:
-        with pytest.raises(error, match=name):
-            gallery.enrol(name, items)
+    ],
+)
+def test_nothing_to_enrol(gallery: Gallery, error: type[Exception], name: str, items: list[Utterance]) -> None:
+    before = contents(gallery)
+    with pytest.raises(error, match=name):
+        gallery.enrol(name, iter(items))
     assert contents(gallery) == before
-
-
-def test_a_first_enrolment_that_fails_leaves_no_model() -> None:
-    gallery = Gallery()
-    with pytest.raises(ModelMismatchError, match=f"{OTHER}.*{MODEL}"):
-        gallery.enrol("anna", [utterance(1), utterance(2, OTHER)])
-    assert (gallery.model, gallery.threshold, len(gallery)) == (None, None, 0)
-    gallery.enrol("anna", utterance(2, OTHER))
-    assert gallery.model == OTHER
 
 
 @pytest.mark.parametrize("name", ["", " anna", "anna ", "an\nna", "an\0na", "an\u202ena", "an\udc80na", "a" * 129, 7])
@@ -154,32 +139,27 @@ def test_names_that_are_rejected(gallery: Gallery, name: Any) -> None:
     assert list(gallery) == ["anna", "berta"] and name not in gallery
 
 
-def test_names_of_all_the_world(tmp_path: Path) -> None:
+def test_names_are_composed(gallery: Gallery) -> None:
     names = ["Zoë", "山田 太郎", "Ольга", "محمد", "𝒜nna", "a" * 128]
-    gallery = Gallery()
     for seed, name in enumerate(names):
         gallery.enrol(name, utterance(seed))
-    gallery.save(tmp_path / "g.npz")
-    assert list(Gallery.load(tmp_path / "g.npz")) == names
+    assert list(gallery)[2:] == names
     decomposed = unicodedata.normalize("NFD", "Zoë")
-    assert decomposed != "Zoë" and decomposed in gallery
+    assert decomposed != "Zoë" and decomposed in gallery and gallery.verify(decomposed, utterance(0)).same
     gallery.enrol(decomposed, utterance(0))
-    assert len(gallery) == len(names) and gallery.clips("Zoë") == 2
-    assert gallery.verify(decomposed, utterance(0)).same
+    assert len(gallery) == 2 + len(names) and gallery.clips("Zoë") == 2
     gallery.remove(decomposed)
     assert "Zoë" not in gallery
 
 
-def test_removing(gallery: Gallery) -> None:
-    gallery.enrol("carl", utterance(4))
-    gallery.remove("anna")
-    assert list(gallery) == ["berta", "carl"] and "anna" not in gallery
-    assert gallery.identify(utterance(4)).name == "carl" and gallery.identify(utterance(3)).name == "berta"
-    assert gallery.identify(utterance(1)).name is None
-    np.testing.assert_allclose(gallery.scores([utterance(3), utterance(4)]).diagonal(), 1, atol=1e-6)
-    for name in "anna", "nobody":
-        with pytest.raises(UnknownVoiceError, match=name):
-            gallery.remove(name)
+def test_a_voice_that_is_not_enrolled(gallery: Gallery) -> None:
+    for call in (
+        lambda: gallery.verify("carl", utterance(1)),
+        lambda: gallery.clips("carl"),
+        lambda: gallery.remove("carl"),
+    ):
+        with pytest.raises(UnknownVoiceError, match="'carl'"):
+            call()
 
 
 def test_an_emptied_gallery_takes_another_model(gallery: Gallery) -> None:
@@ -192,15 +172,6 @@ def test_an_emptied_gallery_takes_another_model(gallery: Gallery) -> None:
 
 
 # --- identification ---
-
-
-def test_identify(gallery: Gallery) -> None:
-    probe = utterance(vector(3) + 0.3 * vector(8))
-    found = gallery.identify(probe)
-    expected = score(vector(3), probe.embedding)
-    assert found.name == "berta" and found.threshold == 0.45
-    assert found.score == found.candidates[0].score == pytest.approx(expected, abs=1e-9)
-    assert [name for name, _ in found.candidates] == ["berta", "anna"]
 
 
 def test_unknown_is_nobody_above_the_threshold() -> None:
@@ -239,15 +210,18 @@ def test_without_a_threshold_there_is_no_decision() -> None:
     assert gallery.identify(probe, threshold=0.3).name == "anna"
 
 
-@pytest.mark.parametrize("threshold", [1.1, -1.1, math.nan, math.inf])
-def test_a_threshold_is_a_cosine(gallery: Gallery, threshold: float) -> None:
-    for call in (
-        lambda: gallery.identify(utterance(1), threshold=threshold),
-        lambda: gallery.identify_many([], threshold=threshold),
-        lambda: gallery.verify("anna", utterance(1), threshold),
-        lambda: Gallery().identify(utterance(1), threshold=threshold),
-    ):
-        with pytest.raises(ThresholdError, match=str(threshold)):
+def test_options_that_are_rejected(gallery: Gallery) -> None:
+    """Also if there is nothing to identify."""
+    for threshold in 1.1, -1.1, math.nan, math.inf:
+        for call in (
+            lambda threshold=threshold: Gallery().identify(utterance(1), threshold=threshold),
+            lambda threshold=threshold: gallery.identify_many([], threshold=threshold),
+            lambda threshold=threshold: gallery.verify("anna", utterance(1), threshold),
+        ):
+            with pytest.raises(ThresholdError, match=str(threshold)):
+                call()
+    for call in (lambda: gallery.identify(utterance(1), 0), lambda: gallery.identify_many([], -1)):
+        with pytest.raises(ValueError, match="top"):
             call()
 
 
@@ -260,20 +234,6 @@ def test_nobody_is_known_to_an_empty_gallery() -> None:
         gallery.verify("anna", utterance(1))
     with pytest.raises(EmbeddingError):
         gallery.identify(utterance(np.zeros(192)))
-
-
-@pytest.mark.parametrize(("top", "count"), [(1, 1), (2, 2), (3, 3), (99, 3)])
-def test_top_is_the_most_that_are_named(top: int, count: int) -> None:
-    gallery = gallery_of({"low": [0, 1], "high": [1, 0], "middle": [1, 1]})
-    found = gallery.identify(utterance([5, 1]), top=top)
-    assert [name for name, _ in found.candidates] == ["high", "middle", "low"][:count]
-
-
-@pytest.mark.parametrize("top", [0, -1])
-def test_top_is_at_least_one(gallery: Gallery, top: int) -> None:
-    for call in (lambda: gallery.identify(utterance(1), top), lambda: gallery.identify_many([], top)):
-        with pytest.raises(ValueError, match=str(top)):
-            call()
 
 
 def test_equal_scores_go_by_name_whatever_the_order_of_enrolment() -> None:
@@ -300,75 +260,29 @@ def test_the_best_are_told_apart_below_the_rounding_of_float32() -> None:
     assert [name for name, _ in found] == [name for _, name in exact[:20]]
 
 
-@pytest.mark.parametrize(
-    ("bad", "kind"),
-    [
-        (utterance(1, OTHER), ModelMismatchError),
-        (utterance(np.full(192, np.nan)), EmbeddingError),
-        (utterance(np.zeros(192)), EmbeddingError),
-        (utterance(np.ones(191)), EmbeddingError),
-        (utterance(np.ones((1, 192))), EmbeddingError),
-        (utterance(np.float32(1)), EmbeddingError),
-        (vector(1), TypeError),
-        (AudioError("x.wav: no audio"), AudioError),  # as client.utterances yields one
-    ],
-)
-def test_probes_that_are_rejected(gallery: Gallery, bad: Any, kind: type[Exception]) -> None:
-    for call in (
-        lambda: gallery.identify(bad),
-        lambda: gallery.verify("anna", bad),
-        lambda: gallery.scores([utterance(1), bad]),
-        lambda: Gallery().scores([utterance(1), bad]),
-    ):
-        with pytest.raises(kind):
-            call()
-
-
 def test_many_in_order_with_their_errors(gallery: Gallery) -> None:
     error = AudioError("x.wav: no audio")
-    items = [utterance(1), error, utterance(3, OTHER), utterance(np.zeros(192)), *map(utterance, range(128))]
+    items = [utterance(1), error, utterance(3, OTHER), utterance(np.zeros(192)), *map(utterance, range(9))]
     outcomes = list(gallery.identify_many(iter(items), top=1))
     assert outcomes[1] is error
     assert isinstance(outcomes[2], ModelMismatchError) and isinstance(outcomes[3], EmbeddingError)
     for item, outcome in zip(items, outcomes, strict=True):
         if isinstance(outcome, Identification):
             assert outcome == gallery.identify(item, top=1)  # type: ignore[arg-type]
-    assert sum(isinstance(outcome, Identification) for outcome in outcomes) == 1 + 128
+    assert sum(isinstance(outcome, Identification) for outcome in outcomes) == 1 + 9
 
 
-def test_many_are_taken_a_block_at_a_time(gallery: Gallery) -> None:
-    taken: list[int] = []
-
-    def endless() -> Iterator[Utterance]:
-        while True:
-            taken.append(1)
-            yield utterance(1)
-
-    outcomes = gallery.identify_many(endless())
+def test_many_are_identified_as_they_are_taken(gallery: Gallery) -> None:
+    taken: list[Utterance] = []
+    outcomes = gallery.identify_many(taken.append(one) or one for one in map(utterance, count()))  # type: ignore[func-returns-value]
     assert not taken
     next(outcomes)
-    assert len(taken) == 64
+    assert len(taken) == 1
 
 
-def test_scores_are_cosines_in_the_order_of_the_voices() -> None:
-    gallery = Gallery()
-    for seed in range(9):
-        gallery.enrol(f"voice {seed}", utterance(seed))
-    gallery.remove("voice 2")
-    probe = [utterance(seed) for seed in (20, 5, 21)]
-    scores = gallery.scores(iter(probe))
-    expected = [[score(one.embedding, vector(int(name[-1]))) for name in gallery] for one in probe]
-    assert scores.shape == (3, 8) and scores.dtype == np.float32 and list(gallery)[2] == "voice 3"
-    np.testing.assert_allclose(scores, expected, atol=1e-6)
+def test_no_score_is_above_one(gallery: Gallery) -> None:
     own = np.abs(gallery.scores([utterance(scale * vector(3)) for scale in range(-50, 50) if scale]))
-    assert own.max() == 1  # and no more, by float32's rounding
-    assert gallery.scores([]).shape == (0, 8)
-
-
-def test_a_voice_that_is_not_enrolled(gallery: Gallery) -> None:
-    for call in (lambda: gallery.verify("carl", utterance(1)), lambda: gallery.clips("carl")):
-        with pytest.raises(UnknownVoiceError, match="'carl'"):
-            call()
+    assert own.dtype == np.float32 and own.max() == 1  # and no more, by float32's rounding
 
 
 def test_threads_may_read_at_once(gallery: Gallery) -> None:
@@ -400,6 +314,7 @@ def test_any_history_scores_as_by_hand(
 ) -> None:
     gallery, voices = Gallery(), dict[str, list[list[float]]]()
     for name, clips in steps:
+        gallery.scores([utterance(probe)])  # a change after this must be seen
         if not clips:
             if voices.pop(name, None) is not None:
                 gallery.remove(name)
@@ -504,32 +419,25 @@ def test_a_file_made_by_hand_is_good(tmp_path: Path) -> None:
     [
         ({"sums": None}, "sums"),
         ({"format": None}, "format"),
-        ({"more": 1}, "arrays"),
         ({"format": 2}, "format 2"),
-        ({"format": 2, "more": 1}, "format 2"),
-        ({"format": 1.0}, "format is <f8"),
         ({"model": ""}, "model"),
-        ({"names": np.zeros(0, str), "clips": np.zeros(0, int), "sums": np.zeros((0, 3))}, "without voices"),
-        ({"model": "a\nb"}, "model"),
-        ({"model": b"bytes"}, r"model is \|S5 \[\]"),
-        ({"threshold": 7.0}, "threshold 7"),
-        ({"threshold": math.inf}, "threshold inf"),
-        ({"threshold": [0.4]}, r"threshold is <f8 \[1\]"),
-        ({"names": ["anna"]}, "1 names, 2 .* 2 voices"),
-        ({"names": ["anna", "anna"]}, "name"),
+        ({"names": np.zeros(0, str), "clips": np.zeros(0, int), "sums": np.zeros((0, 3))}, "model"),
+        ({"model": b"bytes"}, "model"),
+        ({"threshold": 7.0}, "threshold is 7"),
+        ({"threshold": math.inf}, "threshold is inf"),
+        ({"threshold": [0.4]}, "threshold"),
+        ({"names": ["anna"]}, "1 names"),
+        ({"names": ["anna", "anna"]}, "1 names"),
         ({"names": ["anna", "an\nna"]}, r"'an\\nna'"),
         ({"names": ["anna", ""]}, "''"),
         ({"names": ["anna", "Zoe\u0308"]}, "NFC"),
-        ({"names": ["anna", "b" * 129]}, "names is <U129"),
-        ({"names": [["anna", "berta"]]}, r"names is <U5 \[1, 2\]"),
-        ({"names": np.array([1, 2])}, "names is <i8"),
-        ({"clips": [2.0, 1.0]}, "clips is <f8"),
+        ({"names": ["anna", "b" * 129]}, "129"),
+        ({"names": [["anna", "berta"]]}, "names"),
+        ({"names": np.array([1, 2])}, "names"),
+        ({"clips": [2.0, 1.0]}, "clips"),
         ({"clips": [2, 1, 1]}, "3 counts"),
-        ({"sums": np.eye(2, 3, dtype=np.float32)}, "sums is <f4"),
-        ({"sums": np.eye(2, 3).astype(">f8")}, "sums is >f8"),
-        ({"sums": np.asfortranarray(np.eye(2, 3))}, "sums is <f8"),
-        ({"sums": np.ones(2)}, r"sums is <f8 \[2\]"),
-        ({"sums": np.eye(3)}, "3 voices"),
+        ({"sums": np.ones(2)}, "sums"),
+        ({"sums": np.eye(3)}, "3 sums"),
         # sums of unit vectors are at most as long as there are clips, and not of length 0
         *[({"clips": clips}, "sum") for clips in ([0, 1], [-2, 1], [1, 1])],
         ({"clips": [0, 1], "sums": np.array([[0, 0, 0], [0, 0.6, 0.8]])}, "sum"),
@@ -561,33 +469,28 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["names", "sums", "format"])
+@pytest.mark.parametrize("name", ["names", "sums", "format", "a bare pickle"])
 def test_nothing_in_a_file_is_run(tmp_path: Path, name: str) -> None:
     trap = tmp_path / "run"
     path = written(tmp_path / "g.npz", **{name: np.array([Payload(trap)] * 2, object)})
-    with pytest.raises(GalleryFileError, match=rf"{name} is \|O"):
+    if name == "a bare pickle":
+        written(path, sums=None)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("sums.npy", pickle.dumps(Payload(trap)))
+    with pytest.raises(GalleryFileError):
         Gallery.load(path)
     assert not trap.exists()
     pickle.loads(pickle.dumps(Payload(trap)))
     assert trap.exists()  # so it would have been seen
 
 
-def test_a_member_that_is_a_bare_pickle_is_not_run(tmp_path: Path) -> None:
-    trap, path = tmp_path / "run", written(tmp_path / "g.npz", sums=None)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("sums.npy", pickle.dumps(Payload(trap)))
-    with pytest.raises(GalleryFileError):
-        Gallery.load(path)
-    assert not trap.exists()
-
-
-@pytest.mark.parametrize("shape", [(10**12, 192), (2, 10**15), (3, 3), (1, 3), (-2, -3), (0, 0)])
+@pytest.mark.parametrize("shape", [(10**12, 192), (2, 10**15), (3, 3), (1, 3), (-2, -3)])
 def test_a_shape_that_the_file_does_not_hold_is_not_believed(tmp_path: Path, shape: tuple[int, int]) -> None:
     path, header = written(tmp_path / "g.npz", sums=None), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("sums.npy", header.getvalue() + np.eye(2, 3).tobytes())
-    with pytest.raises(GalleryFileError, match="sums"):
+    with pytest.raises(GalleryFileError, match=str(path)):
         Gallery.load(path)
 
 
@@ -595,16 +498,14 @@ def test_a_compressed_member_is_not_unpacked(tmp_path: Path) -> None:
     """Ten megabytes in ten kilobytes here; it could be ten terabytes."""
     np.savez_compressed(tmp_path / "g.npz", **arrays_of(sums=np.zeros((2, 650_000))))
     assert (tmp_path / "g.npz").stat().st_size < 20_000
-    with pytest.raises(GalleryFileError, match="compressed"):
+    with pytest.raises(GalleryFileError, match="array is compressed"):
         Gallery.load(tmp_path / "g.npz")
 
 
-def test_a_size_that_the_file_does_not_have_is_not_believed(tmp_path: Path) -> None:
-    path = written(tmp_path / "g.npz")
-    whole = bytearray(path.read_bytes())
-    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"sums.npy"))
-    whole[entry + 20 : entry + 28] = (0x7FFFFFFF).to_bytes(4, "little") * 2  # compressed size, size
-    path.write_bytes(whole)
+def test_a_changed_shape_is_noticed(tmp_path: Path) -> None:
+    """Less of the array would be read, without the end where its checksum is compared."""
+    path = written(tmp_path / "g.npz", names=["anna"], clips=[1], sums=np.insert(np.zeros((1, 20_000)), 0, 1, axis=1))
+    path.write_bytes(path.read_bytes().replace(b"(1, 20001)", b"(1, 10001)"))
     with pytest.raises(GalleryFileError):
         Gallery.load(path)
 

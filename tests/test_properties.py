@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
 
 from export import artifacts
-from export.artifacts import OnnxModel
+from export.artifacts import ExportedModel
 from export.checkpoint import Checkpoint
 from export.packed import PackedEcapa
 from export.verify import MAX_ERROR, SAMPLES, difference
@@ -109,16 +109,16 @@ batches_with_empty = st.lists(cuts() | cuts() | st.just(Cut("noise", 0)), min_si
 
 
 @pytest.fixture(scope="module")
-def model(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> OnnxModel:
+def model(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
     """The small trained model, exported to embed LIMIT samples of a clip."""
     path = tmp_path_factory.mktemp("model") / "model.onnx"
     artifacts.write_onnx(PackedEcapa(mini, LIMIT / SAMPLE_RATE).eval(), mini, path)
-    model = OnnxModel(path)
+    model = ExportedModel(path)
     assert (model.min_samples, model.max_samples) == (SHORTEST, LIMIT)
     return model
 
 
-def run(model: OnnxModel, waveform: np.ndarray, lengths: list[int]) -> np.ndarray:
+def run(model: ExportedModel, waveform: np.ndarray, lengths: list[int]) -> np.ndarray:
     """Embeddings [B, 192], after a check of the other output."""
     feed = {"waveform": waveform, "lengths": np.array(lengths, np.int32).reshape(-1, 1)}
     embedding, info = model.session.run(["embedding", "model_info"], feed)
@@ -129,7 +129,7 @@ def run(model: OnnxModel, waveform: np.ndarray, lengths: list[int]) -> np.ndarra
     return np.asarray(embedding)
 
 
-def embed(model: OnnxModel, batch: list[Cut]) -> np.ndarray:
+def embed(model: ExportedModel, batch: list[Cut]) -> np.ndarray:
     clips = [cut.clip for cut in batch]
     return run(model, np.concatenate(clips), [len(clip) for clip in clips])
 
@@ -145,7 +145,9 @@ def defined(batch: list[Cut]) -> list[bool]:
 @example(batch=[Cut(kind, 5_000) for kind in sorted(material())])
 @example(batch=[Cut("noise", n) for n in (3_000, 0, 3_000)])
 @example(batch=[Cut("noise", 0)])
-def test_each_clip_is_as_alone_in_speechbrain_or_nan(model: OnnxModel, reference: Reference, batch: list[Cut]) -> None:
+def test_each_clip_is_as_alone_in_speechbrain_or_nan(
+    model: ExportedModel, reference: Reference, batch: list[Cut]
+) -> None:
     for cut, is_defined, row in zip(batch, defined(batch), embed(model, batch), strict=True):
         if is_defined:
             error, _ = difference(row, reference(cut.clip[:LIMIT]))
@@ -155,14 +157,14 @@ def test_each_clip_is_as_alone_in_speechbrain_or_nan(model: OnnxModel, reference
 
 
 @given(batch=batches, data=st.data())
-def test_neighbours_change_no_bit(model: OnnxModel, batch: list[Cut], data: st.DataObject) -> None:
+def test_neighbours_change_no_bit(model: ExportedModel, batch: list[Cut], data: st.DataObject) -> None:
     mine = data.draw(st.integers(0, len(batch) - 1))
     others = [cut if n == mine else data.draw(cuts(st.just(cut.samples))) for n, cut in enumerate(batch)]
     np.testing.assert_array_equal(embed(model, others)[mine], embed(model, batch)[mine])
 
 
 @given(batch=batches, data=st.data())
-def test_order_and_other_clips_do_not_matter(model: OnnxModel, batch: list[Cut], data: st.DataObject) -> None:
+def test_order_and_other_clips_do_not_matter(model: ExportedModel, batch: list[Cut], data: st.DataObject) -> None:
     rows = embed(model, batch)
     largest = np.nan_to_num(np.abs(rows)).max()
     order = data.draw(st.permutations(range(len(batch))))
@@ -191,7 +193,7 @@ def torn(draw: st.DrawFn) -> tuple[int, list[int]]:
 @example(case=(4_000, [INT32 - 1, INT32 - 1, 4_002]))  # 4000 in 32 bits
 @example(case=(3 * LIMIT, [INT32 - 1, INT32 - 1]))  # the start of the second + one hop is beyond 32 bits
 def test_lengths_that_do_not_fit_the_samples_give_nan_and_no_crash(
-    model: OnnxModel, case: tuple[int, list[int]]
+    model: ExportedModel, case: tuple[int, list[int]]
 ) -> None:
     total, given = case
     rows = run(model, np.resize(material()["noise"], total), given)

@@ -9,38 +9,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._async_client import Long
 from ._client import SpeakerClient
 from ._commands import DONE, FAILED, TERMINATED, at_least, complain, named, raising_once
-from ._files import check_output
+from ._files import locked_folder
 from ._manifest import expand
-from ._parts import KEY, MISSING, Parts, Stat, key, stat_of
+from ._parts import Parts, Stat, stat_of
 from ._scoring import Utterance
+from ._tables import shown
 from .audio import describe
-from .errors import HOPELESS, AudioFileError, DeadlineError, EcapaError, ModelMismatchError, OutputError
-
-if TYPE_CHECKING:
-    import rich.progress
+from .errors import HOPELESS, AudioFileError, DeadlineError, EcapaError, OutputError
 
 IN_FLIGHT = 16
 MOST_UNANSWERED = 32  # requests in a row without a reply, after which the server counts as hung
 REFRESH_EVERY, REPORT_EVERY = 0.1, 60.0  # s, between two updates of the progress bar; between two lines elsewhere
-GONE = -2  # in place of a row's number: the file is gone, its row of an earlier run is kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,45 +78,76 @@ def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
         return _print(client, arguments)
     try:
         with raising_once(signal.SIGTERM, signal.SIG_DFL, _Terminated):
-            summary = _embed(client, arguments)
+            summary = _write(client, arguments)
     except _Terminated:
         return TERMINATED
-    print(json.dumps(vars(summary)) if arguments.json else summary)
-    return FAILED if summary.failed else DONE
+    print(json.dumps(summary) if arguments.json else _sentence(summary))
+    return FAILED if summary["failed"] else DONE
 
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM."""
 
 
+def _outcomes(
+    client: SpeakerClient, paths: Iterable[str], long: Long
+) -> Iterator[tuple[str, Stat, Utterance | EcapaError]]:
+    """Embed files. Yields each path, what the file was before it was read, and the result.
+
+    Raises:
+        EcapaError: The server cannot be reached, or has not answered many requests in a row.
+    """
+    fed: deque[tuple[str, Stat | None]] = deque()
+
+    def feed() -> Iterator[str]:
+        for path in paths:
+            fed.append((path, stat_of(path)))
+            yield path
+
+    unanswered = 0
+    for outcome in client.utterances(feed(), long=long):
+        path, before = fed.popleft()
+        unanswered = unanswered + 1 if isinstance(outcome, DeadlineError) else 0
+        if isinstance(outcome, EcapaError):
+            if isinstance(outcome, HOPELESS) or unanswered == MOST_UNANSWERED:
+                raise outcome
+        elif before is None or stat_of(path) != before:
+            outcome = AudioFileError(f"{describe(path)}: changed while it was embedded: run again when it is whole")
+        yield path, before or (0, 0), outcome
+
+
 # --- with an output ---
 
 
-@dataclass(frozen=True)
-class _Summary:
-    output: str
-    files: int  # given, counted as often as they were named
-    embedded: int  # of them, in the output
-    failed: int  # files and folders in OUT.failed.tsv
-    new: int  # embedded by this run
-    kept: int  # rows of earlier runs for files that this run was not given
-    audio: float  # s, embedded by this run
-    elapsed: float  # s
+def _write(client: SpeakerClient, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Embed into one file, alone, and keep what was embedded if the run ends early."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+        import rich.progress  # noqa: F401
+    except ImportError as exc:  # missing, or built for another NumPy
+        raise OutputError(
+            f"{describe(arguments.output)}: an output needs packages that cannot be imported ({exc}): "
+            "pip install 'ecapa-triton[bulk]'"
+        ) from exc
+    parts = Parts(arguments.output)
+    try:
+        parts.folder.mkdir(exist_ok=True)
+        with locked_folder(parts.folder, wait=False):
+            try:
+                return _embed(client, arguments, parts)
+            except BaseException as exc:
+                left = parts.leave()
+                if left and isinstance(exc, KeyboardInterrupt):
+                    complain(f"interrupted: {left}")
+                if left and isinstance(exc, EcapaError):
+                    raise type(exc)(f"{exc}; {left}") from exc
+                raise
+    except OSError as exc:
+        place = describe(exc.filename or arguments.output)
+        raise OutputError(f"{place}: cannot be written ({exc.strerror}): make room, or move it away") from exc
 
-    def __str__(self) -> str:
-        parts = [f"{describe(self.output)}: {self.embedded:,} of {self.files:,} files embedded"]
-        if self.failed:
-            parts.append(f"{self.failed:,} failed ({describe(self.output)}.failed.tsv)")
-        parts.append(f"{self.new:,} new")
-        if self.kept:
-            parts.append(f"{self.kept:,} kept of earlier runs")
-        if self.new:
-            speed = self.audio / max(self.elapsed, 1e-9)
-            parts.append(f"{self.audio:,.1f} s of audio in {self.elapsed:,.1f} s ({speed:,.1f} times real time)")
-        return ", ".join(parts)
 
-
-def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> _Summary:
+def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     """Embed into one file, and resume from earlier runs.
 
     A file counts as done if it was not written, replaced or moved since it was embedded. The rows are in the order of
@@ -130,131 +155,67 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace) -> _Summary:
     reported on standard error and listed in `OUT.failed.tsv`; the next run tries them again.
     """
     start = time.monotonic()
-    output = os.fspath(arguments.output)
-    place = check_output(output)
-    _check_pyarrow(describe(output))
-    parts = Parts(place, output)
-    agreed = False
-    try:
-        with _Failures(place.with_name(place.name + ".failed.tsv")) as failures:
-            parts.load(arguments.replace)
-            parts.agree("long", arguments.long)
-            agreed = True
-            paths = expand(arguments.inputs, failures.add, root=arguments.root, null=arguments.null)
-            with tempfile.TemporaryFile("w+", dir=parts.folder) as file:
-                wanted = _Wanted(paths, file, parts)
-                if not wanted.files and not failures.count:
-                    raise OutputError(f"{parts.name}: no audio files were given: expected some, or folders with some")
-                wanted.check_earlier(failures)
-                new, audio = _embed_missing(client, wanted, parts, failures, arguments.long)
-                rows, embedded = wanted.all_rows()
-        if len(rows):
-            parts.write_output(rows)
-        parts.remove()
-    except BaseException as exc:
-        left = parts.leave()
-        if left and agreed and not isinstance(exc, ModelMismatchError):
-            left += ", and the same command resumes" + " without --replace" * arguments.replace
-        if left and isinstance(exc, KeyboardInterrupt):
-            complain(f"interrupted: {left}")
-        if isinstance(exc, OSError):
-            exc = OutputError(f"{parts.name}: cannot be written ({exc.strerror}): make room, or choose another place")
-        if isinstance(exc, EcapaError):
-            raise type(exc)(f"{exc}{left and '; '}{left}") from exc
-        raise
-    elapsed = time.monotonic() - start
-    return _Summary(output, wanted.files, embedded, failures.count, new, len(rows) - embedded, audio, elapsed)
+    with _Failures(arguments.output) as failures:
+        parts.load(arguments.replace)
+        parts.agree("long", arguments.long)
+        paths = list(expand(arguments.inputs, failures.add, root=arguments.root, null=arguments.null))
+        if not paths and not failures.count:
+            raise OutputError(f"{parts.name}: no audio files were given: expected some, or folders with some")
+        if not all(map(os.path.isabs, paths)):
+            parts.agree("folder", os.getcwd())
 
-
-class _Wanted:
-    """The files that a run is given: their paths in a temporary file, and the row of each path in memory.
-
-    Attributes:
-        files: How many were given.
-        rows: The row of each path, `MISSING` or `GONE`.
-    """
-
-    def __init__(self, paths: Iterable[str], file: TextIO, parts: Parts) -> None:
-        self._file, self._parts = file, parts
-        keys = bytearray()
-        for path in paths:
-            file.write(json.dumps(path) + "\n")
-            keys += key(os.fsencode(path))
-            if not os.path.isabs(path):
-                parts.agree("folder", os.getcwd())
-        found = np.frombuffer(keys, KEY) if keys else np.empty(0, KEY)
-        self._keys, self._first, self._path_of = np.unique(found, return_index=True, return_inverse=True)
-        self.files, self.rows = len(found), parts.find(self._keys)
-
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yield each path once, in order, and its place in `rows`."""
-        self._file.seek(0)
-        for number, line in enumerate(self._file):
-            place = self._path_of[number]
-            if self._first[place] == number:
-                yield int(place), json.loads(line)
-
-    def check_earlier(self, failures: _Failures) -> None:
-        """Set the rows of files that have changed to `MISSING`, those of files that are gone to `GONE`."""
-        for place, path in self.paths():
-            if self.rows[place] == MISSING:
-                continue
-            now = stat_of(path)
-            if now is None:
-                self.rows[place] = GONE
+        rows: dict[str, int] = {}  # numbers of those that are embedded
+        missing: list[str] = []
+        for path in dict.fromkeys(paths):
+            row, now = parts.earlier.get(shown(path)), stat_of(path)
+            if row is not None and now is None:  # its row is kept among those of earlier runs
                 failures.add(path, AudioFileError(f"{describe(path)}: is gone: its earlier embedding is kept"))
-            elif now != self._parts.stat(self.rows[place]):
-                self.rows[place] = MISSING
-
-    def all_rows(self) -> tuple[NDArray[np.int64], int]:
-        """The rows of the output in order, and how many of them are for the files given."""
-        rows = self.rows[self._path_of]
-        rows = rows[rows >= 0]
-        return np.concatenate([rows, self._parts.others(self._keys[self.rows != GONE])]), len(rows)
-
-
-def _embed_missing(
-    client: SpeakerClient, wanted: _Wanted, parts: Parts, failures: _Failures, long: Long
-) -> tuple[int, float]:
-    """Embed the files that have no row. Returns their number and the seconds of audio embedded."""
-    fed: deque[tuple[int, str, Stat | None]] = deque()
-
-    def feed() -> Iterator[str]:
-        for place, path in wanted.paths():
-            if wanted.rows[place] == MISSING:
-                fed.append((place, path, stat_of(path)))
-                yield path
-
-    new, audio, unanswered = 0, 0.0, 0
-    done = int(np.count_nonzero(wanted.rows >= 0))
-    with _Progress(parts.name, len(wanted.rows), done) as progress:
-        failures.report = progress.print
-        for outcome in client.utterances(feed(), long=long):
-            place, path, before = fed.popleft()
-            unanswered = unanswered + 1 if isinstance(outcome, DeadlineError) else 0
-            if isinstance(outcome, EcapaError) and (isinstance(outcome, HOPELESS) or unanswered == MOST_UNANSWERED):
-                raise outcome
-            # A row records the file as it was before it was read. A record that is too old is seen by the next run.
-            if isinstance(outcome, Utterance) and (before is None or stat_of(path) != before):
-                outcome = AudioFileError(f"{describe(path)}: changed while it was embedded: run again when it is whole")
-            if isinstance(outcome, EcapaError):
-                failures.add(path, outcome)
+                continue
+            parts.earlier.pop(shown(path), None)
+            if row is not None and now == parts.stat(row):
+                rows[path] = row
             else:
-                assert before is not None
-                wanted.rows[place] = parts.add(path, before, outcome)
-                new += 1
-                audio += outcome.seconds
-            progress.show(new, failures.count, audio)
-    return new, audio
+                missing.append(path)
+
+        new, audio = 0, 0.0
+        with _progress(parts.name, len(rows) + len(missing), len(rows)) as show:
+            for path, stat, outcome in _outcomes(client, missing, arguments.long):
+                if isinstance(outcome, EcapaError):
+                    failures.add(path, outcome)
+                else:
+                    rows[path] = parts.add(path, stat, outcome)
+                    new += 1
+                    audio += outcome.seconds
+                show(new, failures.count, audio)
+    given = [rows[path] for path in paths if path in rows]
+    kept = sorted(parts.earlier.values())
+    if given or kept:
+        parts.write_output(given + kept)
+    parts.remove()
+    return {
+        "output": os.fspath(arguments.output),
+        "files": len(paths),  # as often as they were named
+        "embedded": len(given),  # of them, in the output
+        "failed": failures.count,  # files and folders
+        "new": new,  # embedded by this run
+        "kept": len(kept),  # rows of earlier runs for files that this run was not given
+        "audio": audio,  # s, embedded by this run
+        "elapsed": time.monotonic() - start,  # s
+    }
 
 
-def _check_pyarrow(name: str) -> None:
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as exc:  # missing, or built for another NumPy
-        raise OutputError(
-            f"{name}: pyarrow is needed for an output and cannot be imported ({exc}): pip install 'ecapa-triton[bulk]'"
-        ) from exc
+def _sentence(summary: dict[str, Any]) -> str:
+    output = describe(summary["output"])
+    parts = [f"{output}: {summary['embedded']:,} of {summary['files']:,} files embedded"]
+    if summary["failed"]:
+        parts.append(f"{summary['failed']:,} failed ({output}.failed.tsv)")
+    parts.append(f"{summary['new']:,} new")
+    if summary["kept"]:
+        parts.append(f"{summary['kept']:,} kept of earlier runs")
+    if summary["new"]:
+        audio, elapsed = summary["audio"], summary["elapsed"]
+        parts.append(f"{audio:,.1f} s of audio in {elapsed:,.1f} s ({audio / elapsed:,.1f} times real time)")
+    return ", ".join(parts)
 
 
 # --- without an output: a line per file ---
@@ -262,26 +223,18 @@ def _check_pyarrow(name: str) -> None:
 
 def _print(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     failed = 0
-    fed: deque[str] = deque()
 
     def fail(path: str, error: EcapaError) -> None:
         nonlocal failed
         failed += 1
         complain(str(named(path, error)))
 
-    def feed() -> Iterator[str]:
-        for path in expand(arguments.inputs, fail, root=arguments.root, null=arguments.null):
-            fed.append(path)
-            yield path
-
-    for outcome in client.utterances(feed(), long=arguments.long):
-        path = fed.popleft()
-        if isinstance(outcome, Utterance):
-            print(_line(path, outcome, arguments.json), flush=True)
-        elif isinstance(outcome, HOPELESS):
-            raise outcome
-        else:
+    paths = expand(arguments.inputs, fail, root=arguments.root, null=arguments.null)
+    for path, _, outcome in _outcomes(client, paths, arguments.long):
+        if isinstance(outcome, EcapaError):
             fail(path, outcome)
+        else:
+            print(_line(path, outcome, arguments.json), flush=True)
     return FAILED if failed else DONE
 
 
@@ -298,99 +251,60 @@ def _line(path: str, one: Utterance, as_json: bool) -> str:
 
 
 class _Failures:
-    """Reports files that fail and lists them in a file, which replaces that of an earlier run."""
+    """Reports files that fail and lists them in `OUT.failed.tsv`, which replaces that of an earlier run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, output: Path) -> None:
         self.count = 0
-        self.report: Callable[[str], None] = complain
-        self._path = path
-        self._file: TextIO | None = None
+        self._path = output.with_name(output.name + ".failed.tsv")
+        self._file: TextIO = open(self._path, "w", encoding="utf-8", errors="backslashreplace")
+        self._file.write("path\terror\treason\n")
 
     def __enter__(self) -> _Failures:
-        try:
-            self._path.unlink(missing_ok=True)
-        except OSError as exc:
-            raise OutputError(f"{describe(self._path)}: cannot be replaced ({exc.strerror}): move it away") from exc
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
+        if not self.count:
+            self._path.unlink()
 
     def add(self, path: str, error: EcapaError) -> None:
         """Report and list a file."""
         self.count += 1
         error = named(path, error)
-        self.report(str(error))
-        try:
-            if self._file is None:
-                self._file = open(self._path, "w", encoding="utf-8", errors="surrogateescape")
-                self._file.write("path\terror\treason\n")
-            columns = path, type(error).__name__, str(error).removeprefix(f"{describe(path)}: ")
-            self._file.write("\t".join(re.sub(r"[\t\n\r]", _escape, column) for column in columns) + "\n")
-            self._file.flush()
-        except OSError as exc:
-            raise OutputError(f"{describe(self._path)}: cannot be written ({exc.strerror}): make room") from exc
+        complain(str(error))
+        columns = path, type(error).__name__, str(error).removeprefix(f"{describe(path)}: ")
+        escapes = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
+        self._file.write("\t".join(column.translate(escapes) for column in columns) + "\n")
+        self._file.flush()
 
 
-def _escape(found: re.Match[str]) -> str:
-    return repr(found[0])[1:-1]
+@contextmanager
+def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int, int, float], None]]:
+    """Yield a function that shows how far a run is: a bar on a terminal, a line a minute elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
 
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[words]}")
+    terminal = sys.stderr.isatty()
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False)
+    task = bar.add_task(name, total=total, completed=done, words="")
+    start = shown = time.monotonic()
 
-class _Progress:
-    """The progress of a run: a bar on a terminal, a line a minute elsewhere or without rich."""
-
-    def __init__(self, name: str, total: int, done: int) -> None:
-        self._name, self._total, self._done = name, total, done
-        self._start = self._shown = time.monotonic()
-        self._bar = _rich_bar() if sys.stderr.isatty() else None
-        if self._bar is not None:
-            self._bar.add_task(name, total=total, completed=done, words="")
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, new: int, failed: int, audio: float) -> None:
-        """Show how many files this run has finished, if an update is due."""
+    def show(new: int, failed: int, audio: float) -> None:
+        nonlocal shown
         now = time.monotonic()
-        if now - self._shown < (REPORT_EVERY if self._bar is None else REFRESH_EVERY):
+        if now - shown < (REFRESH_EVERY if terminal else REPORT_EVERY):
             return
-        self._shown = now
-        elapsed = max(now - self._start, 1e-9)
-        done = min(self._done + new + failed, self._total)
-        left = timedelta(seconds=round((self._total - done) * elapsed / max(new + failed, 1)))
+        shown, elapsed, finished = now, now - start, min(done + new + failed, total)
+        left = timedelta(seconds=round((total - finished) * elapsed / (new + failed)))
         words = (
-            f"{done:,} of {self._total:,} files, {failed:,} failed, {(new + failed) / elapsed:,.1f} files/s, "
+            f"{finished:,} of {total:,} files, {failed:,} failed, {(new + failed) / elapsed:,.1f} files/s, "
             f"{audio / elapsed:,.1f} s of audio a second, {left} left"
         )
-        if self._bar is None:
-            complain(f"{self._name}: {words}")
+        if terminal:
+            bar.update(task, completed=finished, words=words)
         else:
-            self._bar.update(self._bar.task_ids[0], completed=done, words=words)
+            complain(f"{name}: {words}")
 
-    def print(self, message: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._bar is None:
-            complain(message)
-        else:
-            self._bar.console.print(
-                f"ecapa-triton: {message}", markup=False, highlight=False, emoji=False, soft_wrap=True
-            )
-
-
-def _rich_bar() -> rich.progress.Progress | None:
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-    except ImportError:
-        return None
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[words]}")
-    return Progress(
-        *columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False, redirect_stderr=False
-    )
+    with bar if terminal else nullcontext():
+        yield show

@@ -147,9 +147,9 @@ def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 
 
 def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
-    check_output(arguments.gallery)
+    place = check_output(arguments.gallery)
     outcomes = list(client.utterances(arguments.files, long=arguments.long))
-    with locked_folder(arguments.gallery):  # one enrolment at a time
+    with locked_folder(place.parent):  # one enrolment at a time
         gallery = Gallery.load(arguments.gallery) if arguments.gallery.exists() else Gallery()
         gallery.enrol(arguments.name, outcomes)
         gallery.save(arguments.gallery)

@@ -39,36 +39,25 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Lock a file's folder, so that two programs that read the file and replace it take turns."""
-    import fcntl  # not on Windows
-
-    folder = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
-def locked(path: Path) -> BinaryIO:
-    """Open a file, which is locked until it is closed.
+def locked_folder(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Lock a folder, so that two programs that read a file in it and replace it take turns.
 
     Raises:
-        BlockingIOError: Another program holds the lock.
-        FileNotFoundError: The folder is missing, or the file was removed by the program that held the lock.
+        OutputError: Another program holds the lock and `wait` is false.
     """
-    import fcntl
+    import fcntl  # not on Windows
 
-    file = open(path, "ab")
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise FileNotFoundError(path)
-        return file
-    except BaseException:
-        file.close()
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise BlockingIOError  # the program that held the lock has removed the folder
+        yield
+    except BlockingIOError as exc:
+        reason = "another run is writing it: wait for its end, or choose another output"
+        raise OutputError(f"{describe(folder)}: {reason}") from exc
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

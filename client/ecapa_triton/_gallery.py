@@ -8,12 +8,10 @@ import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib import format as numpy_format
 from numpy.typing import NDArray
 
 from ._files import replacing
@@ -23,11 +21,8 @@ from .errors import EcapaError, EmbeddingError, GalleryError, GalleryFileError, 
 
 MAX_NAME = 128  # characters
 FORMAT = 1  # version of the files
-MEMBERS = "format", "model", "threshold", "names", "clips", "sums"
-BLOCK = 64  # utterances scored by one matrix product
+ARRAYS = {"model": "U0", "threshold": "f0", "names": "U1", "clips": "i1", "sums": "f2"}  # kind and dimensions
 SHORTEST_MEAN = 1e-6  # of unit vectors; below it, rounding decides the direction
-
-_npy: Any = numpy_format  # not every numpy has types for it
 
 
 class Candidate(NamedTuple):
@@ -59,6 +54,11 @@ class Identification:
     candidates: tuple[Candidate, ...]
 
 
+class _Voice(NamedTuple):
+    total: NDArray[np.float64]  # [dims], the sum of its utterances at length 1
+    clips: int  # their number
+
+
 class Gallery:
     """Enrolled voices, for identification and verification.
 
@@ -73,25 +73,18 @@ class Gallery:
     ```
 
     Names are stored in Unicode's composed form (NFC), so that names that look the same are the same. A voice of 192
-    numbers takes 2.3 kB of memory and 1.6 kB in a file; identification among 100,000 voices takes about 10 ms on one
-    core.
+    numbers takes 2.7 kB of memory and 1.6 kB in a file; identification among 100,000 voices takes about 10 ms on one
+    core, and longer at the first time after a change.
 
     Threads may read a gallery at the same time (identify, verify, scores, save). Changes (enrol, remove) need a lock
     of the caller's.
     """
 
     def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
         self._model: str | None = None
         self._threshold: float | None = None
-        self._rows: dict[str, int] = {}  # by name, in the order of enrolment
-        self._names: list[str] = []  # by row
-        self._clips: list[int] = []  # by row
-        # Both have spare rows. Later enrolments add to the sums; the rows of length 1 serve to find the nearest.
-        self._sums: NDArray[np.float64] = np.empty((0, 0))
-        self._units: NDArray[np.float32] = np.empty((0, 0), np.float32)
+        self._voices: dict[str, _Voice] = {}  # in the order of enrolment
+        self._found: tuple[list[str], NDArray[np.float32]] | None = None  # of `_index`, until the next change
 
     @property
     def model(self) -> str | None:
@@ -104,13 +97,13 @@ class Gallery:
         return self._threshold
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._voices)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self._voices)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and unicodedata.normalize("NFC", name) in self._rows
+        return isinstance(name, str) and _composed(name) in self._voices
 
     def __repr__(self) -> str:
         return f"<Gallery of {len(self)} voices, model {self._model}>"
@@ -121,7 +114,7 @@ class Gallery:
         Raises:
             UnknownVoiceError: No voice of this name is enrolled.
         """
-        return self._clips[self._row(name)]
+        return self._voice(name).clips
 
     def enrol(self, name: str, utterances: Utterance | Iterable[Utterance | EcapaError]) -> None:
         """Add utterances to a new or an enrolled voice, in which all its utterances have equal weight.
@@ -138,34 +131,19 @@ class Gallery:
             EmbeddingError: An embedding has no direction or another size, or all of them cancel out.
             EcapaError: The first error among `utterances`.
         """
-        name = _composed(name)
-        if fault := _fault(name):
-            raise GalleryError(f"the name {name[:MAX_NAME]!r} {fault}")
-        items = [utterances] if isinstance(utterances, Utterance | EcapaError) else utterances
-        total: NDArray[np.float64] | None = None
-        count, model, threshold, dims = 0, self._model, self._threshold, self._dims
-        for item in items:
-            utterance = _good(item)
-            direction = _direction(utterance, model, dims)
-            total = direction if total is None else total + direction
-            count, model, dims = count + 1, utterance.model, len(direction)
-            threshold = threshold if utterance.threshold is None else utterance.threshold
-        if total is None:
+        name = _checked(name)
+        items = [utterances] if isinstance(utterances, Utterance | EcapaError) else list(utterances)
+        directions = self._directions(items)
+        if not directions:
             raise GalleryError(f"no utterance for {name!r}: pass one or more")
-        row = self._rows.get(name)
-        if row is not None:
-            total, count = total + self._sums[row], count + self._clips[row]
-        lengths = _lengths(total[None])
-        if not lengths[0] >= SHORTEST_MEAN * count:
+        before = [self._voices[name].total] if name in self._voices else []
+        voice = _Voice(np.sum(before + directions, axis=0), len(items) + (self.clips(name) if before else 0))
+        if not _lengths(voice.total) >= SHORTEST_MEAN * voice.clips:
             raise EmbeddingError(f"the utterances of {name!r} cancel each other out: enrol others, of one speaker")
-        if row is None:
-            row = len(self._names)
-            self._make_room(row, len(total))
-            self._rows[name] = row
-            self._names.append(name)
-            self._clips.append(count)
-        self._sums[row], self._units[row], self._clips[row] = total, total / lengths[0], count
-        self._model, self._threshold = model, threshold
+        self._voices[name], self._found = voice, None
+        for one in map(_good, items):
+            self._model = one.model
+            self._threshold = self._learned(one)
 
     def remove(self, name: str) -> None:
         """Remove a voice, and with the last one the gallery's model.
@@ -173,14 +151,11 @@ class Gallery:
         Raises:
             UnknownVoiceError: No voice of this name is enrolled.
         """
-        row = self._row(name)
-        del self._rows[self._names[row]]
-        last, clips = self._names.pop(), self._clips.pop()
-        if row < len(self._names):  # the last row takes its place
-            self._rows[last], self._names[row], self._clips[row] = row, last, clips
-            self._sums[row], self._units[row] = self._sums[len(self._names)], self._units[len(self._names)]
-        if not self._names:
-            self._clear()
+        self._voice(name)
+        del self._voices[_composed(name)]
+        self._found = None
+        if not self._voices:
+            self._model = self._threshold = None
 
     def identify(self, utterance: Utterance, top: int = 5, threshold: float | None = None) -> Identification:
         """Find the voice of an utterance.
@@ -197,15 +172,16 @@ class Gallery:
             ValueError: `top` is below 1.
         """
         _check_options(top, threshold)
-        (outcome,) = self._identify([utterance], top, threshold)
-        if isinstance(outcome, EcapaError):
-            raise outcome
-        return outcome
+        (direction,) = self._directions([utterance])
+        candidates = self._best(direction, top) if self._voices else ()
+        verdict = decide(candidates[0].score if candidates else -1.0, threshold, self._learned(utterance))
+        name = candidates[0].name if verdict.same else None
+        return Identification(name, verdict.score, verdict.threshold, candidates)
 
     def identify_many(
         self, utterances: Iterable[Utterance | EcapaError], top: int = 5, threshold: float | None = None
     ) -> Iterator[Identification | EcapaError]:
-        """Find the voices of many utterances, 64 at a time; `identify` answers for one without waiting for more.
+        """Find the voices of many utterances.
 
         Args:
             utterances: As `client.utterances(...)` yields them; may be a generator.
@@ -221,9 +197,14 @@ class Gallery:
             ValueError: `top` is below 1.
         """
         _check_options(top, threshold)
-        items = iter(utterances)
-        blocks = iter(lambda: list(islice(items, BLOCK)), [])
-        return (outcome for block in blocks for outcome in self._identify(block, top, threshold))
+
+        def outcome(item: Utterance | EcapaError) -> Identification | EcapaError:
+            try:
+                return self.identify(_good(item), top, threshold)
+            except EcapaError as exc:
+                return exc
+
+        return map(outcome, utterances)
 
     def scores(self, utterances: Iterable[Utterance]) -> NDArray[np.float32]:
         """Cosines of utterances to all voices.
@@ -235,11 +216,10 @@ class Gallery:
             ModelMismatchError: An utterance is of another model than the gallery or those before it.
             EmbeddingError: An embedding has no direction, or another size.
         """
-        model, dims, directions = self._model, self._dims, []
-        for utterance in utterances:
-            directions.append(_direction(_good(utterance), model, dims))
-            model, dims = utterance.model, len(directions[-1])
-        scores = self._nearness(directions)[:, list(self._rows.values())]
+        directions, (names, units) = self._directions(utterances), self._index()
+        if not directions or not names:
+            return np.empty((len(directions), len(names)), np.float32)
+        scores: NDArray[np.float32] = np.array(directions, np.float32) @ units.T
         return np.clip(scores, -1, 1, out=scores)
 
     def verify(self, name: str, utterance: Utterance, threshold: float | None = None) -> Verification:
@@ -256,9 +236,9 @@ class Gallery:
             ThresholdError: No threshold is given and the model has none, or it is not a cosine.
             EmbeddingError: The embedding has no direction, or another size.
         """
-        row = self._row(name)
-        direction = _direction(_good(utterance), self._model, self._dims)
-        return decide(self._exact([row], direction)[0], threshold, self._learned(utterance))
+        voice = self._voice(name)
+        (direction,) = self._directions([utterance])
+        return decide(_cosines([voice], direction)[0], threshold, self._learned(utterance))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery to an npz file, whole or not at all, in place of an existing file.
@@ -271,16 +251,16 @@ class Gallery:
         Raises:
             OutputError: It cannot be written.
         """
-        rows = list(self._rows.values())
+        voices = self._voices.values()
         with replacing(path) as file:
             np.savez(
                 file,
                 format=np.array(FORMAT, "<i8"),
                 model=np.array(self._model or ""),
                 threshold=np.array(math.nan if self._threshold is None else self._threshold, "<f8"),
-                names=np.array(list(self._rows), str),
-                clips=np.array([self._clips[row] for row in rows], "<i8"),
-                sums=self._sums[rows].astype("<f8", copy=False),
+                names=np.array(list(self._voices), str),
+                clips=np.array([voice.clips for voice in voices], "<i8"),
+                sums=np.array([voice.total for voice in voices], "<f8").reshape(len(voices), self._dims or 0),
             )
 
     @classmethod
@@ -293,134 +273,89 @@ class Gallery:
             GalleryFileError: The file cannot be read, holds no gallery, or is damaged.
         """
         name = describe(path)
+        gallery = cls()
         try:
             if not Path(path).is_file():
                 os.stat(path)
                 raise OSError("not a regular file")
-            return cls._restored(_read(Path(path)))
+            gallery._restore(**_read(path))
         except OSError as exc:
             raise GalleryFileError(
                 f"{name}: cannot be read ({exc.strerror or exc}): pass a file that Gallery.save wrote"
             ) from exc
-        except GalleryFileError as exc:
-            raise GalleryFileError(f"{name}: {exc}") from exc
         except Exception as exc:  # zipfile and numpy raise many types for damaged files
             reason = " ".join(str(exc).split()) or type(exc).__name__
             raise GalleryFileError(
-                f"{name}: not a gallery, or damaged ({reason}): pass a file that Gallery.save wrote, or enrol again"
+                f"{name}: not a gallery of format {FORMAT}, or damaged ({reason}): pass a file that Gallery.save of "
+                "this version wrote, or enrol again"
             ) from exc
-
-    @classmethod
-    def _restored(cls, arrays: dict[str, NDArray[Any]]) -> Gallery:
-        gallery = cls()
-        names: list[str] = arrays["names"].tolist()
-        clips: list[int] = arrays["clips"].tolist()
-        model, threshold, sums = arrays["model"].item(), arrays["threshold"].item(), arrays["sums"]
-        if not len(names) == len(clips) == len(sums):
-            raise ValueError(f"{len(names)} names, {len(clips)} counts of clips and {len(sums)} voices")
-        if bool(names) != bool(model) or not model.isprintable():
-            raise ValueError("voices without a model, or a model without voices")
-        if not (math.isnan(threshold) or -1 <= threshold <= 1):
-            raise ValueError(f"threshold {threshold}")
-        for name in names:
-            if fault := _fault(name):
-                raise ValueError(f"the name {name!r} {fault}")
-            if name != _composed(name):
-                raise ValueError(f"the name {name!r} is not in NFC")
-        if len(set(names)) < len(names):
-            raise ValueError("a name occurs twice")
-        if not names:
-            return gallery
-        lengths = _lengths(sums)
-        counts = arrays["clips"]
-        if not np.all((counts >= 1) & (lengths >= SHORTEST_MEAN * counts) & (lengths <= counts * (1 + 1e-6))):
-            raise ValueError("a voice is not a sum of as many unit vectors as it has clips")
-        gallery._model, gallery._threshold = model, None if math.isnan(threshold) else threshold
-        gallery._names, gallery._clips = names, clips
-        gallery._rows = {name: row for row, name in enumerate(names)}
-        gallery._sums, gallery._units = sums, (sums / lengths[:, None]).astype(np.float32)
         return gallery
+
+    def _restore(self, model: Any, threshold: Any, names: Any, clips: Any, sums: Any) -> None:
+        self._model = model.item() or None
+        self._threshold = None if math.isnan(threshold) else threshold.item()
+        check_threshold(self._threshold)
+        found = {_checked(name) for name in names.tolist()}
+        if found != set(names.tolist()) or not len(found) == len(names) == len(clips) == len(sums):
+            raise ValueError(f"{len(found)} names in NFC, {len(clips)} counts of clips, {len(sums)} sums")
+        if bool(found) != bool(self._model):
+            raise ValueError("voices without a model, or a model without voices")
+        sums, lengths = sums.astype(np.float64), _lengths(sums)
+        if not np.all((clips >= 1) & (lengths >= SHORTEST_MEAN * clips) & (lengths <= clips * (1 + 1e-6))):
+            raise ValueError("a voice is not a sum of as many unit vectors as it has clips")
+        self._voices = dict(zip(names.tolist(), map(_Voice, sums, clips.tolist()), strict=True))
 
     @property
     def _dims(self) -> int | None:
-        return self._sums.shape[1] or None
+        return next((len(voice.total) for voice in self._voices.values()), None)
 
-    def _row(self, name: str) -> int:
-        row = self._rows.get(_composed(name))
-        if row is None:
+    def _voice(self, name: str) -> _Voice:
+        voice = self._voices.get(_composed(name))
+        if voice is None:
             raise UnknownVoiceError(
                 f"no voice of the name {name[:MAX_NAME]!r} is enrolled: enrol it, or pass one of the {len(self)} names"
             )
-        return row
-
-    def _make_room(self, row: int, dims: int) -> None:
-        if row == len(self._sums):  # twice as many, so that enrolling one by one does not copy each time
-            sums, units = np.empty((max(8, 2 * row), dims)), np.empty((max(8, 2 * row), dims), np.float32)
-            if row:
-                sums[:row], units[:row] = self._sums, self._units
-            self._sums, self._units = sums, units
+        return voice
 
     def _learned(self, utterance: Utterance) -> float | None:
         return self._threshold if utterance.threshold is None else utterance.threshold
 
-    def _identify(
-        self, block: Sequence[Utterance | EcapaError], top: int, threshold: float | None
-    ) -> list[Identification | EcapaError]:
-        asked: list[tuple[Utterance, NDArray[np.float64]] | EcapaError] = []
-        for item in block:
-            try:
-                utterance = _good(item)
-                asked.append((utterance, _direction(utterance, self._model, self._dims)))
-            except EcapaError as exc:
-                asked.append(exc)
-        nearness = iter(self._nearness([one[1] for one in asked if not isinstance(one, EcapaError)]))
-        outcomes: list[Identification | EcapaError] = []
-        for one in asked:
-            try:
-                outcomes.append(
-                    one if isinstance(one, EcapaError) else self._identification(*one, next(nearness), top, threshold)
+    def _directions(self, items: Iterable[Utterance | EcapaError]) -> list[NDArray[np.float64]]:
+        """The embeddings `[dims]` at length 1, checked to be of one model and size, the gallery's if it has one."""
+        model, dims, directions = self._model, self._dims, []
+        for item in items:
+            utterance = _good(item)
+            if not utterance.model:
+                raise ModelMismatchError("the utterance has no model identity: embed it again")
+            if model not in (None, utterance.model):
+                raise ModelMismatchError(
+                    f"the utterance is of model {utterance.model}, expected the gallery's, {model}: enrol again with "
+                    "one model"
                 )
-            except EcapaError as exc:
-                outcomes.append(exc)
-        return outcomes
+            shape = np.shape(utterance.embedding)
+            if len(shape) != 1 or dims not in (None, *shape):
+                raise EmbeddingError(f"an embedding of shape {list(shape)}: expected {[dims or 192]}")
+            model, dims = utterance.model, shape[0]
+            directions.append(unit(utterance.embedding))
+        return directions
 
-    def _identification(
-        self,
-        utterance: Utterance,
-        direction: NDArray[np.float64],
-        nearness: NDArray[np.float32],
-        top: int,
-        threshold: float | None,
-    ) -> Identification:
-        candidates = self._best(nearness, direction, top) if self._names else ()
-        score = candidates[0].score if candidates else -1.0
-        verdict = decide(score, threshold, self._learned(utterance))
-        return Identification(candidates[0].name if verdict.same else None, score, verdict.threshold, candidates)
-
-    def _nearness(self, directions: list[NDArray[np.float64]]) -> NDArray[np.float32]:
-        """Cosines `[directions, voices]` by row, to float32's rounding."""
-        if not directions or not self._names:
-            return np.empty((len(directions), len(self._names)), np.float32)
-        found: NDArray[np.float32] = np.array(directions, np.float32) @ self._units[: len(self._names)].T
+    def _index(self) -> tuple[list[str], NDArray[np.float32]]:
+        """The names, and the voices `[voices, dims]` at length 1."""
+        found = self._found
+        if found is None:
+            sums = np.array([voice.total for voice in self._voices.values()]).reshape(len(self), self._dims or 0)
+            found = self._found = list(self._voices), (sums / _lengths(sums)[:, None]).astype(np.float32)
         return found
 
-    def _best(self, nearness: NDArray[np.float32], direction: NDArray[np.float64], top: int) -> tuple[Candidate, ...]:
-        """The best candidates. Rows within rounding of them are scored again, exactly."""
-        voices = len(nearness)
-        if top < voices:
-            rounding = 2 * len(direction) * np.finfo(np.float32).eps
-            rows = np.flatnonzero(nearness >= np.partition(nearness, voices - top)[voices - top] - rounding)
-        else:
-            rows = np.arange(voices)
-        found = [
-            Candidate(self._names[row], score) for row, score in zip(rows, self._exact(rows, direction), strict=True)
-        ]
-        return tuple(sorted(found, key=lambda one: (-one.score, one.name))[:top])
-
-    def _exact(self, rows: list[int] | NDArray[np.intp], direction: NDArray[np.float64]) -> list[float]:
-        sums = self._sums[rows]
-        cosines: list[float] = np.clip((sums * direction).sum(axis=1) / _lengths(sums), -1, 1).tolist()
-        return cosines
+    def _best(self, direction: NDArray[np.float64], top: int) -> tuple[Candidate, ...]:
+        """The best candidates. Voices within rounding of them are scored again, exactly."""
+        names, units = self._index()
+        scores = units @ direction.astype(np.float32)
+        least = np.partition(scores, -top)[-top] if top < len(names) else -np.inf
+        rounding = 2 * len(direction) * np.finfo(np.float32).eps
+        near = [names[row] for row in np.flatnonzero(scores >= least - rounding)]
+        exact = _cosines([self._voices[name] for name in near], direction)
+        return tuple(sorted(map(Candidate, near, exact), key=lambda one: (-one.score, one.name))[:top])
 
 
 def _composed(name: str) -> str:
@@ -429,15 +364,15 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _fault(name: str) -> str | None:
-    """Why a name is not valid; None if it is."""
-    if not name or name != name.strip():
-        return "is empty or has spaces around it: expected a name"
-    if len(name) > MAX_NAME:
-        return f"has {len(name)} characters: expected up to {MAX_NAME}"
-    if not name.isprintable():
-        return "has characters that are not printable: expected printable ones"
-    return None
+def _checked(name: str) -> str:
+    """The composed name of a voice to enrol."""
+    name = _composed(name)
+    if not (name.isprintable() and 0 < len(name.strip()) == len(name) <= MAX_NAME):
+        raise GalleryError(
+            f"the name {name[:MAX_NAME]!r} of {len(name)} characters: expected 1 to {MAX_NAME} printable characters, "
+            "without spaces around them"
+        )
+    return name
 
 
 def _good(item: Utterance | EcapaError) -> Utterance:
@@ -446,20 +381,6 @@ def _good(item: Utterance | EcapaError) -> Utterance:
     if not isinstance(item, Utterance):
         raise TypeError(f"{describe(item)}: expected an Utterance, as SpeakerClient.utterance returns it")
     return item
-
-
-def _direction(utterance: Utterance, model: str | None, dims: int | None) -> NDArray[np.float64]:
-    """The embedding at length 1, checked to be of `model` and of size `dims`; None: any."""
-    if not utterance.model:
-        raise ModelMismatchError("the utterance has no model identity: embed it again")
-    if model is not None and utterance.model != model:
-        raise ModelMismatchError(
-            f"the utterance is of model {utterance.model}, expected the gallery's, {model}: enrol again with one model"
-        )
-    shape = np.shape(utterance.embedding)
-    if len(shape) != 1 or dims not in (None, shape[0]):
-        raise EmbeddingError(f"an embedding of shape {list(shape)}: expected {[dims or 192]}, as the model gives it")
-    return unit(utterance.embedding)
 
 
 def _check_options(top: int, threshold: float | None) -> None:
@@ -471,46 +392,28 @@ def _check_options(top: int, threshold: float | None) -> None:
 def _lengths(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Lengths of the rows, each independent of the others, so that a saved gallery scores as before."""
     with np.errstate(over="ignore", invalid="ignore"):
-        lengths: NDArray[np.float64] = np.sqrt((sums * sums).sum(axis=1))
+        lengths: NDArray[np.float64] = np.sqrt((sums * sums).sum(axis=-1))
     return lengths
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a gallery's file, with dtypes and dimensions checked."""
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        size = os.fstat(file.fileno()).st_size
-        version = int(_array(archive, "format", size, "<i8", 0))
-        if version != FORMAT:
-            raise GalleryFileError(
-                f"a gallery of format {version}, this version reads {FORMAT}: upgrade ecapa-triton, or enrol again"
-            )
-        if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in MEMBERS):
-            raise ValueError(f"expected the arrays {', '.join(MEMBERS)}")
-        kinds = {
-            "model": ("<U", 0),
-            "threshold": ("<f8", 0),
-            "names": ("<U", 1),
-            "clips": ("<i8", 1),
-            "sums": ("<f8", 2),
-        }
-        return {name: _array(archive, name, size, *kind) for name, kind in kinds.items()}
+def _cosines(voices: Sequence[_Voice], direction: NDArray[np.float64]) -> list[float]:
+    sums = np.array([voice.total for voice in voices])
+    cosines: list[float] = np.clip((sums * direction).sum(axis=1) / _lengths(sums), -1, 1).tolist()
+    return cosines
 
 
-def _array(archive: zipfile.ZipFile, name: str, size: int, dtype: str, dimensions: int) -> NDArray[Any]:
-    """One array. Its header is checked first: the data must be in the file, which has `size` bytes."""
-    info = archive.getinfo(f"{name}.npy")
-    if info.compress_type != zipfile.ZIP_STORED or not info.file_size == info.compress_size <= size:
-        raise ValueError(f"{name} is compressed")
-    with archive.open(info) as member:
-        if _npy.read_magic(member) != (1, 0):
-            raise ValueError(f"{name} is of another version of npy")
-        shape, fortran, found = _npy.read_array_header_1_0(member)
-        header = member.tell()
-    right = found.str.startswith("<U") and found.itemsize <= 4 * MAX_NAME if dtype == "<U" else found.str == dtype
-    if not right or fortran or len(shape) != dimensions or min(shape, default=0) < 0:
-        raise ValueError(f"{name} is {found.str[:20]} {list(shape)}: expected {dtype} of {dimensions} dimensions")
-    if header + math.prod(shape) * found.itemsize != info.file_size:
-        raise ValueError(f"{name} has {info.file_size} bytes, which does not match its shape")
-    with archive.open(info) as member:
-        array: NDArray[Any] = _npy.read_array(member, allow_pickle=False)
-    return array
+def _read(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    """The arrays of a gallery's file, with checksums, dtypes and dimensions checked."""
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("an array is compressed")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    with np.load(path, allow_pickle=False) as file:
+        if file["format"] != FORMAT:
+            raise ValueError(f"format {file['format']}")
+        arrays = {name: file[name] for name in ARRAYS}
+    for name, expected in ARRAYS.items():
+        if (found := f"{arrays[name].dtype.kind}{arrays[name].ndim}") != expected:
+            raise ValueError(f"{name} is {found}: expected {expected}")
+    return arrays

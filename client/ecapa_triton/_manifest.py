@@ -14,9 +14,9 @@ from .errors import AudioFileError, ManifestError
 
 # Audio files in folders; a file that is named itself may have any suffix.
 SUFFIXES = frozenset(".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .sph .w64 .rf64".split())
+LISTS = ".txt", ".lst", ".csv", ".tsv", ".jsonl", ".json"  # NeMo names JSON lines .json
 COLUMNS = "path", "file", "wav", "audio_filepath", "filename"  # the first one present holds the paths
-_STARTS = "offset", "start"  # of a segment, in manifests of NeMo and SpeechBrain
-_CHUNK = 1 << 16  # bytes of standard input read at a time
+STARTS = "offset", "start"  # of a segment, in manifests of NeMo and SpeechBrain
 
 
 def expand(
@@ -39,143 +39,95 @@ def expand(
         ManifestError: Names the list and its line.
     """
     for given in inputs:
-        suffix = os.path.splitext(given)[1].lower()
         if given == "-":
-            yield from _standard_input(b"\0" if null else b"\n")
+            stdin = sys.stdin.buffer
+            lines = stdin.read().split(b"\0") if null else (line.rstrip(b"\r\n") for line in stdin)
+            yield from (os.fsdecode(line) for line in lines if line)
         elif os.path.isdir(given):
-            yield from _folder(given, unreadable)
-        elif suffix in _READERS:
-            yield from _manifest(given, suffix, os.path.dirname(given) if root is None else root)
+            yield from _folder(given, unreadable, frozenset())
+        elif _suffix(given) in LISTS:
+            yield from _list(given, os.path.dirname(given) if root is None else root)
         else:
             yield given
 
 
-def _folder(top: str, unreadable: Callable[[str, AudioFileError], None]) -> Iterator[str]:
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _folder(
+    top: str, unreadable: Callable[[str, AudioFileError], None], above: frozenset[tuple[int, int]]
+) -> Iterator[str]:
     """Audio files below `top`. Hidden ones are left out; links are followed, except back up."""
-    waiting: list[tuple[str, bool, frozenset[tuple[int, int]]]] = [(top, True, frozenset())]
-    while waiting:
-        path, is_folder, above = waiting.pop()
-        if not is_folder:
-            yield path
-            continue
-        try:
-            status = os.stat(path)
-            identity = status.st_dev, status.st_ino
-            if identity in above:
-                continue
-            with os.scandir(path) as entries:
-                found = [
-                    (entry.path, is_folder, above | {identity} if is_folder else above)
-                    for entry in entries
-                    if not entry.name.startswith(".")
-                    and ((is_folder := entry.is_dir()) or os.path.splitext(entry.name)[1].lower() in SUFFIXES)
-                ]
-        except OSError as exc:
-            reason = f"cannot be listed ({exc.strerror}): get permission, or leave it out"
-            unreadable(path, AudioFileError(f"{describe(path)}: {reason}"))
-        else:  # with the slash of a folder, siblings are in the order of the whole paths below them
-            waiting += sorted(found, key=lambda one: os.fsencode(one[0]) + b"/" * one[1], reverse=True)
-
-
-def _standard_input(end: bytes) -> Iterator[str]:
-    rest = b""
-    stdin: Any = sys.stdin.buffer
-    while chunk := stdin.read1(_CHUNK):  # as much as there is: the writer may be slow
-        *paths, rest = (rest + chunk).split(end)
-        yield from _decoded(paths, end)
-    yield from _decoded([rest], end)
-
-
-def _decoded(paths: Iterable[bytes], end: bytes) -> Iterator[str]:
-    for path in paths:
-        if path := path.rstrip(b"\r") if end == b"\n" else path:
-            yield _checked(os.fsdecode(path), "standard input")
-
-
-def _manifest(manifest: str, suffix: str, root: str) -> Iterator[str]:
-    name = describe(manifest)
     try:
-        with open(manifest, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for line, path in _READERS[suffix](file, name):
-                yield os.path.join(root, _checked(path, f"{name}:{line}"))
+        status = os.stat(top)
+        with os.scandir(top) as entries:  # with the slash of a folder, the order is that of the whole paths
+            found = sorted((os.fsencode(entry.name) + b"/" * entry.is_dir(), entry.path) for entry in entries)
+    except OSError as exc:
+        reason = f"cannot be listed ({exc.strerror}): get permission, or leave it out"
+        return unreadable(top, AudioFileError(f"{describe(top)}: {reason}"))
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+        return
+    for name, path in found:
+        if name.startswith(b"."):
+            continue
+        if name.endswith(b"/"):
+            yield from _folder(path, unreadable, above | {identity})
+        elif _suffix(path) in SUFFIXES:
+            yield path
+
+
+def _list(path: str, root: str) -> Iterator[str]:
+    name = describe(path)
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            if _suffix(path) in (".txt", ".lst"):
+                yield from (os.path.join(root, line) for _, line in _lines(file))
+                return
+            for number, entry in _entries(file, name, _suffix(path)):
+                yield os.path.join(root, _path(entry, f"{name}:{number}"))
     except (OSError, csv.Error) as exc:
-        raise ManifestError(
-            f"{name}: cannot be read ({getattr(exc, 'strerror', None) or exc}): expected a list of files"
-        ) from exc
+        reason = getattr(exc, "strerror", None) or exc
+        raise ManifestError(f"{name}: cannot be read ({reason}): expected a list of files") from exc
 
 
-def _lines(file: TextIO, name: str) -> Iterator[tuple[int, str]]:
+def _lines(file: TextIO) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(file, 1):
         if line.strip() and not line.startswith("#"):
             yield number, line.rstrip("\r\n")
 
 
-def _json_lines(file: TextIO, name: str) -> Iterator[tuple[int, str]]:
-    for number, line in _lines(file, name):
+def _entries(file: TextIO, name: str, suffix: str) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """The rows of a table, or the objects of JSON lines, with their lines' numbers."""
+    if suffix in (".csv", ".tsv"):
+        if suffix == ".csv":
+            rows = csv.DictReader(file, strict=True, skipinitialspace=True)
+        else:  # quotes are text, as in Common Voice
+            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        for row in rows:
+            if None in row or None in row.values():
+                raise ManifestError(f"{name}:{rows.line_num}: expected {len(rows.fieldnames or ())} columns, as above")
+            yield rows.line_num, row
+        return
+    for number, line in _lines(file):
         try:
             entry = json.loads(line)
         except ValueError as exc:
             raise ManifestError(f"{name}:{number}: is not JSON ({exc}): expected an object in each line") from exc
         if not isinstance(entry, dict):
             raise ManifestError(f"{name}:{number}: is a {type(entry).__name__}: expected an object in each line")
-        path = entry.get(_column(entry, f"{name}:{number}"))
-        if not isinstance(path, str):
-            raise ManifestError(f"{name}:{number}: the path is {path!r}: expected a string")
-        _whole_file(entry, f"{name}:{number}")
-        yield number, path
+        yield number, entry
 
 
-def _table(file: TextIO, name: str, **dialect: object) -> Iterator[tuple[int, str]]:
-    rows = csv.reader(file, **dialect)  # type: ignore[arg-type]
-    header = [column.strip() for column in next(rows, [])]
-    place = header.index(_column(header, f"{name}:1"))
-    for row in rows:
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise ManifestError(f"{name}:{rows.line_num}: has {len(row)} columns, expected {len(header)} as in line 1")
-        _whole_file(dict(zip(header, row, strict=True)), f"{name}:{rows.line_num}")
-        yield rows.line_num, row[place]
-
-
-def _comma_separated(file: TextIO, name: str) -> Iterator[tuple[int, str]]:
-    return _table(file, name, strict=True)
-
-
-def _tab_separated(file: TextIO, name: str) -> Iterator[tuple[int, str]]:
-    return _table(file, name, delimiter="\t", quoting=csv.QUOTE_NONE)  # quotes are text, as in Common Voice
-
-
-_READERS = {
-    ".txt": _lines,
-    ".lst": _lines,
-    ".csv": _comma_separated,
-    ".tsv": _tab_separated,
-    ".jsonl": _json_lines,
-    ".json": _json_lines,  # as NeMo names them
-}
-
-
-def _column(names: Iterable[str], where: str) -> str:
-    found = list(names)
-    for column in COLUMNS:
-        if column in found:
-            return column
-    raise ManifestError(f"{where}: has {', '.join(found) or 'no columns'}: expected one of {', '.join(COLUMNS)}")
-
-
-def _whole_file(entry: dict[str, object], where: str) -> None:
-    for name in _STARTS:
+def _path(entry: dict[Any, Any], where: str) -> str:
+    column = next((column for column in COLUMNS if column in entry), None)
+    if column is None:
+        raise ManifestError(f"{where}: has {', '.join(entry)}: expected one of {', '.join(COLUMNS)}")
+    for name in STARTS:
         if str(entry.get(name) or 0).strip("0. "):
-            raise ManifestError(
-                f"{where}: {name} is {entry[name]}, a segment of a file: expected whole files, cut it out first"
-            )
-
-
-def _checked(path: str, where: str) -> str:
-    try:
-        if path and b"\0" not in os.fsencode(path):
-            return path
-    except UnicodeEncodeError:
-        pass
-    raise ManifestError(f"{where}: {path!r} is not a path: expected the path of an audio file")
+            raise ManifestError(f"{where}: {name} is {entry[name]}, a segment of a file: cut it out first")
+    path = entry[column]
+    if not path or not isinstance(path, str):
+        raise ManifestError(f"{where}: the {column} is {path!r}: expected the path of an audio file")
+    return path

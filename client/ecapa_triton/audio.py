@@ -169,25 +169,20 @@ def _check_array(name: str, array: NDArray[Any]) -> None:
             f"{name}: expected shape [samples] or [samples, channels] with 1 to {MAX_CHANNELS} channels: "
             "transpose a [channels, samples] array, pass the clips of a batch one by one"
         )
-    if not (_is_int16(array) or np.issubdtype(array.dtype, np.floating)):
+    if not issubclass(array.dtype.type, np.int16 | np.floating):
         raise AudioFormatError(f"{name}: expected float samples in [-1, 1] or int16: convert them")
     if isinstance(array, np.ma.MaskedArray):
         raise AudioFormatError(f"{name}: has a mask, expected a plain array: pass its filled() samples")
 
 
-def _is_int16(array: NDArray[Any]) -> bool:
-    return array.dtype.kind == "i" and array.dtype.itemsize == 2
-
-
 def _array_blocks(array: NDArray[Any]) -> Iterator[Waveform]:
     """Mono float32 blocks of an array `[samples]` or `[samples, channels]`."""
-    step = BLOCK // (array.shape[1] if array.ndim == 2 else 1)
-    for start in range(0, len(array), step):
+    samples = array[:, None] if array.ndim == 1 else array
+    step = BLOCK // samples.shape[1]
+    for start in range(0, len(samples), step):
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is rejected
-            block = array[start : start + step].astype(np.float32)
-        if _is_int16(array):
-            block *= INT16_SCALE
-        yield _mono(block)
+            block = samples[start : start + step].astype(np.float32)
+        yield _mono(block * INT16_SCALE if array.dtype.type is np.int16 else block)
 
 
 @cache
@@ -215,17 +210,14 @@ def _open(
     name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview
 ) -> Iterator[tuple[Any, int, _Bytes | io.FileIO]]:
     """Yield the file, the number of frames in its header, and the object that libsndfile reads."""
-    raw: _Bytes | io.FileIO
-    if isinstance(audio, bytes | bytearray | memoryview):
-        raw = _Bytes(bytes(audio))
-    elif isinstance(audio, str | os.PathLike):
-        raw = _open_path(name, audio)
-    else:
+    if not isinstance(audio, str | os.PathLike | bytes | bytearray | memoryview):
         raise AudioFormatError(
             f"audio is a {name}: expected a path, the bytes of an audio file or a NumPy array of samples"
         )
-    with raw:
-        _check_magic(name, raw.read(4))
+    with _open_path(name, audio) if isinstance(audio, str | os.PathLike) else _Bytes(audio) as raw:
+        if not (start := raw.read(4)).startswith(MAGIC):
+            found = f"starts with {start!r}" if start else "is empty (0 bytes)"
+            raise NotAudioError(f"{name}: {found}: expected a WAV, FLAC, OGG or MP3 file")
         times = _claimed(raw)
         raw.seek(0)
         # A descriptor avoids the RAW format by suffix and encoding of the name, and gives the system's errors.
@@ -257,12 +249,6 @@ def _claimed(raw: io.BytesIO | io.FileIO) -> float:
             return max(1.0, length / (size - place))
         place += length + length % 2
     return 1.0
-
-
-def _check_magic(name: str, start: bytes) -> None:
-    if not start.startswith(MAGIC):
-        found = f"starts with {start!r}" if start else "is empty (0 bytes)"
-        raise NotAudioError(f"{name}: {found}: expected a WAV, FLAC, OGG or MP3 file")
 
 
 def _open_path(name: str, path: str | os.PathLike[str]) -> io.FileIO:
@@ -304,7 +290,5 @@ def _file_blocks(name: str, file: Any, frames: int, raw: _Bytes | io.FileIO) -> 
 
 
 def _mono(block: Waveform) -> Waveform:
-    if block.ndim == 1:
-        return block
     with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite are rejected later
         return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
