@@ -29,13 +29,14 @@ from export.configs import MODEL, ModelFile
 from export.pipeline import export, step
 from export.verify import Reference
 from server import TritonServer
+from tests.faults import hostile
+from tests.faults.hostile import LONGEST, Hostile
+from tests.faults.judge import ClientSender, Clip, GrpcSender, Sender, Tally, Urls, check_apart
 
-from . import hostile, machine
+from . import machine
 from .arguments import count, positive, share
 from .clips import speech
 from .contenders import made_from
-from .hostile import LONGEST, Hostile
-from .judge import ClientSender, Clip, GrpcSender, Sender, Tally, Urls, check_apart
 from .machine import MeasureError
 
 REPOSITORY = Path(__file__).parent.parent / "model_repository"

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest import hostile, soak
+from loadtest import soak
 from loadtest.__main__ import main
-from loadtest.judge import Clip, Outcome, Rejection, Tally, Urls, check_apart
 from loadtest.machine import MeasureError
 from server import TritonServer
+from tests.faults import hostile
+from tests.faults.judge import Clip, Outcome, Rejection, Tally, Urls, check_apart
 
 Reference = Callable[[np.ndarray], np.ndarray]
 

@@ -128,13 +128,13 @@ def test_the_version_that_is_served_is_checked(repository: Path, tmp_path: Path)
         check_repository(tmp_path, "cpu")
     shutil.rmtree(model / "9")
     replace(model, "dims: [ 192 ]", "dims: [ 191 ]", "configs/cpu.pbtxt")
-    with pytest.raises(ServerError, match=r"cpu\.pbtxt line \d+: .*191"):
+    with pytest.raises(ServerError, match=r"cpu\.pbtxt.*191"):
         check_repository(tmp_path, "cpu")
     assert check_repository(tmp_path, "gpu") == {"ecapa": "onnxruntime"}
     replace(model, 'backend: "onnxruntime"', 'platform: "onnxruntime_onnx"')
     (model / "configs/cpu.pbtxt").unlink()
-    with pytest.raises(ServerError, match=r"config\.pbtxt .*backend"):
+    with pytest.raises(ServerError, match=r"config\.pbtxt.*backend"):
         check_repository(tmp_path, "cpu")
     replace(model, "torn,", "", "configs/gpu.pbtxt")
-    with pytest.raises(ServerError, match=r"gpu\.pbtxt line \d+: .*required_guards"):
+    with pytest.raises(ServerError, match=r"gpu\.pbtxt.*required_guards"):
         check_repository(tmp_path, "gpu")

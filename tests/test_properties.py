@@ -120,13 +120,12 @@ def model(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Exporte
 
 def run(model: ExportedModel, waveform: np.ndarray, lengths: list[int]) -> np.ndarray:
     """Embeddings [B, 192], after a check of the other output."""
-    feed = {"waveform": waveform, "lengths": np.array(lengths, np.int32).reshape(-1, 1)}
-    embedding, info = model.session.run(["embedding", "model_info"], feed)
+    embedding, info = model.run(waveform, np.array(lengths, np.int32).reshape(-1, 1))
     identity = [int(model.metadata["weights_sha256"][i : i + 6], 16) for i in (0, 6, 12, 18)]
     expected = np.array([0.45, LIMIT / SAMPLE_RATE, SHORTEST, *identity], np.float32)
     np.testing.assert_array_equal(info, np.tile(expected, (len(lengths), 1)))
     assert embedding.shape == (len(lengths), 192) and embedding.dtype == np.float32
-    return np.asarray(embedding)
+    return embedding
 
 
 def embed(model: ExportedModel, batch: list[Cut]) -> np.ndarray:

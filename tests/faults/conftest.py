@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from loadtest.clips import speech
-from loadtest.hostile import Hostile, requests
-from loadtest.judge import Clip, Tally, Urls, check_apart
 from server import Limits, TritonServer, gateway
+from tests.faults.hostile import Hostile, requests
+from tests.faults.judge import Clip, Tally, Urls, check_apart
 
 from .harness import INSTALLED, LIMIT_MB, SECOND, Gate, assert_right, serving_with
 

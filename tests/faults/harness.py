@@ -1,4 +1,4 @@
-"""The server under faults: seen from outside, held by a gate, or run by its command; the rest is in loadtest.judge."""
+"""The server under faults: seen from outside, held by a gate, or run by its command; the rest is in judge.py."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import psutil
 import pytest
 from ecapa_triton.audio import SAMPLE_RATE
 
-from loadtest.judge import PATIENCE, Clip, Outcome, Rejection, Tally, Urls
 from server import wheel
 from server.preflight import choose_ports
 from server.wheel import find_installed
+from tests.faults.judge import PATIENCE, Clip, Outcome, Rejection, Tally, Urls
 
 ROOT = Path(__file__).parents[2]
 SECOND = SAMPLE_RATE  # samples

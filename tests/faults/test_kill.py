@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest.judge import Clip, GrpcSender, Outcome, Tally, Traffic, grpc_outcome, infer_request
 from server import TritonServer, gateway
+from tests.faults.judge import Clip, GrpcSender, Outcome, Tally, Traffic, grpc_outcome, infer_request
 
 from .harness import PREFERRED_BATCH, SECOND, Gate, ServerCommand, code, wait_until, wait_until_queued
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest.hostile import send_part
-from loadtest.judge import (
+from tests.faults.hostile import send_part
+from tests.faults.judge import (
     METHOD,
     ClientSender,
     Clip,

@@ -19,8 +19,8 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from export import seal
-from loadtest.judge import PATIENCE, Clip, Outcome, Tally, Traffic, Urls
 from server import ServerError, TritonServer
+from tests.faults.judge import PATIENCE, Clip, Outcome, Tally, Traffic, Urls
 
 from .harness import ROOT
 

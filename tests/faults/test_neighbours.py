@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest.hostile import LONGEST, STREAMS, Hostile
-from loadtest.judge import PATIENCE, ClientSender, Clip, GrpcSender, Outcome, Rejection, Tally, Traffic, Urls
 from server import TritonServer
+from tests.faults.hostile import LONGEST, STREAMS, Hostile
+from tests.faults.judge import PATIENCE, ClientSender, Clip, GrpcSender, Outcome, Rejection, Tally, Traffic, Urls
 
 from .harness import INSTALLED, all_at_once, changed_backend, serving_with
 

@@ -28,9 +28,8 @@ from tritonclient.grpc import service_pb2 as pb
 
 from export.configs import MODEL
 from export.verify import MAX_ERROR, difference
-
-from .clips import Array, Clips
-from .machine import MeasureError
+from loadtest.clips import Array, Clips
+from loadtest.machine import MeasureError
 
 PATIENCE = 120  # s, after which anything counts as stuck
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary body

@@ -15,9 +15,18 @@ from tritonclient.grpc import service_pb2 as pb
 
 from export.configs import MODEL
 from export.verify import MAX_ERROR
-
-from .clips import Array
-from .judge import HEADER_LENGTH, PATIENCE, Clip, GrpcSender, HttpSender, Outcome, Urls, http_request, infer_request
+from loadtest.clips import Array
+from tests.faults.judge import (
+    HEADER_LENGTH,
+    PATIENCE,
+    Clip,
+    GrpcSender,
+    HttpSender,
+    Outcome,
+    Urls,
+    http_request,
+    infer_request,
+)
 
 Reference: TypeAlias = Callable[[Array], Array]  # SpeechBrain's embedding [E] of a clip [samples] alone
 
