@@ -44,7 +44,7 @@ serve: $(BIN)/installed ## Triton on 127.0.0.1, ports 8000 (HTTP), 8001 (gRPC), 
 bench: $(BIN)/installed ## the model in process on the CPU, against SpeechBrain: agreement, speed
 	$(BIN)/python -m loadtest bench $(if $(SOURCE),--source $(SOURCE))
 
-loadtest: $(BIN)/installed ## servers under load, CPU and GPU, ours and SpeechBrain's: a report in loadtest/results/ (SOURCE=random)
+loadtest: $(BIN)/installed ## servers under load, CPU and GPU, the packed model and SpeechBrain: a report in loadtest/results/ (SOURCE=random)
 	$(BIN)/python -m loadtest run --local cpu --local gpu $(if $(SOURCE),--source $(SOURCE))
 
 soak: $(BIN)/installed ## a minute of damaged audio files, then the server under mixed and hostile load for SOAK_MINUTES (10)
