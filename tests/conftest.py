@@ -24,6 +24,7 @@ from export.verify import Reference
 from server import TritonServer
 
 ROOT = Path(__file__).parent.parent
+pytest_plugins = ["clients", "bulk", "galleries"]  # their fixtures serve several files
 SOURCES = ".py", ".pbtxt", ".yaml", ".ckpt"
 
 # The same examples every time; pytest --hypothesis-profile=more draws many new ones.
