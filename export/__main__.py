@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was changed", file=sys.stderr)
+        print("interrupted: unfinished files were discarded", file=sys.stderr)
         return 130
     return 0
 

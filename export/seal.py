@@ -52,10 +52,10 @@ def check(path: Path) -> None:
     content, end = data[:size], bytes(data[size:])
     if not end.startswith(mark):
         raise SealError(
-            f"{path} ends without a checksum: it was cut off or written by another version: run python -m export again"
+            f"{path} ends without a checksum: it was cut off or written by another version: export it again"
         )
     if end != mark + hashlib.sha256(content).hexdigest().encode():
-        raise SealError(f"{path} was changed after its export (its checksum differs): run python -m export again")
+        raise SealError(f"{path} was changed after its export (its checksum differs): export it again")
 
 
 def check_guards(path: Path, metadata: Mapping[str, str], required: Iterable[str] = GUARDS) -> None:

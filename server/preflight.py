@@ -113,7 +113,10 @@ def _served_files(model: Path, config: Any) -> list[Path]:
     files = [file for version in versions if (file := model / str(version) / filename).exists()]
     if not files:
         missing = model / str(versions[-1] if versions else 1) / filename
-        raise ServerError(f"{missing} is missing: write it with `python -m export`")
+        kinds = [name for name, kind in configs.FORMATS.items() if kind.backend == config.backend]
+        raise ServerError(
+            f"{missing} is missing: write it with `python -m export --format {kinds[0] if kinds else 'all'}`"
+        )
     return files
 
 
@@ -230,7 +233,10 @@ def shm_warning() -> str:
 
 
 def exposure_warning(address: str, tls: Tls | None, keys: Mapping[str, str]) -> str:
-    """A warning where other machines reach the server without TLS and keys; else empty."""
-    if tls is not None or keys or ipaddress.IPv4Address(address).is_loopback:
+    """A warning where other machines get embeddings without a key or a certificate; else empty."""
+    if "inference" in keys or (tls and tls.client_ca) or ipaddress.IPv4Address(address).is_loopback:
         return ""
-    return f"every host that reaches {address} is served, unencrypted: use --tls-cert and --key-file"
+    return (
+        f"every host that reaches {address} is served{'' if tls else ', unencrypted'}: require a key "
+        "(--key-file inference=FILE) or client certificates (--tls-client-ca)"
+    )

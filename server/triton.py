@@ -96,7 +96,7 @@ class TritonServer:
                 only after a failure.
             start_timeout: Seconds until the server must be ready.
             exit_timeout: Seconds that requests in flight have when the server stops.
-            warn_exposed: Whether `warnings` mentions that other machines reach the server without TLS and keys.
+            warn_exposed: Whether `warnings` mentions that other machines need neither key nor certificate.
         """
         self.repository = repository
         self.limits = limits

@@ -232,6 +232,10 @@ def test_wrong_lists(run: Run, fake: FakeTriton, tmp_path: Path, name: str, text
     assert fake.lengths == [] and left(tmp_path / "results") == []
 
 
+def test_an_empty_folder_is_an_error(run: Run, tmp_path: Path) -> None:
+    one_error(run(tmp_path), "no audio files")
+
+
 @pytest.mark.parametrize(("end", "options"), [(b"\n", []), (b"\r\n", []), (b"\0", ["--null"])])
 def test_standard_input(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes, options: list[str]

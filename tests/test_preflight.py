@@ -26,7 +26,10 @@ def test_exposure_is_reported(tmp_path: Path) -> None:
     tls = Tls(tmp_path / "cert", tmp_path / "key")
     for address in "0.0.0.0", "192.0.2.1":
         assert address in exposure_warning(address, None, {})
-        assert not exposure_warning(address, None, {"inference": "x" * 20}) and not exposure_warning(address, tls, {})
+        assert address in exposure_warning(address, None, {"admin": "x" * 20})
+        assert address in exposure_warning(address, tls, {})
+        assert not exposure_warning(address, None, {"inference": "x" * 20})
+        assert not exposure_warning(address, Tls(tls.certificate, tls.key, tmp_path / "clients"), {})
     assert not exposure_warning("127.0.0.2", None, {})
 
 

@@ -378,7 +378,7 @@ def _check_length(clip: Clip, info: ModelInfo, long: Long) -> None:
         length = f"{clip.source_seconds:g} s long" if known else "longer than its header says"
         raise TooLongError(
             f"{clip.name}: {length}, the model takes up to {info.max_seconds:g} s: "
-            "choose long=truncate (the first of it) or long=windows (the mean over all of it)"
+            "choose truncate (the first of it) or windows (the mean over all of it) for long"
         )
 
 

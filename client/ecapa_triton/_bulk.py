@@ -222,7 +222,7 @@ def _sentence(summary: dict[str, Any]) -> str:
 
 
 def _print(client: SpeakerClient, arguments: argparse.Namespace) -> int:
-    failed = 0
+    failed, printed = 0, False
 
     def fail(path: str, error: EcapaError) -> None:
         nonlocal failed
@@ -235,6 +235,9 @@ def _print(client: SpeakerClient, arguments: argparse.Namespace) -> int:
             fail(path, outcome)
         else:
             print(_line(path, outcome, arguments.json), flush=True)
+            printed = True
+    if not (printed or failed):
+        raise OutputError("no audio files were given: expected some, or folders with some")
     return FAILED if failed else DONE
 
 

@@ -84,8 +84,12 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
-            ("timeout", self.timeout is None or 0 < self.timeout <= MAX_TIMEOUT, f"0 to {MAX_TIMEOUT:.0f} s, or None"),
-            ("max_duration", 0 < self.max_duration <= MAX_DURATION, f"0 to {MAX_DURATION} s"),
+            (
+                "timeout",
+                self.timeout is None or 0 < self.timeout <= MAX_TIMEOUT,
+                f"more than 0 and at most {MAX_TIMEOUT:.0f} s, or None",
+            ),
+            ("max_duration", 0 < self.max_duration <= MAX_DURATION, f"more than 0 and at most {MAX_DURATION} s"),
             ("max_in_flight", self.max_in_flight >= 1, "1 or more"),
             ("retries", self.retries >= 0, "0 or more"),
         ):

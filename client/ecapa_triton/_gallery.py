@@ -281,7 +281,7 @@ class Gallery:
             gallery._restore(**_read(path))
         except OSError as exc:
             raise GalleryFileError(
-                f"{name}: cannot be read ({exc.strerror or exc}): pass a file that Gallery.save wrote"
+                f"{name}: cannot be read ({exc.strerror or exc}): expected a gallery, as enrol writes it"
             ) from exc
         except Exception as exc:  # zipfile and numpy raise many types for damaged files
             reason = " ".join(str(exc).split()) or type(exc).__name__
