@@ -26,15 +26,12 @@ def raising_once(number: signal.Signals, usual: object, error: type[BaseExceptio
         signal.signal(number, signal.SIG_IGN)
         raise error
 
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(number) is not usual:
-        yield
-        return
-    before = signal.signal(number, first)
+    usable = threading.current_thread() is threading.main_thread() and signal.getsignal(number) is usual
+    before = signal.signal(number, first) if usable else None
     try:
         yield
     finally:
-        if signal.getsignal(number) is first:
+        if usable and signal.getsignal(number) is first:
             signal.signal(number, before)
 
 
