@@ -213,13 +213,12 @@ def eventually(holds: Callable[[], bool], seconds: float = 90) -> bool:
     return False
 
 
-@pytest.fixture(scope="module")
-def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
-    folder = tmp_path_factory.mktemp("plant")
-    stand_in.write(folder / "repository/sums", delay=20_000)
-    stand_in.write(folder / "repository/slow", delay=5_000_000)
-    with TritonServer(folder / "repository", device="cpu", exit_timeout=2) as triton, ExitStack() as stack:
-        plant = Plant(folder, triton, stack)
+@pytest.fixture
+def plant(tmp_path: Path) -> Iterator[Plant]:
+    stand_in.write(tmp_path / "repository/sums", delay=20_000)
+    stand_in.write(tmp_path / "repository/slow", delay=5_000_000)
+    with TritonServer(tmp_path / "repository", device="cpu", exit_timeout=2) as triton, ExitStack() as stack:
+        plant = Plant(tmp_path, triton, stack)
         assert eventually(lambda: bool(plant.values('probe_success{job="reachable"} == 1'))), plant.ask("targets")
         yield plant
 
