@@ -12,16 +12,27 @@ from ecapa_triton.trials import read as read_trials
 from . import checkpoint, configs, packed, pipeline, trials
 
 LONGEST_MAX_SECONDS = 3600.0  # s; MAX_EXPONENT in packed.py counts on it
+# Of the options that `verify` rejects; the parser's own are None, so that an option that was given is known.
+EXPORT_DEFAULTS = {"format": "onnx", "fp16": True, "max_seconds": packed.MAX_SECONDS}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 after an error, 130 after Ctrl-C or SIGTERM."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command == "verify":
+        if options.root and not options.trials:
+            parser.error("--root goes with --trials")
+        for name in EXPORT_DEFAULTS:
+            if getattr(options, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} goes with the command export; verify checks every model file")
+    elif options.trials or options.root:
+        parser.error("--trials and --root go with the command verify")
+    for name, value in EXPORT_DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if not 1 <= options.max_seconds <= LONGEST_MAX_SECONDS:
         parser.error(f"--max-seconds {options.max_seconds:g}: expected 1 to {LONGEST_MAX_SECONDS:.0f}")
-    if options.trials and options.command != "verify":
-        parser.error("--trials goes with the command verify")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         (_verify if options.command == "verify" else _export)(options)
@@ -63,33 +74,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("command", nargs="?", choices=["export", "verify"], default="export", help="verify: check existing files only")
-    add("--repository", type=Path, default="model_repository", metavar="DIR", help="default: %(default)s")
+    add(
+        "--repository",
+        type=Path,
+        default="model_repository",
+        metavar="DIR",
+        help="model repository (default: %(default)s)",
+    )
     add(
         "--source",
         help=f"a hub id (default: {checkpoint.HUB_ID}; verify: the origin in the model's metadata), a folder with "
         f"{checkpoint.HYPERPARAMS} and {checkpoint.WEIGHTS}, mini (small, shipped), or random (weights)",
     )
-    add("--revision", help="of a hub id (default: main; of the default source a pinned one)")
-    add("--seed", type=int, default=0, help="of --source random (default: %(default)s)")
-    add("--channels", type=int, default=1024, help="of --source random (default: %(default)s, the published size)")
+    add("--revision", help="branch, tag or commit of a hub id (default: main; of the default source a pinned commit)")
+    seed = "seed of the random weights, with --source random (default: %(default)s)"
+    add("--seed", type=int, default=0, metavar="N", help=seed)
+    channels = "channels of the convolutions, with --source random (default: %(default)s, the published size)"
+    add("--channels", type=int, default=1024, metavar="N", help=channels)
     add(
         "--format",
         choices=[*configs.FORMATS, "all"],
-        default="onnx",
-        help="onnx for the model ecapa, torchscript for ecapa_torchscript, or all (default: %(default)s)",
+        help="onnx for the model ecapa, torchscript for ecapa_torchscript, or all "
+        f"(default: {EXPORT_DEFAULTS['format']})",
     )
     add(
         "--fp16",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="write the float16 file for GPUs too (default: %(default)s)",
+        help="write the float16 file for GPUs too (default: --fp16)",
     )
     add(
         "--max-seconds",
         type=float,
-        default=packed.MAX_SECONDS,
         metavar="S",
-        help="embed only the first S seconds of a clip, which bounds memory and time (default: %(default)s)",
+        help="embed only the first S seconds of a clip, which bounds memory and time "
+        f"(default: {EXPORT_DEFAULTS['max_seconds']:g})",
     )
     add(
         "--trials",
@@ -99,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         f"and print EER and minDCF; exit status 1 if a score differs by more than {trials.MAX_DIFFERENCE:g} or an "
         f"embedding has a cosine below {trials.MIN_COSINE:g}",
     )
-    add("--root", type=Path, metavar="DIR", help="folder its paths start from (default: the list's)")
+    add("--root", type=Path, metavar="DIR", help="folder that the list's paths start from (default: the list's own)")
     return parser
 
 

@@ -133,12 +133,15 @@ class Bench:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m loadtest bench`."""
-    parser.add_argument("--device", choices=PLANS, default="cpu", help="default: %(default)s")
-    parser.add_argument("--source", default="random", help="as for python -m export (default: %(default)s)")
-    parser.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
+    parser.add_argument("--device", choices=PLANS, default="cpu", help="device to measure (default: %(default)s)")
+    parser.add_argument("--source", default="random", help="checkpoint, as for python -m export (default: %(default)s)")
+    channels = "channels of the convolutions, with --source random (default: %(default)s)"
+    parser.add_argument("--channels", type=int, default=1024, metavar="N", help=channels)
     parser.add_argument("--repository", type=Path, metavar="DIR", help="model files exported there, not --source")
-    parser.add_argument("--rounds", type=int, metavar="N", help="interleaved (default: 15 on a CPU, 20 on a GPU)")
-    parser.add_argument("--threads", type=int, default=0, help="of every contender on the CPU (default: all cores)")
+    rounds = "rounds, in each of which all contenders take their turn (default: 15 on a CPU, 20 on a GPU)"
+    parser.add_argument("--rounds", type=int, metavar="N", help=rounds)
+    threads = "threads of each contender on the CPU (default: as many as cores)"
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help=threads)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, and a page beside it")
 
 

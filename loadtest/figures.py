@@ -116,8 +116,10 @@ def read(path: Path) -> Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m loadtest report`."""
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="written by run")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: that of the first result")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="result files, written by run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder of the page (default: that of the first result)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ HEADER = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m loadtest payload`."""
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the files")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write the files to")
 
 
 def run(options: argparse.Namespace) -> None:

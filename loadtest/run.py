@@ -39,22 +39,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     pair: dict[str, Any] = {"action": "append", "type": _pair, "default": [], "metavar": "NAME=URL"}
     add("--local", action="append", choices=["cpu", "gpu"], default=[], help="start a server here, with the baselines")
-    add("--target", **pair, help="load cpu=grpc://HOST:8001")
-    add("--metrics", **pair, help="of a target (default: port 8002)")
-    add("--scenario", type=_scenarios, default=list(SCENARIOS), metavar="NAMES", help=f"{','.join(SCENARIOS)} (all)")
-    add("--model", help="ours (default: ecapa; locally ecapa_torchscript on a GPU that ONNX Runtime cannot use)")
-    add("--source", default="random", help="of --local, as for python -m export (default: %(default)s)")
-    add("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
+    add("--target", **pair, help="measure a running server at this gRPC address, such as cpu=grpc://HOST:8001")
+    add("--metrics", **pair, help="the page of metrics of the target NAME (default: its host, port 8002)")
+    add(
+        "--scenario",
+        type=_scenarios,
+        default=list(SCENARIOS),
+        metavar="NAMES",
+        help=f"some of {','.join(SCENARIOS)} (default: all)",
+    )
+    add(
+        "--model",
+        help="name of our model (default: ecapa; locally ecapa_torchscript on a GPU that ONNX Runtime cannot use)",
+    )
+    add("--source", default="random", help="checkpoint of --local, as for python -m export (default: %(default)s)")
+    channels = "channels of the convolutions, with --source random (default: %(default)s)"
+    add("--channels", type=int, default=1024, metavar="N", help=channels)
     add("--repository", type=Path, metavar="DIR", help="--local serves the model exported there, not --source")
-    add("--precision", choices=["fp32", "fp16"], default="fp32", help="of --local gpu (default: %(default)s)")
+    add(
+        "--precision",
+        choices=["fp32", "fp16"],
+        default="fp32",
+        help="model files of --local gpu (default: %(default)s)",
+    )
     add("--no-baselines", dest="baselines", action="store_false", help="measure our model alone")
-    add("--seconds", type=positive, default=3.0, help="per level, four times in arrivals and ramp (default: 3)")
-    add("--warm-up", type=positive, default=0.4, help="seconds whose latencies do not count (default: %(default)g)")
-    add("--rounds", type=count, default=1, help=f"of each level; mixed and 5 s at least {REPEATED}")
-    add("--capacity", type=positive, help="clips/s that arrivals are shares of (default: as measured in mixed)")
-    add("--processes", type=count, default=1, help="of Locust (default: %(default)s)")
-    add("--out", type=Path, default=Path("loadtest/results"), metavar="FOLDER", help="default: %(default)s")
-    add("--name", help="of the files (default: date and servers)")
+    seconds = "seconds that a level is measured; arrivals and ramp take four times as long (default: %(default)g)"
+    add("--seconds", type=positive, default=3.0, metavar="S", help=seconds)
+    warm_up = "seconds at the start of a level whose latencies do not count (default: %(default)g)"
+    add("--warm-up", type=positive, default=0.4, metavar="S", help=warm_up)
+    rounds = f"rounds of each level (default: %(default)s); mixed and 5 s have {REPEATED} or more"
+    add("--rounds", type=count, default=1, metavar="N", help=rounds)
+    capacity = "clips per second that the rates in arrivals are shares of (default: as measured in mixed)"
+    add("--capacity", type=positive, metavar="RATE", help=capacity)
+    add("--processes", type=count, default=1, metavar="N", help="processes of Locust (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("loadtest/results"),
+        metavar="FOLDER",
+        help="folder of the results (default: %(default)s)",
+    )
+    add("--name", help="name of the result's files (default: date and servers)")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -73,13 +73,16 @@ def judge_memory(samples: Sequence[tuple[float, float]]) -> tuple[float, float, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m loadtest soak`."""
-    parser.add_argument("--minutes", type=positive, default=10.0, help="of load (default: %(default)g)")
-    parser.add_argument("--clients", type=count, default=8, help="that send at once (default: %(default)s)")
-    parser.add_argument("--hostile", type=share, default=0.05, help="share of the requests (default: %(default)s)")
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--minutes", type=positive, default=10.0, help="minutes of load (default: %(default)g)")
+    parser.add_argument("--clients", type=count, default=8, help="clients that send at once (default: %(default)s)")
+    hostile = "share of hostile requests, 0 to 1 (default: %(default)s)"
+    parser.add_argument("--hostile", type=share, default=0.05, help=hostile)
+    device = "device to serve on (default: %(default)s)"
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="cpu", help=device)
     parser.add_argument("--repository", type=Path, metavar="DIR", help="serve the model exported there, not --source")
-    parser.add_argument("--source", default="mini", help="as for python -m export (default: %(default)s)")
-    parser.add_argument("--channels", type=int, default=1024, help="of --source random (default: %(default)s)")
+    parser.add_argument("--source", default="mini", help="checkpoint, as for python -m export (default: %(default)s)")
+    channels = "channels of the convolutions, with --source random (default: %(default)s)"
+    parser.add_argument("--channels", type=int, default=1024, metavar="N", help=channels)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over time there, a PNG")
 

@@ -113,18 +113,22 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Options after -- are passed on to tritonserver, for example: -- --log-verbose=1",
     )
     argument = parser.add_argument
-    argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help="default: %(default)s")
+    repository = "model repository to serve (default: %(default)s)"
+    argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR", help=repository)
     argument(
         "--models", type=_list, metavar="NAME,NAME", help="serve only these, each exported (default: all exported)"
     )
     argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): a GPU if one is usable")
     argument("--gpus", type=_numbers, metavar="N,N", help="run on the GPUs with these numbers (default: all)")
     argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs only")
-    argument("--threads", type=_positive, metavar="N", help="of each model instance on the CPU (default: all cores)")
+    threads = "threads of each model instance on the CPU (default: as many as cores)"
+    argument("--threads", type=_positive, metavar="N", help=threads)
     for api, port in ("http", 8000), ("grpc", 8001), ("metrics", 8002):
-        argument(f"--{api}-port", type=int, default=port, metavar="PORT", help="default: %(default)s; 0: any free port")
-    argument("--address", default="127.0.0.1", help="of HTTP and gRPC (default: %(default)s)")
-    argument("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help="of the metrics (default: %(default)s)")
+        text = f"port of {'the metrics' if api == 'metrics' else api} (default: %(default)s; 0: any free port)"
+        argument(f"--{api}-port", type=int, default=port, metavar="PORT", help=text)
+    argument("--address", default="127.0.0.1", help="address of HTTP and gRPC (default: %(default)s)")
+    metrics = "address of the metrics (default: %(default)s)"
+    argument("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help=metrics)
     argument("--tls-cert", type=Path, metavar="FILE", help="certificate for HTTP and gRPC, PEM; with --tls-key")
     argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
     text = "require a client certificate of these authorities, PEM"
@@ -149,7 +153,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     text = "limit of the size of a request (default: %(default)s)"
     argument("--max-request-mb", type=_positive, default=Limits.request_mb, metavar="MB", help=text)
     for name, seconds, purpose in ("start", 120, "to load and warm the models"), ("exit", 30, "for requests in flight"):
-        text = f"{purpose} (default: %(default)s)"
+        text = f"seconds {purpose} (default: %(default)s)"
         argument(f"--{name}-timeout", type=float, default=seconds, metavar="SECONDS", help=text)
     text = "start again on the same ports when tritonserver or one of its processes dies (default: --restart)"
     argument("--restart", action=argparse.BooleanOptionalAction, default=True, help=text)

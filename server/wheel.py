@@ -45,7 +45,10 @@ def assemble(folder: Path, environment: dict[str, str]) -> tuple[Path, Path]:
     """
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
-        raise ServerError("tritonserver is not installed: pip install -e '.[server]', or use NVIDIA's Triton container")
+        raise ServerError(
+            "tritonserver is not installed: pip install -e '.[server]' with Python 3.10 to 3.12, or use NVIDIA's "
+            "Triton container"
+        )
     wheel = Path(spec.origin).parent / "tritonserver"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = wheel / "python_backend_stubs" / python / "triton_python_backend_stub"

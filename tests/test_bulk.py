@@ -52,10 +52,10 @@ def test_rows_are_those_of_the_inputs_in_order(
 ) -> None:
     last = write(tmp_path / "z.wav", 4)
     status, out, err = run(last, folder, last, "-o", output)
-    assert (status, err) == (0, "") and "5 of 5 files embedded, 4 new, 0.3 s of audio in " in out
+    assert (status, err) == (0, "") and "4 of 4 files embedded, 1 named again, 4 new, 0.3 s of audio in " in out
     assert requested(fake) == [1, 2, 3, 4]
     a, c, d = folder / "a.wav", folder / "b/c.wav", folder / "b/d.wav"
-    assert [row["path"] for row in rows(output)] == [str(path) for path in (last, a, c, d, last)]
+    assert [row["path"] for row in rows(output)] == [str(path) for path in (last, a, c, d)]
     check_embeddings(output)
     for row in rows(output):
         assert row["size"] == os.stat(row["path"]).st_size and row["model"] == MODEL
@@ -104,13 +104,27 @@ def test_an_output_needs_pyarrow(
     assert run(folder)[0] == 0
 
 
-def test_thousands_of_rows(run: Run, folder: Path, output: Path) -> None:
-    """More than are written at a time, and in another order the second time."""
-    for inputs in [folder] * 800, [folder / "b/d.wav", *[folder] * 800]:
-        assert run(*inputs, "-o", output)[0] == 0
-        assert names(output)[-2400:] == ["a.wav", "c.wav", "d.wav"] * 800
-        check_embeddings(output)
-    assert len(rows(output)) == 2401
+def test_thousands_of_rows(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path) -> None:
+    """More than are written at a time, and in another order than they were."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    clips = [folder / "a.wav", folder / "b/c.wav", folder / "b/d.wav"]
+    links = [tmp_path / f"links/{number:04}.wav" for number in range(2400)]
+    links[0].parent.mkdir()
+    for number, link in enumerate(links):
+        os.link(clips[number % 3], link)
+    run(*links[:3], "-o", output)  # the other links have the same sizes and stamps
+    if output.suffix == ".parquet":
+        table = parquet.read_table(output).take(list(range(3)) * 800)
+        table = table.set_column(0, table.schema.field(0), [list(map(str, links))])
+        parquet.write_table(table, output, row_group_size=1000, write_page_checksum=True)
+    else:
+        with np.load(output) as arrays:
+            tiled = {name: np.concatenate([array] * 800) if array.ndim else array for name, array in arrays.items()}
+        np.savez(output, **tiled | {"files": np.array(list(map(str, links)))})
+    requested(fake)
+    assert run(links[1500], links[0].parent, "-o", output)[0] == 0 and requested(fake) == []
+    assert names(output) == [link.name for link in (links[1500], *links[:1500], *links[1501:])]
+    check_embeddings(output)
 
 
 def test_names_that_are_not_utf_8(run: Run, fake: FakeTriton, folder: Path, output: Path) -> None:
@@ -194,9 +208,9 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, output: P
     [
         ("list.txt", "\ufeffa.wav\r\n\n# b/x.wav\nb/c.wav"),
         ("list.LST", "a.wav\nb/c.wav\n"),
-        ("list.csv", 'ID,wav,start\n1,a.wav,0\n"2, so",b/c.wav,0.0\n'),
+        ("list.csv", 'ID,wav,start\n1,a.wav,\n"2, so",b/c.wav,""\n'),
         ("list.tsv", 'client\tpath\tsentence\n1\ta.wav\t"an open quote\n2\tb/c.wav\tnone\n'),
-        ("list.jsonl", '{"audio_filepath": "a.wav", "offset": 0}\n\n{"audio_filepath": "b/c.wav"}\n'),
+        ("list.jsonl", '{"audio_filepath": "a.wav", "duration": 9, "offset": null}\n\n{"audio_filepath": "b/c.wav"}\n'),
         ("list.json", '{"filename": "a.wav"}\n{"file": "b/c.wav"}\n'),
     ],
 )
@@ -220,6 +234,9 @@ def test_lists(run: Run, folder: Path, tmp_path: Path, name: str, text: str) -> 
         ("list.jsonl", '{"path": "a.wav"}\na.wav\n', "list.jsonl:2: "),
         ("list.jsonl", '{"path": 1}', "list.jsonl:1: the path is 1"),
         ("list.jsonl", '{"path": "a.wav", "offset": 1.5}', "offset is 1.5"),
+        ("list.json", '{"audio_filepath": "a.wav", "offset": 0, "duration": 1.5}', "list.json:1: offset is 0"),
+        ("list.csv", "ID,duration,wav,start,stop\n1,1,a.wav,0,16000\n", "list.csv:2: start is 0"),
+        ("list.tsv", "path\tend\na.wav\t1.5\n", "list.tsv:2: end is 1.5"),
         ("list.txt", None, os.strerror(errno.ENOENT)),
         ("list.txt", "# nothing\n", "out.npz: no audio files"),
     ],
@@ -279,7 +296,7 @@ def test_a_folder_that_cannot_be_listed(
     really = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
     status, out, err = run(folder, "-o", tmp_path / "out.npz")
-    assert status == 2 and f"{folder}/b: " in err and "1 of 1 files embedded, 1 failed" in out
+    assert status == 2 and f"{folder}/b: " in err and "1 of 1 file embedded, 1 failed" in out
 
 
 # --- what the user sees ---
@@ -299,7 +316,7 @@ def test_lines_without_an_output(run: Run, fake: FakeTriton, folder: Path) -> No
 def test_the_summary_as_json(run: Run, folder: Path, tmp_path: Path) -> None:
     summary = json.loads(run(folder, "-o", tmp_path / "out.npz", "--json")[1])
     assert summary.pop("elapsed") > 0 and summary.pop("audio") == pytest.approx(3006 / 16_000)
-    counts = {"files": 3, "embedded": 3, "failed": 0, "new": 3, "kept": 0}
+    counts = {"files": 3, "repeated": 0, "embedded": 3, "failed": 0, "new": 3, "kept": 0}
     assert summary == {"output": str(tmp_path / "out.npz"), **counts}
 
 

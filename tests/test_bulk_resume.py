@@ -82,8 +82,8 @@ def test_a_file_that_is_gone_keeps_its_row(run: Run, folder: Path, tmp_path: Pat
     run(*files, "-o", tmp_path / "out.npz")
     files[0].unlink()
     status, out, err = run(*files, *files, "-o", tmp_path / "out.npz")
-    assert status == 2 and err.count("a.wav") == 1 and "2 of 4 files embedded, 1 failed" in out
-    assert names(tmp_path / "out.npz") == ["c.wav", "c.wav", "a.wav"]
+    assert status == 2 and err.count("a.wav") == 1 and "1 of 2 files embedded, 2 named again, 1 failed" in out
+    assert names(tmp_path / "out.npz") == ["c.wav", "a.wav"]
 
 
 def test_a_changed_file_that_fails_loses_its_row(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -206,8 +206,8 @@ def test_a_server_that_goes_away_loses_nothing(
     interrupt(run, fake, folder, output)
     assert left(tmp_path) == [f"{output.name}.parts"]
     status, out, _ = run(folder / "b", folder, "-o", output)
-    assert status == 0 and "5 of 5 files embedded, 1 new" in out and requested(fake) == [3]
-    assert names(output) == ["c.wav", "d.wav", "a.wav", "c.wav", "d.wav"] and left(tmp_path) == [output.name]
+    assert status == 0 and "3 of 3 files embedded, 2 named again, 1 new" in out and requested(fake) == [3]
+    assert names(output) == ["c.wav", "d.wav", "a.wav"] and left(tmp_path) == [output.name]
     check_embeddings(output)
 
 
@@ -261,16 +261,19 @@ def test_files_of_a_damaged_part_are_embedded_again(
 def test_a_disk_that_is_full_at_the_end_loses_nothing(
     run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(many(tmp_path / "clips", 80))
+    for number in range(80):
+        Path(f"{number:03}.wav").rename(write(Path(f"{number % 2}/{number:03}.wav")))
+    run("0", "-o", output)
+    requested(fake)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # bytes: enough for 40 rows, not for 80
     try:
-        one_error(run(*["clips"] * 800, "-o", output), os.strerror(errno.EFBIG), "3 embeddings", f"{output}.parts")
+        one_error(run("0", "1", "-o", output), os.strerror(errno.EFBIG), "40 embeddings", f"{output}.parts")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert left(tmp_path) == [f"{output.name}.parts"]
-    requested(fake)
-    assert run("clips", "-o", output)[0] == 0 and requested(fake) == [] and len(rows(output)) == 3
+    assert left(tmp_path) == [output.name, f"{output.name}.parts"] and len(requested(fake)) == 40
+    assert run("0", "1", "-o", output)[0] == 0 and requested(fake) == [] and len(rows(output)) == 80
 
 
 def start(fake: FakeTriton, *arguments: object) -> subprocess.Popen[str]:

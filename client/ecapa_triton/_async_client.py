@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
@@ -31,7 +31,7 @@ from ._scoring import (
     mean_direction,
     score,
 )
-from .audio import SAMPLE_RATE, Audio, Clip, Waveform
+from .audio import PLAIN, SAMPLE_RATE, Audio, Clip, Waveform, counted
 from .errors import (
     ClosedError,
     ConnectError,
@@ -101,6 +101,8 @@ class AsyncSpeakerClient(Options):
         """Same as `SpeakerClient.utterance`, awaited."""
         _check_long(long)
         self._open()
+        if not isinstance(audio, PLAIN):  # once: a file object cannot be read again
+            audio = await self._in_thread(functools.partial(audio_module.plain, audio))
         for _ in range(3):  # with a guess of the limits, those of the model, those of a model that replaced it
             info = self._info or protocol.USUAL
             clip = await self._read(audio, sample_rate, info.max_samples)
@@ -289,8 +291,9 @@ class AsyncSpeakerClient(Options):
                 if len(waveform) < reply.info.min_samples:
                     raise _too_short(name, len(waveform), reply.info)
                 raise EmbeddingError(
-                    f"{name}: the model answered NaN {attempt + 1} times for {len(waveform) / SAMPLE_RATE:.2f} s of "
-                    "valid audio: try again, then check the model with `python -m export verify`"
+                    f"{name}: the model answered NaN {counted(attempt + 1, 'time')} for "
+                    f"{len(waveform) / SAMPLE_RATE:.2f} s of valid audio: try again, then check the model with "
+                    "`python -m export verify`"
                 )
             except EcapaError as exc:
                 if isinstance(exc, DeadlineError) and before:
@@ -305,12 +308,15 @@ class AsyncSpeakerClient(Options):
 
     async def _read(self, audio: Audio, sample_rate: float | None, max_samples: int) -> Clip:
         """Read a clip, in a thread unless that takes longer than the reading."""
-        if self._connection.closed:
-            raise ClosedError(CLOSED)
         read = functools.partial(audio_module.read, audio, sample_rate, max_samples=max_samples)
         if isinstance(audio, np.ndarray) and audio.size <= READ_AT_ONCE and sample_rate in (None, SAMPLE_RATE):
             return read()
-        return await self._unless_closed(asyncio.get_running_loop().run_in_executor(self._readers, read))
+        return await self._in_thread(read)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        if self._connection.closed:
+            raise ClosedError(CLOSED)
+        return await self._unless_closed(asyncio.get_running_loop().run_in_executor(self._readers, work))
 
     async def _unless_closed(self, future: asyncio.Future[T]) -> T:
         """The result of a future, or `ClosedError` as soon as the client is closed."""
@@ -336,8 +342,8 @@ async def _each(audios: Audios) -> AsyncIterator[Audio]:
 
 def check_many(audios: object, long: Long) -> None:
     """Reject a single clip in place of a list, and an unknown `long`."""
-    single = isinstance(audios, str | bytes | bytearray | memoryview | os.PathLike)
-    if single or (isinstance(audios, np.ndarray) and audios.ndim < 2):
+    single = isinstance(audios, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(audios, "read")
+    if single or (hasattr(audios, "__dlpack__") and getattr(audios, "ndim", 2) < 2):  # an array or a tensor
         raise TypeError(f"audios is a single {type(audios).__name__}: expected a list of clips")
     _check_long(long)
 

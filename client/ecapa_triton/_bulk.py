@@ -29,7 +29,7 @@ from ._manifest import expand
 from ._parts import Parts, Stat, stat_of
 from ._scoring import Utterance
 from ._tables import shown
-from .audio import describe
+from .audio import counted, describe
 from .errors import HOPELESS, AudioFileError, DeadlineError, EcapaError, OutputError
 
 IN_FLIGHT = 16
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="OUT",
-        help="write OUT, Parquet if it ends in .parquet, else npz; unchanged files in it are not embedded again; "
-        "needs ecapa-triton[bulk]",
+        help="write OUT, whose name ends in .npz or .parquet; unchanged files in it are not embedded again; needs "
+        "ecapa-triton[bulk]",
     )
     parser.add_argument(
         "--root", metavar="DIR", help="where relative paths of lists start (default: the list's folder)"
@@ -150,15 +150,16 @@ def _write(client: SpeakerClient, arguments: argparse.Namespace) -> dict[str, An
 def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     """Embed into one file, and resume from earlier runs.
 
-    A file counts as done if it was not written, replaced or moved since it was embedded. The rows are in the order of
-    the inputs, one for each time a file is named; rows of earlier runs for other files follow. Files that fail are
-    reported on standard error and listed in `OUT.failed.tsv`; the next run tries them again.
+    A file counts as done if it was not written, replaced or moved since it was embedded. A file has one row, however
+    often it is named. The rows are in the order of the inputs; rows of earlier runs for other files follow. Files that
+    fail are reported on standard error and listed in `OUT.failed.tsv`; the next run tries them again.
     """
     start = time.monotonic()
     with _Failures(arguments.output) as failures:
         parts.load(arguments.replace)
         parts.agree("long", arguments.long)
-        paths = list(expand(arguments.inputs, failures.add, root=arguments.root, null=arguments.null))
+        given = list(expand(arguments.inputs, failures.add, root=arguments.root, null=arguments.null))
+        paths = list(dict.fromkeys(given))
         if not paths and not failures.count:
             raise OutputError(f"{parts.name}: no audio files were given: expected some, or folders with some")
         if not all(map(os.path.isabs, paths)):
@@ -166,7 +167,7 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -
 
         rows: dict[str, int] = {}  # numbers of those that are embedded
         missing: list[str] = []
-        for path in dict.fromkeys(paths):
+        for path in paths:
             row, now = parts.earlier.get(shown(path)), stat_of(path)
             if row is not None and now is None:  # its row is kept among those of earlier runs
                 failures.add(path, AudioFileError(f"{describe(path)}: is gone: its earlier embedding is kept"))
@@ -187,15 +188,16 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -
                     new += 1
                     audio += outcome.seconds
                 show(new, failures.count, audio)
-    given = [rows[path] for path in paths if path in rows]
+    done = [rows[path] for path in paths if path in rows]
     kept = sorted(parts.earlier.values())
-    if given or kept:
-        parts.write_output(given + kept)
+    if done or kept:
+        parts.write_output(done + kept)
     parts.remove()
     return {
         "output": os.fspath(arguments.output),
-        "files": len(paths),  # as often as they were named
-        "embedded": len(given),  # of them, in the output
+        "files": len(paths),
+        "repeated": len(given) - len(paths),  # times that one of them was named again
+        "embedded": len(done),  # of them, in the output
         "failed": failures.count,  # files and folders
         "new": new,  # embedded by this run
         "kept": len(kept),  # rows of earlier runs for files that this run was not given
@@ -206,7 +208,9 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -
 
 def _sentence(summary: dict[str, Any]) -> str:
     output = describe(summary["output"])
-    parts = [f"{output}: {summary['embedded']:,} of {summary['files']:,} files embedded"]
+    parts = [f"{output}: {summary['embedded']:,} of {counted(summary['files'], 'file')} embedded"]
+    if summary["repeated"]:
+        parts.append(f"{summary['repeated']:,} named again")
     if summary["failed"]:
         parts.append(f"{summary['failed']:,} failed ({output}.failed.tsv)")
     parts.append(f"{summary['new']:,} new")
@@ -301,7 +305,7 @@ def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int, int, 
         shown, elapsed, finished = now, now - start, min(done + new + failed, total)
         left = timedelta(seconds=round((total - finished) * elapsed / (new + failed)))
         words = (
-            f"{finished:,} of {total:,} files, {failed:,} failed, {(new + failed) / elapsed:,.1f} files/s, "
+            f"{finished:,} of {counted(total, 'file')}, {failed:,} failed, {(new + failed) / elapsed:,.1f} files/s, "
             f"{audio / elapsed:,.1f} s of audio a second, {left} left"
         )
         if terminal:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from http.client import HTTPException
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias, get_args
 from urllib.request import ProxyHandler, build_opener
@@ -22,7 +23,7 @@ from . import EcapaError, Gallery, Long, SpeakerClient, Tls, TrustError, _bulk, 
 from ._commands import BROKEN_PIPE, DIFFERENT, DONE, FAILED, INTERRUPTED, at_least, complain, named, raising_once
 from ._files import check_output, locked_folder
 from ._scoring import check_threshold
-from .audio import describe
+from .audio import counted, describe
 from .errors import HOPELESS
 from .protocol import Gpu, read_gpus
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecapa-triton", description="Speaker embeddings from a Triton server.")
+    parser.add_argument("--version", action="version", version=version("ecapa-triton"), help="print it and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -93,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     _evaluate.add_arguments(add("evaluate", _evaluate.run, "EER and minDCF of a trial list", clips))
 
     status = add("status", _status, "show the server, the model and its statistics")
-    status.add_argument("--metrics", metavar="URL", help="Triton's metrics, for the GPUs (default: port 8002)")
+    status.add_argument(
+        "--metrics", metavar="URL", help="page of Triton's metrics, for the GPUs (default: the url's host, port 8002)"
+    )
     return parser
 
 
@@ -103,11 +107,17 @@ def _common(timeout: float, retries: int) -> argparse.ArgumentParser:
     add("--url", default="127.0.0.1:8001", help="HOST:PORT of Triton's gRPC endpoint (%(default)s)")
     add("--model", default="ecapa", help="name of the model (%(default)s)")
     add("--timeout", type=float, default=timeout, help="seconds for a request and its retries (%(default)s)")
-    add("--retries", type=at_least(0), default=retries, metavar="N", help="after transient failures (%(default)s)")
+    add(
+        "--retries",
+        type=at_least(0),
+        default=retries,
+        metavar="N",
+        help="most retries after transient failures (%(default)s)",
+    )
     add("--tls", action="store_true", help="encrypt; implied by the options below and by a url grpcs://...")
-    add("--tls-ca", metavar="FILE", help="authorities to trust the server's certificate by, PEM")
-    add("--tls-cert", metavar="FILE", help="this client's certificate, PEM; with --tls-key")
-    add("--tls-key", metavar="FILE", help="its private key, PEM")
+    add("--tls-ca", metavar="FILE", help="file with the authorities that sign the server's certificate, PEM")
+    add("--tls-cert", metavar="FILE", help="file with this client's certificate, PEM; with --tls-key")
+    add("--tls-key", metavar="FILE", help="file with its private key, PEM")
     add("--tls-name", metavar="NAME", help="name in the server's certificate, if not the url's host")
     add("--key-file", type=Path, metavar="FILE", help="file with the API key, where the server requires one")
     add("--json", action="store_true", help="print JSON, one object a line")
@@ -122,6 +132,8 @@ def _client(arguments: argparse.Namespace) -> SpeakerClient:
             key = arguments.key_file.read_text("utf-8-sig").strip()
         except (OSError, ValueError) as exc:
             raise TrustError(f"{arguments.key_file}: {getattr(exc, 'strerror', exc)}: expected a key file") from exc
+        if not key:
+            raise TrustError(f"{arguments.key_file}: is empty: expected a key file, as the server has it")
     try:
         return SpeakerClient(
             arguments.url,
@@ -147,7 +159,7 @@ def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 
 
 def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
-    place = check_output(arguments.gallery)
+    place = check_output(arguments.gallery, ".npz")
     outcomes = list(client.utterances(arguments.files, long=arguments.long))
     with locked_folder(place.parent):  # one enrolment at a time
         gallery = Gallery.load(arguments.gallery) if arguments.gallery.exists() else Gallery()
@@ -157,7 +169,8 @@ def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts))
     else:
-        print(f"{describe(arguments.name)}: {facts['clips']} clips; {arguments.gallery}: {facts['voices']} voices")
+        clips, voices = counted(gallery.clips(arguments.name), "clip"), counted(len(gallery), "voice")
+        print(f"{describe(arguments.name)}: {clips}; {arguments.gallery}: {voices}")
     return DONE
 
 
@@ -197,7 +210,7 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     if served is not None:
         file, precision = served.file or "its default file", f", {served.precision}" if served.precision else ""
         print(f"served      {file} by {served.backend}{precision}; instances: {', '.join(served.instances) or 'none'}")
-        print(f"batch       up to {served.max_batch} clips")
+        print(f"batch       up to {counted(served.max_batch, 'clip')}")
     if info is not None:
         shortest = info.min_samples / 16  # ms at 16 kHz
         print(f"weights     {info.id}")
@@ -205,8 +218,8 @@ def _status(client: SpeakerClient, arguments: argparse.Namespace) -> int:
         print(f"threshold   {'none: give one' if info.threshold is None else info.threshold}")
     if statistics is not None:
         print(
-            f"requests    {statistics.requests} in {statistics.executions} executions, "
-            f"{statistics.failures} failed, mean batch {statistics.mean_batch:.2f}"
+            f"requests    {statistics.requests:,} in {counted(statistics.executions, 'execution')}, "
+            f"{statistics.failures:,} failed, mean batch {statistics.mean_batch:.2f}"
         )
         print(f"mean time   queue {statistics.queue_ms:.1f} ms, compute {statistics.compute_ms:.1f} ms")
     for gpu in gpus:

@@ -77,8 +77,10 @@ class SpeakerClient(Options):
         """Embed one clip.
 
         Args:
-            audio: A path, the bytes of an audio file (WAV, FLAC, OGG, MP3), or an array: float in [-1, 1] or
-                int16, `[samples]` or `[samples, channels]`.
+            audio: A path, the bytes of an audio file (WAV, FLAC, OGG, MP3), a binary file object, which is read whole
+                from where it stands, or samples: float in [-1, 1] or int16, `[samples]`, `[samples, channels]`, or
+                `[1, samples]` as torchaudio has them, in a NumPy array or in whatever becomes one by `__array__` or
+                `__dlpack__`: a torch tensor in the CPU's memory, without a gradient.
                 Any rate is resampled to 16 kHz, channels are averaged.
             sample_rate: Hz of an array (None: 16000). Files carry their own.
             long: How to embed a clip above the model's limit, `max_seconds` (usually 30):

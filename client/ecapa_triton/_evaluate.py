@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import Long, SpeakerClient, Utterance, trials
 from ._commands import DONE, at_least, complain, named
 from ._files import check_output, replacing
-from .audio import describe
+from .audio import counted, describe
 from .errors import HOPELESS, EcapaError, EvaluationError, OutputError
 from .trials import Curve, Figures
 
@@ -88,8 +88,10 @@ def run(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 def _check_outputs(arguments: argparse.Namespace, inputs: list[str]) -> None:
     """Reject outputs that cannot be written, and those that would replace an input or each other."""
     taken = {os.path.realpath(path) for path in (arguments.trials, *inputs)}
-    for path in filter(None, (arguments.scores, arguments.det)):
-        if str(check_output(path)) in taken:
+    for path, *endings in (arguments.scores,), (arguments.det, ".png"):
+        if path is None:
+            continue
+        if str(check_output(path, *endings)) in taken:
             raise OutputError(f"{describe(path)}: is an input or the other output: choose another path")
         taken.add(os.path.realpath(path))
 
@@ -116,7 +118,7 @@ def _embed(
             raise EvaluationError(f"{describe(path)}: embedded {models}: serve one model, then run again")
         embeddings[place] = outcome.embedding
     if first is None:
-        raise EvaluationError(f"none of {len(paths)} clips could be embedded: see the errors above")
+        raise EvaluationError(f"none of {counted(len(paths), 'clip')} could be embedded: see the errors above")
     return embeddings, first
 
 
@@ -132,11 +134,11 @@ def _progress(items: Iterable[T], total: int) -> Iterable[T]:
 
 def _report(facts: dict[str, Any], figures: Figures) -> Iterator[str]:
     yield (
-        f"{facts['trials']:,} trials ({facts['targets']:,} target, {facts['nontargets']:,} nontarget) "
-        f"of {facts['utterances']:,} utterances, model {facts['model']}"
+        f"{counted(facts['trials'], 'trial')} ({facts['targets']:,} target, {facts['nontargets']:,} nontarget) "
+        f"of {counted(facts['utterances'], 'utterance')}, model {facts['model']}"
     )
     if failed := facts["failed_utterances"]:
-        yield f"left out: {facts['left_out_trials']:,} trials of {failed:,} utterances that failed"
+        yield f"left out: {counted(facts['left_out_trials'], 'trial')} of {counted(failed, 'utterance')} that failed"
     rows = [("EER", f"{100 * figures.eer:.3f} %"), ("  at threshold", f"{figures.eer_threshold:.4f}")]
     for cost in figures.min_dcf:
         rows.append((f"minDCF, P_target {cost.p_target}", f"{cost.cost:.4f}"))

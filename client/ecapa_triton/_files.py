@@ -14,18 +14,21 @@ from .audio import describe
 from .errors import OutputError
 
 
-def check_output(path: str | os.PathLike[str]) -> Path:
+def check_output(path: str | os.PathLike[str], *endings: str) -> Path:
     """Check that a file can be written before the work starts.
 
     Args:
         path: Of the file; a link to a file stays one.
+        endings: Of names that stand for a format that can be written; none: any.
 
     Returns:
         The absolute path of the file itself, behind links.
 
     Raises:
-        OutputError: The path is not that of a file, or its folder is missing or not writable.
+        OutputError: The path is not that of a file, has another ending, or its folder is missing or not writable.
     """
+    if endings and Path(path).suffix.lower() not in endings:
+        raise OutputError(f"{describe(path)}: expected a name that ends in {' or '.join(endings)}: choose another")
     place = Path(os.path.realpath(path))
     if place.exists() and not place.is_file():  # /dev/null must not be replaced by a file
         reason = "is there and not a regular file"

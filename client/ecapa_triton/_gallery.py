@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ._files import replacing
 from ._scoring import Utterance, Verification, check_threshold, decide, unit
-from .audio import describe
+from .audio import counted, describe
 from .errors import EcapaError, EmbeddingError, GalleryError, GalleryFileError, ModelMismatchError, UnknownVoiceError
 
 MAX_NAME = 128  # characters
@@ -106,7 +106,7 @@ class Gallery:
         return isinstance(name, str) and _composed(name) in self._voices
 
     def __repr__(self) -> str:
-        return f"<Gallery of {len(self)} voices, model {self._model}>"
+        return f"<Gallery of {counted(len(self), 'voice')}, model {self._model}>"
 
     def clips(self, name: str) -> int:
         """Number of utterances of a voice.
@@ -313,7 +313,8 @@ class Gallery:
         voice = self._voices.get(_composed(name))
         if voice is None:
             raise UnknownVoiceError(
-                f"no voice of the name {name[:MAX_NAME]!r} is enrolled: enrol it, or pass one of the {len(self)} names"
+                f"no voice of the name {name[:MAX_NAME]!r} is enrolled: enrol it, or pass "
+                f"another name ({counted(len(self), 'voice')})"
             )
         return voice
 

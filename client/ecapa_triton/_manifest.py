@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, TextIO
 
 from .audio import describe
@@ -16,7 +17,8 @@ from .errors import AudioFileError, ManifestError
 SUFFIXES = frozenset(".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .sph .w64 .rf64".split())
 LISTS = ".txt", ".lst", ".csv", ".tsv", ".jsonl", ".json"  # NeMo names JSON lines .json
 COLUMNS = "path", "file", "wav", "audio_filepath", "filename"  # the first one present holds the paths
-STARTS = "offset", "start"  # of a segment, in manifests of NeMo and SpeechBrain
+# Of a segment of the file, in manifests of NeMo, SpeechBrain and others. A duration alone is that of the whole file.
+SEGMENT = "offset", "start", "stop", "end", "start_time", "end_time"
 
 
 def expand(
@@ -26,7 +28,7 @@ def expand(
     root: str | None = None,
     null: bool = False,
 ) -> Iterator[str]:
-    """Yield the paths of all inputs, those of a folder sorted by their bytes.
+    """Yield the paths of all inputs, `normalized`, those of a folder sorted by their bytes.
 
     Args:
         inputs: Folders, audio files, lists (`.txt`, `.lst`, `.csv`, `.tsv`, `.jsonl`, `.json`), `-` for paths on
@@ -39,16 +41,27 @@ def expand(
         ManifestError: Names the list and its line.
     """
     for given in inputs:
+        paths: Iterable[str]
         if given == "-":
             stdin = sys.stdin.buffer
             lines = stdin.read().split(b"\0") if null else (line.rstrip(b"\r\n") for line in stdin)
-            yield from (os.fsdecode(line) for line in lines if line)
+            paths = (os.fsdecode(line) for line in lines if line)
         elif os.path.isdir(given):
-            yield from _folder(given, unreadable, frozenset())
+            paths = _folder(given, unreadable, frozenset())
         elif _suffix(given) in LISTS:
-            yield from _list(given, os.path.dirname(given) if root is None else root)
+            paths = _list(given, os.path.dirname(given) if root is None else root)
         else:
-            yield given
+            paths = [given]
+        yield from map(normalized, paths)
+
+
+def normalized(path: str) -> str:
+    """The path without `.`, doubled slashes and `..`; as it is where that would name another file, behind a link."""
+    short = os.path.normpath(path) if path else path
+    if short != path and ".." in path:
+        with suppress(OSError, ValueError):
+            return short if os.path.samefile(short, path) else path
+    return short
 
 
 def _suffix(path: str) -> str:
@@ -124,9 +137,12 @@ def _path(entry: dict[Any, Any], where: str) -> str:
     column = next((column for column in COLUMNS if column in entry), None)
     if column is None:
         raise ManifestError(f"{where}: has {', '.join(entry)}: expected one of {', '.join(COLUMNS)}")
-    for name in STARTS:
-        if str(entry.get(name) or 0).strip("0. "):
-            raise ManifestError(f"{where}: {name} is {entry[name]}, a segment of a file: cut it out first")
+    for name in SEGMENT:
+        if entry.get(name) not in (None, ""):  # 0 too: with a duration it is the beginning of the file
+            raise ManifestError(
+                f"{where}: {name} is {entry[name]}: expected whole files, segments are not supported: cut them out, or "
+                "remove the column where it stands for whole files"
+            )
     path = entry[column]
     if not path or not isinstance(path, str):
         raise ManifestError(f"{where}: the {column} is {path!r}: expected the path of an audio file")

@@ -15,6 +15,7 @@ import numpy as np
 
 from ._commands import complain
 from ._files import check_output, replacing
+from ._manifest import normalized
 from ._scoring import Utterance
 from ._tables import (
     BLOCK,
@@ -26,7 +27,7 @@ from ._tables import (
     shown,
     write_parquet,
 )
-from .audio import describe
+from .audio import counted, describe
 from .errors import ModelMismatchError, OutputError
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ class Parts:
     def __init__(self, output: Path) -> None:
         self.name = describe(output)
         self.earlier: dict[str, int] = {}
-        self._place = check_output(output)
+        self._place = check_output(output, ".npz", ".parquet")
         self.folder = self._place.with_name(self._place.name + ".parts")
         self._replacing = self.folder / "replacing"  # marks that the rows of the output do not count
-        self._parquet = self._place.suffix.lower() == ".parquet"
+        self._parquet = output.suffix.lower() == ".parquet"
         self._facts = dict.fromkeys(LABELS, "")  # that all rows share; empty while unknown
         self._groups: list[tuple[Path, int]] = []  # files and numbers of their row groups
         self._starts: list[int] = []  # number of the first row of each group
@@ -100,7 +101,8 @@ class Parts:
         for name, value in facts.items():  # "error" embeds no long clips, and so agrees with each other way
             self.agree(name, "" if value == "error" else value)
         for number, group in enumerate(groups):
-            self.earlier.update(zip(group["path"].to_pylist(), range(self._rows, self._rows + len(group)), strict=True))
+            paths = map(normalized, group["path"].to_pylist())  # earlier versions stored them as given
+            self.earlier.update(zip(paths, range(self._rows, self._rows + len(group)), strict=True))
             self._sizes.extend(group["size"].to_pylist())
             self._stamps.extend(group["stamp"].to_pylist())
             self._add_group(path, number, len(group))
@@ -194,7 +196,7 @@ class Parts:
             self.remove()
             return ""
         self._unlink("[a-z]*.parquet")
-        return f"{kept:,} embeddings are kept in {describe(self.folder)}: run again, without --replace, to resume"
+        return f"{counted(kept, 'embedding')} kept in {describe(self.folder)}: run again, without --replace, to resume"
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(PARTS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -77,8 +78,8 @@ def mean_direction(embeddings: Sequence[Embedding]) -> Embedding:
 
 def check_threshold(threshold: float | None) -> None:
     """Reject a threshold that is not a cosine; None stands for the model's own."""
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise ThresholdError(f"threshold is {threshold}: expected a cosine, -1 to 1")
+    if threshold is not None and not (isinstance(threshold, Real) and -1 <= threshold <= 1):
+        raise ThresholdError(f"threshold is {threshold!r}: expected a cosine, -1 to 1")
 
 
 def decide(score: float, given: float | None, learned: float | None) -> Verification:

@@ -1,4 +1,4 @@
-"""Reads a path, the bytes of a file or an array as a mono waveform at 16 kHz, in bounded memory."""
+"""Reads a path, the bytes of a file, a file object or an array as a mono waveform at 16 kHz, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import AudioFileError, AudioFormatError, NotAudioError, NotFiniteError
 
-Audio: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[Any]
+
+class _Readable(Protocol):
+    def read(self) -> bytes: ...
+
+
+class _ArrayLike(Protocol):
+    def __array__(self) -> Any: ...
+
+
+class _DLPack(Protocol):
+    def __dlpack__(self) -> Any: ...
+
+
+Plain: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[Any]
 """A path, the bytes of an audio file, or an array of samples."""
 
+Audio: TypeAlias = Plain | _Readable | _ArrayLike | _DLPack
+"""Also a binary file object, and an array or a CPU tensor of another library, by `__array__` or `__dlpack__`."""
+
 Waveform: TypeAlias = NDArray[np.float32]
+
+PLAIN = str, os.PathLike, bytes, bytearray, memoryview, np.ndarray  # the types of Plain
 
 SAMPLE_RATE = 16_000
 """Hz, of the model's training data and of every waveform that is sent."""
@@ -67,18 +85,21 @@ def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) ->
     """Read at most `max_samples` samples at 16 kHz, and decode no more of the source than needed.
 
     Args:
-        audio: A path, the bytes of an audio file (formats: see `MAGIC`), or float or int16 samples `[samples]` or
-            `[samples, channels]`. Channels are averaged; int16 is divided by 32768.
+        audio: A path, the bytes of an audio file (formats: see `MAGIC`) or a file object of it, or float or int16
+            samples `[samples]`, `[samples, channels]` or `[1, samples]`. Channels are averaged; int16 is divided by
+            32768.
         sample_rate: Hz, of an array (None: 16000). A file has its own; a different value here is an error.
         max_samples: Samples at 16 kHz.
 
     Raises:
         AudioError: Any but `TooShortError` and `TooLongError`; the caller checks the length.
     """
+    audio = plain(audio)
     name = describe(audio)
     if isinstance(audio, np.ndarray):
         rate = SAMPLE_RATE if sample_rate is None else sample_rate
         _check_rate(name, rate)
+        audio = audio[0] if audio.ndim == 2 and len(audio) == 1 else audio
         _check_array(name, audio)
         return _collect(name, _array_blocks(audio), rate, len(audio) / rate, max_samples)
     import soundfile  # only needed for files
@@ -108,6 +129,39 @@ def read(audio: Audio, sample_rate: float | None = None, *, max_samples: int) ->
         ) from exc
 
 
+def plain(audio: Audio) -> Plain:
+    """Read a file object to its end, from where it stands; take a tensor as an array, without a copy where it can be.
+
+    Raises:
+        AudioFileError: The file object cannot be read.
+        AudioFormatError: It gives no bytes, the tensor is not in the CPU's memory, or it is another type.
+    """
+    if isinstance(audio, PLAIN):
+        return audio
+    name, given = describe(audio), cast(Any, audio)
+    try:
+        if hasattr(given, "__array__"):
+            return np.asarray(given)
+        if hasattr(given, "__dlpack__"):
+            return np.from_dlpack(given)
+    except Exception as exc:  # each library has its own
+        reason = " ".join(str(exc).split()) or type(exc).__name__
+        raise AudioFormatError(f"{name}: gives no array ({reason}): pass its samples as a NumPy array") from exc
+    if not hasattr(given, "read"):
+        raise AudioFormatError(
+            f"audio is a {name}: expected a path, the bytes of an audio file, a binary file object, or an array of "
+            "samples"
+        )
+    try:
+        data = given.read()
+    except (OSError, ValueError) as exc:  # ValueError: closed, or text that cannot be decoded
+        reason = getattr(exc, "strerror", None) or str(exc)
+        raise AudioFileError(f"{name}: cannot be read ({reason}): pass a file object opened with 'rb'") from exc
+    if not isinstance(data, bytes):
+        raise AudioFormatError(f"{name}: read() gives {type(data).__name__}, expected bytes: open the file with 'rb'")
+    return data
+
+
 def describe(audio: object) -> str:
     """A short printable name for error messages."""
     if isinstance(audio, np.ndarray):
@@ -118,6 +172,11 @@ def describe(audio: object) -> str:
         path = str(audio)
         return path if path.isprintable() and path else repr(path)
     return type(audio).__name__
+
+
+def counted(number: int, noun: str) -> str:
+    """The number and the noun, in its plural unless the number is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def windows(samples: int, size: int) -> list[slice]:
@@ -166,8 +225,8 @@ def _resample(blocks: Iterator[Waveform], rate: float) -> Iterator[Waveform]:
 def _check_array(name: str, array: NDArray[Any]) -> None:
     if array.ndim not in (1, 2) or array.ndim == 2 and not 1 <= array.shape[1] <= MAX_CHANNELS:
         raise AudioFormatError(
-            f"{name}: expected shape [samples] or [samples, channels] with 1 to {MAX_CHANNELS} channels: "
-            "transpose a [channels, samples] array, pass the clips of a batch one by one"
+            f"{name}: expected shape [samples], [1, samples] or [samples, channels] with 1 to {MAX_CHANNELS} "
+            "channels: transpose a [channels, samples] array, pass the clips of a batch one by one"
         )
     if not issubclass(array.dtype.type, np.int16 | np.floating):
         raise AudioFormatError(f"{name}: expected float samples in [-1, 1] or int16: convert them")
@@ -210,10 +269,6 @@ def _open(
     name: str, audio: str | os.PathLike[str] | bytes | bytearray | memoryview
 ) -> Iterator[tuple[Any, int, _Bytes | io.FileIO]]:
     """Yield the file, the number of frames in its header, and the object that libsndfile reads."""
-    if not isinstance(audio, str | os.PathLike | bytes | bytearray | memoryview):
-        raise AudioFormatError(
-            f"audio is a {name}: expected a path, the bytes of an audio file or a NumPy array of samples"
-        )
     with _open_path(name, audio) if isinstance(audio, str | os.PathLike) else _Bytes(audio) as raw:
         if not (start := raw.read(4)).startswith(MAGIC):
             found = f"starts with {start!r}" if start else "is empty (0 bytes)"
