@@ -11,6 +11,8 @@ import sys
 
 from ecapa_triton import AsyncSpeakerClient, EcapaError, Gallery, OverloadedError
 
+if len(sys.argv) != 4:
+    sys.exit("usage: python examples/async_service.py URL GALLERY PORT")
 url, voices, port = sys.argv[1:]
 client, gallery = AsyncSpeakerClient(url), Gallery.load(voices)
 

@@ -14,6 +14,8 @@ from ecapa_triton import SpeakerClient
 
 TWICE = 0.99  # cosine; two recordings of one speaker rarely reach it
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python examples/clean.py URL LIST")
 speakers, paths = zip(*(line.split(maxsplit=1) for line in Path(sys.argv[2]).read_text().splitlines()), strict=True)
 with SpeakerClient(sys.argv[1]) as client:
     embeddings = np.stack(client.embed_many(paths))  # float32 [clips, 192]

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from ecapa_triton import EcapaError, SpeakerClient
 
+if len(sys.argv) != 4:
+    sys.exit("usage: python examples/embed.py URL FOLDER OUT.npz")
 url, folder, out = sys.argv[1:]
 paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
 files, embeddings, models = [], [], set()

@@ -9,6 +9,8 @@ import sys
 
 from ecapa_triton import EcapaError, Gallery, SpeakerClient
 
+if len(sys.argv) < 3:
+    sys.exit("usage: python examples/identify.py URL NAME=FILE ... FILE ...")
 url, *arguments = sys.argv[1:]
 clips = [argument for argument in arguments if "=" not in argument]
 gallery = Gallery()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ecapa_triton import EcapaError, Gallery, SpeakerClient
 
+if len(sys.argv) < 6 or sys.argv[3] not in ("enrol", "verify"):
+    sys.exit("usage: python examples/login.py URL GALLERY enrol|verify NAME FILE ...")
 url, file, task, name, *clips = sys.argv[1:]
 try:
     with SpeakerClient(url) as client:

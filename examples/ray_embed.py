@@ -33,6 +33,8 @@ class Embed:
         return pa.Table.from_pylist([{"path": path, **row} for path, row in zip(paths, rows, strict=True)], SCHEMA)
 
 
+if len(sys.argv) != 5:
+    sys.exit("usage: python examples/ray_embed.py URL LIST FOLDER WORKERS")
 url, manifest, out, workers = sys.argv[1:]
 blocks = ray.data.read_text(manifest).repartition(target_num_rows_per_block=1000)
 pool = ray.data.ActorPoolStrategy(size=int(workers))

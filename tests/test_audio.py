@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import fuzz_audio
 import numpy as np
@@ -93,6 +95,73 @@ def test_int16_is_divided_by_full_scale() -> None:
 def test_float_arrays(kind: type) -> None:
     samples = tone(0.1).astype(kind)
     np.testing.assert_array_equal(read(samples, max_samples=LIMIT).waveform, samples.astype(np.float32))
+
+
+@dataclass
+class ByArray:
+    """An array of another library, which NumPy takes by one protocol."""
+
+    array: np.ndarray
+
+    def __array__(self, *args: Any, **options: Any) -> np.ndarray:
+        return self.array
+
+
+@dataclass
+class ByDlpack:
+    """Likewise."""
+
+    array: np.ndarray
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+def test_arrays_of_other_libraries() -> None:
+    torch = pytest.importorskip("torch")
+    samples = tone(0.1)
+    integers = (samples * 32767).astype(np.int16)
+    expected = integers.astype(np.float32) / 32768
+    for audio in torch.from_numpy(integers), torch.from_numpy(integers)[None], torch.from_numpy(integers)[:, None]:
+        np.testing.assert_array_equal(read(audio, max_samples=LIMIT).waveform, expected)
+    for audio in ByArray(samples), ByDlpack(samples), samples[None], torch.from_numpy(samples)[None]:
+        np.testing.assert_array_equal(read(audio, max_samples=LIMIT).waveform, samples)
+    assert len(read(tone(2, 8_000)[None], 8_000, max_samples=LIMIT).waveform) == 2 * SECOND
+
+
+def test_wrong_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    for audio, fact in [
+        (torch.zeros(SECOND, requires_grad=True), "Tensor: .*grad"),
+        (torch.zeros(SECOND, device="meta"), "Tensor: "),
+        (torch.zeros(SECOND, dtype=torch.bfloat16), "Tensor: .*BFloat16"),
+        (torch.zeros(2, SECOND), r"float32\[2, 16000\].*transpose"),
+    ]:
+        with pytest.raises(AudioFormatError, match=fact):
+            read(audio, max_samples=LIMIT)
+
+
+def test_file_objects(tmp_path: Path) -> None:
+    data = encoded(tone(1), SECOND, "FLAC")
+    expected = read(data, max_samples=LIMIT).waveform
+    path = tmp_path / "clip.flac"
+    path.write_bytes(data)
+    behind = io.BytesIO(b"head" + data)
+    behind.seek(4)
+    with path.open("rb") as file, path.open("rb", buffering=0) as raw:
+        for audio in io.BytesIO(data), behind, file, raw:
+            np.testing.assert_array_equal(read(audio, max_samples=LIMIT).waveform, expected)
+    with path.open("rb") as closed:
+        pass
+    with pytest.raises(AudioFileError, match="BufferedReader: .*closed"):
+        read(closed, max_samples=LIMIT)
+    with path.open(encoding="latin-1") as text, pytest.raises(AudioFormatError, match="str.*'rb'"):
+        read(text, max_samples=LIMIT)  # type: ignore[arg-type]
+    with path.open(encoding="ascii") as text, pytest.raises(AudioFileError, match="decode.*'rb'"):
+        read(text, max_samples=LIMIT)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rate", [SECOND, 44_100])

@@ -153,6 +153,26 @@ def test_relative_paths_belong_to_one_folder(
     assert [row["path"] for row in rows(output)] == [str(two / "a.wav"), "a.wav"]
 
 
+def test_spellings_of_a_path_are_one_row(
+    run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "list.txt").write_text("./a.wav\nb/../a.wav\nb//c.wav\n")
+    assert run("a.wav", "./a.wav", ".", "list.txt", "-o", output)[0] == 0
+    assert [row["path"] for row in rows(output)] == ["a.wav", "b/c.wav", "b/d.wav"] and requested(fake) == [1, 2, 3]
+    assert "2 of 2 files embedded, 0 new, 1 kept" in run("b/../a.wav", "./b/c.wav", "-o", output)[1]
+    assert [row["path"] for row in rows(output)] == ["a.wav", "b/c.wav", "b/d.wav"] and requested(fake) == []
+
+
+def test_dots_behind_a_link_are_kept(run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path) -> None:
+    """`link/..` is the folder above the link's target, not the one of the link."""
+    (folder / "link").symlink_to(write(tmp_path / "other/b/x.wav", 9).parent)
+    write(tmp_path / "other/a.wav", 8)
+    spelled = f"{folder}/link/../a.wav"
+    assert run(spelled, folder / "a.wav", "-o", output)[0] == 0
+    assert [row["path"] for row in rows(output)] == [spelled, f"{folder}/a.wav"] and requested(fake) == [1, 8]
+
+
 @pytest.mark.parametrize("damage", ["foreign", "other", "cut", "flipped"])
 def test_an_output_that_is_foreign_or_damaged_is_rejected(
     run: Run, fake: FakeTriton, folder: Path, tmp_path: Path, output: Path, damage: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
+from conftest import ROOT
 from ecapa_triton import Gallery, SpeakerClient, _cli
 from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, good, held, nan, refuse
 
@@ -113,6 +115,7 @@ def test_an_absent_server_ends_a_list_with_one_line(run: Run, clip: Path, tmp_pa
         (["--timeout", "nan"], "timeout"),
         (["--url", "http://127.0.0.1:8000"], "http://127.0.0.1:8000"),
         (["--key-file", "no such file"], "no such file"),
+        (["--key-file", "/dev/null"], "/dev/null"),
     ],
 )
 def test_errors_are_one_line(fake: FakeTriton, run: Run, clip: Path, arguments: list[str], fact: str) -> None:
@@ -137,7 +140,16 @@ def test_impossible_outputs_are_rejected_before_the_work(
         status, _, err = run("embed", clip, "-o", output)
         assert status == 2
         one_line(err, output)
-    assert fake.lengths == []
+    for command in ["embed", clip, "-o", tmp_path / "out.csv"], ["enrol", tmp_path / "voices.json", "anna", clip]:
+        status, _, err = run(*command)
+        assert status == 2
+        one_line(err, ".npz")
+    assert fake.lengths == [] and [path.name for path in tmp_path.iterdir()] == ["clip.wav"]
+
+
+def test_version(run: Run) -> None:
+    (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert run("--version") == (0, f"{version}\n", "")
 
 
 # --- verify, enrol, identify ---
@@ -165,7 +177,7 @@ def test_verify_exit_status(fake: FakeTriton, run: Run, clip: Path, other: Path,
 def test_enrol_and_identify(fake: FakeTriton, run: Run, clip: Path, other: Path, tmp_path: Path) -> None:
     gallery = tmp_path / "voices.npz"
     status, out, err = run("enrol", gallery, "anna", clip, clip)
-    assert (status, err) == (0, "") and "anna" in out
+    assert (status, out, err) == (0, f"anna: 2 clips; {gallery}: 1 voice\n", "")
     assert json.loads(run("enrol", gallery, "berta", other, "--json")[1]) == {"name": "berta", "clips": 1, "voices": 2}
     assert Gallery.load(gallery).clips("anna") == 2
     status, out, err = run("identify", gallery, clip, tmp_path / "none.wav", other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
+import torch
 from clients import OTHER, OVERLOAD, SAMPLE, SECOND, Make, meanwhile, noise
 from ecapa_triton import ModelInfo, SpeakerClient, Utterance, errors, score
 from ecapa_triton._async_client import pause
@@ -296,7 +298,7 @@ def test_windows_are_retried_one_by_one(fake: FakeTriton, client: SpeakerClient)
 
 def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
     a, b = noise(1), noise(1.5, seed=1)
-    for threshold in 45, -1.01, math.nan:
+    for threshold in 45, -1.01, math.nan, "x":
         with pytest.raises(errors.ThresholdError, match=f"{threshold}"):
             client.verify(a, b, threshold)
     assert fake.lengths == []
@@ -328,6 +330,19 @@ def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
 def test_score_rejects(a: list[float], b: list[float]) -> None:
     with pytest.raises(errors.EmbeddingError):
         score(np.array(a), np.array(b))
+
+
+def test_a_file_object_is_read_once(fake: FakeTriton, client: SpeakerClient) -> None:
+    """Also where the clip is read again: in windows, and before the model's limits are known."""
+    long, buffer = noise(45), io.BytesIO()
+    soundfile.write(buffer, long, SECOND, format="WAV", subtype="FLOAT")
+    expected = client.embed(long, long="windows")
+    for _ in range(2):
+        buffer.seek(0)
+        np.testing.assert_array_equal(client.embed(buffer, long="windows"), expected)
+        client.status()
+    with pytest.raises(errors.NotAudioError, match="0 bytes"):
+        client.embed(buffer)  # it stands at its end
 
 
 # --- status ---
@@ -393,8 +408,8 @@ def test_served_files_bytes_arrays_and_mixed_lengths(served: SpeakerClient, refe
     ints, _ = soundfile.read(SAMPLE, dtype="int16")
     assert rate == SECOND
     expected = reference(floats)
-    arrays = floats, ints, floats[:, None], np.stack([floats] * 2, axis=1)
-    for clip in (SAMPLE, str(SAMPLE), SAMPLE.read_bytes(), *arrays):
+    arrays = floats, ints, floats[:, None], floats[None], torch.from_numpy(floats), np.stack([floats] * 2, axis=1)
+    for clip in (SAMPLE, str(SAMPLE), SAMPLE.read_bytes(), io.BytesIO(SAMPLE.read_bytes()), *arrays):
         assert close(served.embed(clip), expected)
     clips = [noise(s, seed=i) for i, s in enumerate([0.04, 2.5, 0.3, 7, 1, 0.11, 4, 0.04])]
     for embedding, clip in zip(served.embed_many(clips), clips, strict=True):

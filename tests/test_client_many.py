@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import time
 import tracemalloc
@@ -13,6 +14,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import torch
 from clients import OTHER, SECOND, Make, meanwhile, noise
 from ecapa_triton import AsyncSpeakerClient, SpeakerClient, Utterance, errors
 from fake_triton import MODEL, FakeTriton, fingerprint, good, held, refuse
@@ -134,7 +136,15 @@ def test_one_bad_clip_does_not_lose_the_others(fake: FakeTriton, client: Speaker
 
 def test_embed_many_of_nothing_and_of_a_single_clip(client: SpeakerClient) -> None:
     assert client.embed_many([]) == []
-    for single in "clip.wav", b"RIFF", bytearray(b"RIFF"), Path("clip.wav"), noise(1):
+    for single in (
+        "clip.wav",
+        b"RIFF",
+        bytearray(b"RIFF"),
+        Path("clip.wav"),
+        noise(1),
+        io.BytesIO(b"RIFF"),
+        torch.zeros(9),
+    ):
         with pytest.raises(TypeError, match=type(single).__name__):
             client.embed_many(single)
 

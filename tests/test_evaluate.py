@@ -287,7 +287,7 @@ def test_failures_of_the_server(fake: FakeTriton, evaluate: Evaluate, listed: Pa
 @pytest.mark.parametrize(
     "options",
     [["--scores", "."], ["--det", "none/det.png"], ["--scores", "0.wav"], ["--scores", "trials.txt"]]
-    + [["--scores", "x.png", "--det", "./x.png"]],
+    + [["--scores", "x.png", "--det", "./x.png"], ["--det", "x.pdf"]],
 )
 def test_impossible_outputs_are_rejected_before_the_work(
     fake: FakeTriton, evaluate: Evaluate, listed: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]

@@ -52,6 +52,15 @@ def run(server: TritonServer, tmp_path: Path) -> Run:
     return run
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "demo"))
+def test_without_arguments_the_usage_is_shown(name: str) -> None:
+    if name.startswith("ray"):
+        pytest.importorskip("ray", reason="pip install 'ecapa-triton[ray]'")
+    done = subprocess.run([sys.executable, ROOT / "examples" / name], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"usage: python examples/{name} URL [^\n]+\n", done.stderr)
+
+
 def test_embed(run: Run, reference: Callable[[np.ndarray], np.ndarray], tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     shutil.copytree(SAMPLES, folder, ignore=shutil.ignore_patterns("__pycache__"))

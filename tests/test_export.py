@@ -281,6 +281,23 @@ def test_wrong_max_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "3600" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "--format", "onnx"],
+        ["verify", "--no-fp16"],
+        ["verify", "--max-seconds", "30"],
+        ["verify", "--root", "."],
+        ["--root", "."],
+        ["--trials", "trials.txt"],
+    ],
+)
+def test_options_of_the_other_command_are_rejected(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "goes with" in capsys.readouterr().err.replace("go with", "goes with")
+
+
 def test_a_repository_without_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--repository", str(tmp_path), "--source", "mini"]) == 1
     assert "config.pbtxt is missing" in capsys.readouterr().err

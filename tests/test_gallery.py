@@ -180,7 +180,7 @@ def test_without_a_threshold_there_is_no_decision() -> None:
 
 def test_options_that_are_rejected(gallery: Gallery) -> None:
     """Also if there is nothing to identify."""
-    for threshold in 1.1, -1.1, math.nan, math.inf:
+    for threshold in 1.1, -1.1, math.nan, math.inf, "x":
         for call in (
             lambda threshold=threshold: Gallery().identify(utterance(1), threshold=threshold),
             lambda threshold=threshold: gallery.identify_many([], threshold=threshold),
