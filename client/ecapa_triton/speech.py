@@ -34,7 +34,7 @@ SPECTRUM_RANGE = 30  # dB; what is weaker than the strongest band by more is tak
 MAX_JUMP = 0.09  # of the pitch in 20 ms, relative; peaks of noise jump
 MIN_GLIDE = 0.01  # of the pitch in 40 ms, relative; hum under noise of its level rarely moves that much
 MIN_CHANGE = 1.2  # dB in 40 ms, mean over the bands, without the change of the level
-MIN_SHARE = 1 / 3  # of voiced frames that must glide, and that must change; speech has 0.5 and more, hum 0.15 at most
+MIN_SHARE = 1 / 3  # of voiced frames that must glide, and that must change; speech has 0.5 and more, hum 0.15
 MIN_FRAMES = 2  # that must glide, and that must change
 MIN_RANGE = 10  # dB between the lowest and the highest level; speech in noise of -10 dB has 15, beating tones have 7
 CONTEXT = 50  # frames to each side, 1 s, in which these are judged
@@ -47,7 +47,7 @@ _COSINES = np.cos(2 * np.pi / FFT * np.outer(_VOICING, _LAGS))
 _WINDOW = np.hanning(FRAME)
 _PERIODIC = np.fft.irfft(np.abs(np.fft.rfft(_WINDOW, FFT)))  # autocorrelation of a periodic frame at its period
 _THRESHOLD = MIN_VOICING * (1 + _PERIODIC[_LAGS] / _PERIODIC[0]) / 2
-_DIFFERENCE = 2 * np.sin(np.pi / FFT * np.maximum(np.arange(_EDGES[-1]), 1))  # gain of a difference of samples
+_DIFFERENCE = (2 * np.sin(np.pi / FFT * np.maximum(np.arange(_EDGES[-1]), 1))) ** 2  # gain of a second difference
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -83,8 +83,8 @@ def _analyse(
     waveform: Waveform,
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Whether each frame is voiced, the log of its pitch period, its spectrum `[frames, 5]` in dB, its level in dB."""
-    # The difference keeps rumble below the bands from leaking into them.
-    frames = sliding_window_view(np.diff(waveform, prepend=waveform[:1]), FRAME)[::HOP]
+    # The second difference keeps rumble below the bands from leaking into them.
+    frames = sliding_window_view(np.diff(waveform, 2, prepend=waveform[:1].repeat(2)), FRAME)[::HOP]
     magnitude = np.abs(np.fft.rfft(frames * _WINDOW, FFT)[:, : _EDGES[-1]]) / _DIFFERENCE
     amplitude = magnitude[:, _VOICING]
     total = amplitude.sum(axis=1)
