@@ -26,6 +26,27 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * SECOND)).astype(np.float32)
 
 
+def voice(seconds: float, seed: int = 0) -> np.ndarray:
+    """Continuous speech, crudely: pulses of gliding pitch through two moving formants, in syllables, and some noise."""
+    rng = np.random.default_rng(seed)
+    count = round(seconds * SECOND)
+    time = np.arange(count) / SECOND
+
+    def wander(low: float, high: float) -> np.ndarray:
+        """A quantity with a new value every 0.15 s."""
+        knots = rng.uniform(low, high, int(seconds / 0.15) + 3)
+        return np.interp(time, 0.15 * np.arange(len(knots)), knots)
+
+    pitch, formants = wander(90, 250), (wander(300, 800), wander(900, 2200))
+    phase = np.cumsum(pitch) / SECOND + rng.uniform()
+    sound = np.zeros(count)
+    for harmonic in range(1, 25):
+        gain = sum(np.exp(-(((harmonic * pitch - formant) / 200) ** 2)) for formant in formants) + 0.05
+        sound += gain * np.sin(2 * np.pi * harmonic * phase)
+    syllables = 0.05 + np.cos(np.pi * time / 0.2) ** 2
+    return (0.1 * sound * syllables + 0.003 * rng.standard_normal(count)).astype(np.float32)
+
+
 class Awaited:
     """`AsyncSpeakerClient` on an event loop in a thread, with the methods of `SpeakerClient`."""
 

@@ -17,7 +17,7 @@ def vector(seed: int, size: int = 192) -> np.ndarray:
 
 def utterance(of: int | list[float] | np.ndarray, model: str = MODEL, threshold: float | None = 0.45) -> Utterance:
     embedding = vector(of) if isinstance(of, int) else np.asarray(of, np.float32)
-    return Utterance(embedding, 1.0, model, threshold)
+    return Utterance(embedding, 1.0, model, threshold, speech=1.0)
 
 
 def contents(gallery: Gallery, size: int = 192) -> tuple[Any, ...]:

@@ -310,13 +310,13 @@ def test_lines_without_an_output(run: Run, fake: FakeTriton, folder: Path) -> No
     assert status == 2 and [line["file"] for line in lines] == [str(folder / "b/d.wav"), str(folder / "a.wav")]
     assert lines[1]["model"] == MODEL and lines[1]["embedding"][0] == 1001
     assert [line.split(": ")[1] for line in err.splitlines()] == [f"{folder}/a.wav", f"{folder}/b/c.wav"]
-    assert run(folder / "a.wav")[1].startswith(f"{folder}/a.wav  0.06 s  192 dims  norm")
+    assert run(folder / "a.wav")[1].startswith(f"{folder}/a.wav  0.06 s, 0.00 s of speech  192 dims  norm")
 
 
 def test_the_summary_as_json(run: Run, folder: Path, tmp_path: Path) -> None:
     summary = json.loads(run(folder, "-o", tmp_path / "out.npz", "--json")[1])
     assert summary.pop("elapsed") > 0 and summary.pop("audio") == pytest.approx(3006 / 16_000)
-    counts = {"files": 3, "repeated": 0, "embedded": 3, "failed": 0, "new": 3, "kept": 0}
+    counts = {"files": 3, "repeated": 0, "embedded": 3, "failed": 0, "new": 3, "little_speech": 3, "kept": 0}
     assert summary == {"output": str(tmp_path / "out.npz"), **counts}
 
 

@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 import pytest
 import soundfile
+from clients import voice
 from conftest import ROOT
 from ecapa_triton import Gallery, SpeakerClient, _cli
 from fake_triton import MODEL, SIZE, FakeTriton, fingerprint, good, held, nan, refuse
@@ -28,8 +29,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def write(path: Path, seed: int, seconds: float = 1.0) -> Path:
-    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, round(seconds * 16_000)).astype(np.float32)
-    soundfile.write(path, samples, 16_000, subtype="FLOAT")
+    soundfile.write(path, voice(seconds, seed), 16_000, subtype="FLOAT")
     return path
 
 
@@ -81,7 +81,7 @@ def test_embed_prints_a_line_per_file(fake: FakeTriton, run: Run, clip: Path, ot
     assert (status, err) == (0, "")
     assert any("sesame" in call.values() for call in fake.metadata)
     for path, line in zip((clip, other), out.splitlines(), strict=True):
-        assert line.startswith(f"{path}  1.00 s  {SIZE} dims")
+        assert line.startswith(f"{path}  1.00 s, 1.00 s of speech  {SIZE} dims")
     status, out, _ = run("embed", clip, "--json")
     line = json.loads(out)
     assert (status, line["file"], line["seconds"], line["model"]) == (0, str(clip), 1, MODEL)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from clients import OTHER, OVERLOAD, SAMPLE, SECOND, Make, meanwhile, noise
+from clients import OTHER, OVERLOAD, SAMPLE, SECOND, Make, meanwhile, noise, voice
 from ecapa_triton import ModelInfo, SpeakerClient, Utterance, errors, score
 from ecapa_triton._async_client import pause
 from ecapa_triton.protocol import Deployment
@@ -297,7 +297,7 @@ def test_windows_are_retried_one_by_one(fake: FakeTriton, client: SpeakerClient)
 
 
 def test_verify(fake: FakeTriton, client: SpeakerClient) -> None:
-    a, b = noise(1), noise(1.5, seed=1)
+    a, b = voice(1), voice(1.5, seed=1)
     for threshold in 45, -1.01, math.nan, "x":
         with pytest.raises(errors.ThresholdError, match=f"{threshold}"):
             client.verify(a, b, threshold)

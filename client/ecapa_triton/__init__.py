@@ -41,6 +41,7 @@ from .errors import (
     RejectedError,
     ServerError,
     ThresholdError,
+    TooLittleSpeechError,
     TooLongError,
     TooShortError,
     TrustError,
@@ -59,7 +60,7 @@ __all__ = [
     "TooShortError",
     "ServerError", "AddressError", "ConnectError", "DeadlineError", "KeyRefusedError", "ModelNotFoundError",
     "ModelNotReadyError", "OverloadedError", "ProtocolError", "RejectedError", "TrustError",
-    "ClosedError", "EmbeddingError", "ModelMismatchError", "ThresholdError",
+    "ClosedError", "EmbeddingError", "ModelMismatchError", "ThresholdError", "TooLittleSpeechError",
     "GalleryError", "GalleryFileError", "UnknownVoiceError",
     "EvaluationError", "ManifestError", "OutputError",
 ]

@@ -21,10 +21,12 @@ from . import audio as audio_module
 from . import protocol
 from ._connection import CLOSED, Connection, Options, State
 from ._scoring import (
+    MIN_SPEECH,
     Embedding,
     Utterance,
     Verification,
     agreeing,
+    check_speech,
     check_threshold,
     decide,
     embeddings,
@@ -44,6 +46,7 @@ from .errors import (
     TooShortError,
 )
 from .protocol import ModelInfo, Reply, Status
+from .speech import speech_seconds
 
 T = TypeVar("T")
 Audios: TypeAlias = Iterable[Audio] | AsyncIterable[Audio]
@@ -124,7 +127,8 @@ class AsyncSpeakerClient(Options):
                 embeddings = [reply.embedding for reply in replies]
                 embedding = embeddings[0] if len(embeddings) == 1 else mean_direction(embeddings)
                 seconds = min(clip.seconds, info.max_seconds) if long == "truncate" else clip.seconds
-                return Utterance(embedding, seconds, info.id, info.threshold)
+                speech = await asyncio.to_thread(speech_seconds, clip.waveform)
+                return Utterance(embedding, seconds, info.id, info.threshold, speech, clip.name)
         raise ModelNotReadyError(f"model {self.model!r} at {self.url} keeps changing its limits: try again")
 
     @overload
@@ -162,10 +166,13 @@ class AsyncSpeakerClient(Options):
         *,
         sample_rate: float | None = None,
         long: Long = "error",
+        min_speech: float = MIN_SPEECH,
     ) -> Verification:
         """Same as `SpeakerClient.verify`, awaited."""
         check_threshold(threshold)
         one, two = agreeing([outcome async for outcome in self.utterances([a, b], sample_rate, long=long)])
+        check_speech(one, min_speech)
+        check_speech(two, min_speech)
         return decide(score(one.embedding, two.embedding), threshold, two.threshold)
 
     async def status(self) -> Status:

@@ -27,7 +27,7 @@ from ._commands import DONE, FAILED, TERMINATED, at_least, complain, named, rais
 from ._files import locked_folder
 from ._manifest import expand
 from ._parts import Parts, Stat, stat_of
-from ._scoring import Utterance
+from ._scoring import MIN_SPEECH, Utterance
 from ._tables import shown
 from .audio import counted, describe
 from .errors import HOPELESS, AudioFileError, DeadlineError, EcapaError, OutputError
@@ -178,7 +178,7 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -
             else:
                 missing.append(path)
 
-        new, audio = 0, 0.0
+        new, little, audio = 0, 0, 0.0
         with _progress(parts.name, len(rows) + len(missing), len(rows)) as show:
             for path, stat, outcome in _outcomes(client, missing, arguments.long):
                 if isinstance(outcome, EcapaError):
@@ -186,6 +186,7 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -
                 else:
                     rows[path] = parts.add(path, stat, outcome)
                     new += 1
+                    little += outcome.speech < MIN_SPEECH
                     audio += outcome.seconds
                 show(new, failures.count, audio)
     done = [rows[path] for path in paths if path in rows]
@@ -200,6 +201,7 @@ def _embed(client: SpeakerClient, arguments: argparse.Namespace, parts: Parts) -
         "embedded": len(done),  # of them, in the output
         "failed": failures.count,  # files and folders
         "new": new,  # embedded by this run
+        "little_speech": little,  # of the new ones, with less speech than `enrol` and `identify` want
         "kept": len(kept),  # rows of earlier runs for files that this run was not given
         "audio": audio,  # s, embedded by this run
         "elapsed": time.monotonic() - start,  # s
@@ -219,6 +221,8 @@ def _sentence(summary: dict[str, Any]) -> str:
     if summary["new"]:
         audio, elapsed = summary["audio"], summary["elapsed"]
         parts.append(f"{audio:,.1f} s of audio in {elapsed:,.1f} s ({audio / elapsed:,.1f} times real time)")
+    if summary["little_speech"]:
+        parts.append(f"{summary['little_speech']:,} of the new with less than {MIN_SPEECH:g} s of speech")
     return ", ".join(parts)
 
 
@@ -248,10 +252,12 @@ def _print(client: SpeakerClient, arguments: argparse.Namespace) -> int:
 def _line(path: str, one: Utterance, as_json: bool) -> str:
     if as_json:
         embedding = [float(str(x)) for x in one.embedding]
-        return json.dumps({"file": path, "seconds": one.seconds, "model": one.model, "embedding": embedding})
+        facts = {"file": path, "seconds": one.seconds, "speech": one.speech, "model": one.model}
+        return json.dumps(facts | {"embedding": embedding})
     first = " ".join(f"{x:.3f}" for x in one.embedding[:4])
     norm = float(np.linalg.norm(one.embedding))
-    return f"{describe(path)}  {one.seconds:.2f} s  {len(one.embedding)} dims  norm {norm:.2f}  [{first} ...]"
+    lengths = f"{one.seconds:.2f} s, {one.speech:.2f} s of speech"
+    return f"{describe(path)}  {lengths}  {len(one.embedding)} dims  norm {norm:.2f}  [{first} ...]"
 
 
 # --- failures and progress ---

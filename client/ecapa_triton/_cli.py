@@ -22,9 +22,9 @@ from urllib.request import ProxyHandler, build_opener
 from . import EcapaError, Gallery, Long, SpeakerClient, Tls, TrustError, _bulk, _evaluate
 from ._commands import BROKEN_PIPE, DIFFERENT, DONE, FAILED, INTERRUPTED, at_least, complain, named, raising_once
 from ._files import check_output, locked_folder
-from ._scoring import check_threshold
+from ._scoring import MIN_SPEECH, check_threshold
 from .audio import counted, describe
-from .errors import HOPELESS
+from .errors import HOPELESS, ModelMismatchError, ThresholdError
 from .protocol import Gpu, read_gpus
 
 Command: TypeAlias = Callable[[SpeakerClient, argparse.Namespace], int]
@@ -72,22 +72,25 @@ def _parser() -> argparse.ArgumentParser:
     clips = argparse.ArgumentParser(add_help=False)
     limit = "clips above the model's limit: reject, embed the beginning, or average windows (%(default)s)"
     clips.add_argument("--long", choices=get_args(Long), default="error", help=limit)
+    speech = argparse.ArgumentParser(add_help=False)
+    least = "least seconds of speech in a clip, 0 for no check (%(default)g)"
+    speech.add_argument("--min-speech", type=float, default=MIN_SPEECH, metavar="SECONDS", help=least)
     deciding = argparse.ArgumentParser(add_help=False)
     deciding.add_argument("--threshold", type=float, help="accept cosines above it (default: the model's own)")
 
     _bulk.add_arguments(add("embed", _bulk.run, "embed audio files, folders, lists", clips))
 
-    verify = add("verify", _verify, "tell whether two files are of one speaker", clips, deciding)
+    verify = add("verify", _verify, "tell whether two files are of one speaker", clips, speech, deciding)
     verify.description = "Exit status: 0 same speaker, 1 different speakers, 2 error."
     verify.add_argument("a", metavar="A")
     verify.add_argument("b", metavar="B")
 
-    enrol = add("enrol", _enrol, "add a voice, or more clips of one, to a gallery", clips)
+    enrol = add("enrol", _enrol, "add a voice, or more clips of one, to a gallery", clips, speech)
     enrol.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file; created if missing")
     enrol.add_argument("name", metavar="NAME")
     enrol.add_argument("files", nargs="+", metavar="FILE", help="clips of this voice")
 
-    identify = add("identify", _identify, "find the voice of each file in a gallery", clips, deciding)
+    identify = add("identify", _identify, "find the voice of each file in a gallery", clips, speech, deciding)
     identify.add_argument("gallery", type=Path, metavar="GALLERY", help="an npz file written by `enrol`")
     identify.add_argument("files", nargs="+", metavar="FILE")
     identify.add_argument("--top", type=at_least(1), default=3, metavar="N", help="candidates to show (%(default)s)")
@@ -149,7 +152,8 @@ def _client(arguments: argparse.Namespace) -> SpeakerClient:
 
 
 def _verify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
-    verification = client.verify(arguments.a, arguments.b, arguments.threshold, long=arguments.long)
+    options = {"long": arguments.long, "min_speech": arguments.min_speech}
+    verification = client.verify(arguments.a, arguments.b, arguments.threshold, **options)
     if arguments.json:
         print(json.dumps(asdict(verification)))
     else:
@@ -163,7 +167,7 @@ def _enrol(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     outcomes = list(client.utterances(arguments.files, long=arguments.long))
     with locked_folder(place.parent):  # one enrolment at a time
         gallery = Gallery.load(arguments.gallery) if arguments.gallery.exists() else Gallery()
-        gallery.enrol(arguments.name, outcomes)
+        gallery.enrol(arguments.name, outcomes, min_speech=arguments.min_speech)
         gallery.save(arguments.gallery)
     facts = {"name": arguments.name, "clips": gallery.clips(arguments.name), "voices": len(gallery)}
     if arguments.json:
@@ -179,14 +183,14 @@ def _identify(client: SpeakerClient, arguments: argparse.Namespace) -> int:
     check_threshold(arguments.threshold)
     status = DONE
     outcomes = client.utterances(arguments.files, long=arguments.long)
-    for file, outcome in zip(arguments.files, outcomes, strict=True):
-        if isinstance(outcome, HOPELESS):
-            raise outcome
-        if isinstance(outcome, EcapaError):
-            complain(str(named(file, outcome)))
+    results = gallery.identify_many(outcomes, arguments.top, arguments.threshold, min_speech=arguments.min_speech)
+    for file, found in zip(arguments.files, results, strict=True):
+        if isinstance(found, (*HOPELESS, ModelMismatchError, ThresholdError)):
+            raise found
+        if isinstance(found, EcapaError):
+            complain(str(named(file, found)))
             status = FAILED
             continue
-        found = gallery.identify(outcome, arguments.top, arguments.threshold)
         if arguments.json:
             candidates = [candidate._asdict() for candidate in found.candidates]
             print(json.dumps({"file": file, **asdict(found), "candidates": candidates}), flush=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 
 from ._async_client import AsyncSpeakerClient, Long, check_many
 from ._connection import CLOSED, Options, State
-from ._scoring import Embedding, Utterance, Verification, embeddings
+from ._scoring import MIN_SPEECH, Embedding, Utterance, Verification, embeddings
 from .audio import Audio
 from .errors import ClosedError, EcapaError
 from .protocol import Status
@@ -100,7 +100,7 @@ class SpeakerClient(Options):
         return self.utterance(audio, sample_rate, long=long).embedding
 
     def utterance(self, audio: Audio, sample_rate: float | None = None, *, long: Long = "error") -> Utterance:
-        """Embed one clip, as `embed`; returns the embedding with its duration, model identity and threshold."""
+        """Embed one clip, as `embed`; returns the embedding with its duration, speech, model identity and threshold."""
         return _run(self._async.utterance(audio, sample_rate, long=long))
 
     @overload
@@ -168,6 +168,7 @@ class SpeakerClient(Options):
         *,
         sample_rate: float | None = None,
         long: Long = "error",
+        min_speech: float = MIN_SPEECH,
     ) -> Verification:
         """Decide whether two clips are of one speaker.
 
@@ -177,12 +178,14 @@ class SpeakerClient(Options):
             threshold: Cosine above which they are one speaker; None takes the model's own.
             sample_rate: Hz of arrays (None: 16000).
             long: As for `embed`.
+            min_speech: Seconds of speech that each clip must have; 0: no check.
 
         Raises:
             ThresholdError: No threshold is given and the model has none, or it is not a cosine.
+            TooLittleSpeechError: A clip has less speech than `min_speech`.
             EcapaError: As for `embed`.
         """
-        return _run(self._async.verify(a, b, threshold, sample_rate=sample_rate, long=long))
+        return _run(self._async.verify(a, b, threshold, sample_rate=sample_rate, long=long, min_speech=min_speech))
 
     def status(self) -> Status:
         """Ask the server for its version and readiness, and for the model's constants and statistics.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._files import replacing
-from ._scoring import Utterance, Verification, check_threshold, decide, unit
+from ._scoring import MIN_SPEECH, Utterance, Verification, check_speech, check_threshold, decide, unit
 from .audio import counted, describe
 from .errors import EcapaError, EmbeddingError, GalleryError, GalleryFileError, ModelMismatchError, UnknownVoiceError
 
@@ -116,7 +116,13 @@ class Gallery:
         """
         return self._voice(name).clips
 
-    def enrol(self, name: str, utterances: Utterance | Iterable[Utterance | EcapaError]) -> None:
+    def enrol(
+        self,
+        name: str,
+        utterances: Utterance | Iterable[Utterance | EcapaError],
+        *,
+        min_speech: float = MIN_SPEECH,
+    ) -> None:
         """Add utterances to a new or an enrolled voice, in which all its utterances have equal weight.
 
         Either all utterances are added or, if an error is raised, none.
@@ -124,16 +130,18 @@ class Gallery:
         Args:
             name: Name of the voice: up to 128 printable characters, without spaces around them.
             utterances: One, or several as `client.utterances(...)` yields them.
+            min_speech: Seconds of speech that each must have; 0: no check.
 
         Raises:
             GalleryError: The name is not valid, or there is no utterance.
+            TooLittleSpeechError: An utterance has less speech than `min_speech`.
             ModelMismatchError: An utterance is of another model than the gallery or those before it.
             EmbeddingError: An embedding has no direction or another size, or all of them cancel out.
             EcapaError: The first error among `utterances`.
         """
         name = _checked(name)
         items = [utterances] if isinstance(utterances, Utterance | EcapaError) else list(utterances)
-        directions = self._directions(items)
+        directions = self._directions(items, min_speech)
         if not directions:
             raise GalleryError(f"no utterance for {name!r}: pass one or more")
         before = [self._voices[name].total] if name in self._voices else []
@@ -157,29 +165,38 @@ class Gallery:
         if not self._voices:
             self._model = self._threshold = None
 
-    def identify(self, utterance: Utterance, top: int = 5, threshold: float | None = None) -> Identification:
+    def identify(
+        self, utterance: Utterance, top: int = 5, threshold: float | None = None, *, min_speech: float = MIN_SPEECH
+    ) -> Identification:
         """Find the voice of an utterance.
 
         Args:
             utterance: The probe.
             top: Largest number of candidates.
             threshold: Cosine above which the nearest voice is named; None: the model's, from the utterance.
+            min_speech: Seconds of speech that the utterance must have; 0: no check.
 
         Raises:
+            TooLittleSpeechError: The utterance has less speech than `min_speech`.
             ModelMismatchError: The utterance is of another model than the gallery.
             ThresholdError: No threshold is given and the model has none, or it is not a cosine.
             EmbeddingError: The embedding has no direction, or another size.
             ValueError: `top` is below 1.
         """
         _check_options(top, threshold)
-        (direction,) = self._directions([utterance])
+        (direction,) = self._directions([utterance], min_speech)
         candidates = self._best(direction, top) if self._voices else ()
         verdict = decide(candidates[0].score if candidates else -1.0, threshold, self._learned(utterance))
         name = candidates[0].name if verdict.same else None
         return Identification(name, verdict.score, verdict.threshold, candidates)
 
     def identify_many(
-        self, utterances: Iterable[Utterance | EcapaError], top: int = 5, threshold: float | None = None
+        self,
+        utterances: Iterable[Utterance | EcapaError],
+        top: int = 5,
+        threshold: float | None = None,
+        *,
+        min_speech: float = MIN_SPEECH,
     ) -> Iterator[Identification | EcapaError]:
         """Find the voices of many utterances.
 
@@ -187,6 +204,7 @@ class Gallery:
             utterances: As `client.utterances(...)` yields them; may be a generator.
             top: As for `identify`.
             threshold: As for `identify`.
+            min_speech: As for `identify`.
 
         Returns:
             The results in order. Errors among `utterances`, and those that `identify` would raise, take the place of
@@ -200,14 +218,14 @@ class Gallery:
 
         def outcome(item: Utterance | EcapaError) -> Identification | EcapaError:
             try:
-                return self.identify(_good(item), top, threshold)
+                return self.identify(_good(item), top, threshold, min_speech=min_speech)
             except EcapaError as exc:
                 return exc
 
         return map(outcome, utterances)
 
     def scores(self, utterances: Iterable[Utterance]) -> NDArray[np.float32]:
-        """Cosines of utterances to all voices.
+        """Cosines of utterances to all voices, whatever speech the utterances have.
 
         Returns:
             float32 `[utterances, voices]`, -1 to 1, the voices in the order of iteration.
@@ -222,22 +240,26 @@ class Gallery:
         scores: NDArray[np.float32] = np.array(directions, np.float32) @ units.T
         return np.clip(scores, -1, 1, out=scores)
 
-    def verify(self, name: str, utterance: Utterance, threshold: float | None = None) -> Verification:
+    def verify(
+        self, name: str, utterance: Utterance, threshold: float | None = None, *, min_speech: float = MIN_SPEECH
+    ) -> Verification:
         """Decide whether an utterance is of a voice.
 
         Args:
             name: Name of the voice.
             utterance: The probe.
             threshold: Cosine above which it is the same speaker; None: the model's, from the utterance.
+            min_speech: Seconds of speech that the utterance must have; 0: no check.
 
         Raises:
+            TooLittleSpeechError: The utterance has less speech than `min_speech`.
             UnknownVoiceError: No voice of this name is enrolled.
             ModelMismatchError: The utterance is of another model than the gallery.
             ThresholdError: No threshold is given and the model has none, or it is not a cosine.
             EmbeddingError: The embedding has no direction, or another size.
         """
         voice = self._voice(name)
-        (direction,) = self._directions([utterance])
+        (direction,) = self._directions([utterance], min_speech)
         return decide(_cosines([voice], direction)[0], threshold, self._learned(utterance))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -321,11 +343,12 @@ class Gallery:
     def _learned(self, utterance: Utterance) -> float | None:
         return self._threshold if utterance.threshold is None else utterance.threshold
 
-    def _directions(self, items: Iterable[Utterance | EcapaError]) -> list[NDArray[np.float64]]:
+    def _directions(self, items: Iterable[Utterance | EcapaError], min_speech: float = 0) -> list[NDArray[np.float64]]:
         """The embeddings `[dims]` at length 1, checked to be of one model and size, the gallery's if it has one."""
         model, dims, directions = self._model, self._dims, []
         for item in items:
             utterance = _good(item)
+            check_speech(utterance, min_speech)
             if not utterance.model:
                 raise ModelMismatchError("the utterance has no model identity: embed it again")
             if model not in (None, utterance.model):

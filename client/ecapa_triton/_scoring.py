@@ -11,10 +11,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EcapaError, EmbeddingError, ModelMismatchError, ThresholdError
+from .errors import EcapaError, EmbeddingError, ModelMismatchError, ThresholdError, TooLittleSpeechError
 
 Embedding: TypeAlias = NDArray[np.float32]
 """An embedding, float32 `[192]`, not of unit length."""
+
+MIN_SPEECH = 1.0  # s; below it, embeddings tell little of the speaker
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +29,16 @@ class Utterance:
         model: Model identity: the first 24 hexadecimal digits of the SHA-256 of the weights. Embeddings of two models
             do not compare.
         threshold: The model's threshold: cosine above which two utterances are of one speaker; None where it has none.
+        speech: Seconds of speech in the clip, as `ecapa_triton.speech` counts them.
+        name: Name of the clip in error messages.
     """
 
     embedding: Embedding
     seconds: float
     model: str
     threshold: float | None
+    speech: float = 0.0
+    name: str = "utterance"
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,15 @@ def check_threshold(threshold: float | None) -> None:
     """Reject a threshold that is not a cosine; None stands for the model's own."""
     if threshold is not None and not (isinstance(threshold, Real) and -1 <= threshold <= 1):
         raise ThresholdError(f"threshold is {threshold!r}: expected a cosine, -1 to 1")
+
+
+def check_speech(utterance: Utterance, min_speech: float) -> None:
+    """Reject an utterance with less than `min_speech` seconds of speech."""
+    if not (min_speech <= 0 or utterance.speech >= min_speech):
+        raise TooLittleSpeechError(
+            f"{utterance.name}: {utterance.speech:.3g} s of speech, expected {min_speech:g} s or more: pass a clip "
+            "with more speech, or a lower min_speech, 0 for no check (command line: --min-speech)"
+        )
 
 
 def decide(score: float, given: float | None, learned: float | None) -> Verification:

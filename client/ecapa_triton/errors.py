@@ -11,7 +11,7 @@ succeed a moment later; the client has retried it before, unless `retries` is 0.
                 AddressError, TrustError
             KeyRefusedError, DeadlineError, OverloadedError, ModelNotFoundError, ModelNotReadyError
             RejectedError, ProtocolError
-        EmbeddingError, ThresholdError, ClosedError, ModelMismatchError
+        EmbeddingError, ThresholdError, ClosedError, ModelMismatchError, TooLittleSpeechError
         GalleryError
             UnknownVoiceError, GalleryFileError
         ManifestError, EvaluationError, OutputError
@@ -122,6 +122,10 @@ class ClosedError(EcapaError):
 
 class ModelMismatchError(EcapaError):
     """Embeddings of two models do not compare."""
+
+
+class TooLittleSpeechError(EcapaError):
+    """The clip has less speech than `min_speech`: no decision, no enrolment."""
 
 
 class GalleryError(EcapaError):
