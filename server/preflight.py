@@ -20,6 +20,7 @@ SHM = Path("/dev/shm")
 # Bytes. Batches pass through shared memory on their way to a stub, and Triton limits no request. Where a batch does not
 # fit, all its clips fail, and the leftover requests delay the server's stop.
 ENOUGH_SHM = 1 << 30
+SAFE_VERSION = (2, 71)  # release 26.07, which NVIDIA's newest bulletin on Triton asks for (5875 of 2026)
 
 
 def models_to_serve(repository: Path, names: Sequence[str] | None = None) -> list[Path]:
@@ -232,9 +233,34 @@ def shm_warning() -> str:
     )
 
 
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches the IPv4 address."""
+    return ipaddress.IPv4Address(address).is_loopback
+
+
+def check_unguarded(address: str) -> None:
+    """Raises ServerError when the wheel's tritonserver, with no gateway in front, would serve other machines."""
+    if not is_loopback(address):
+        raise ServerError(
+            f"address {address} without the gateway: the Triton of nvidia-pytriton has known vulnerabilities, so it "
+            "serves 127.0.0.1 only; install nginx (apt install nginx-light), leave out --gateway off, or use NVIDIA's "
+            "image"
+        )
+
+
+def release_warning(version: str) -> str:
+    """A warning where this version of Triton is older than NVIDIA asks for; else empty."""
+    if tuple(map(int, version.split(".")[:2])) >= SAFE_VERSION:
+        return ""
+    return (
+        f"Triton {version} has known vulnerabilities, fixed in {SAFE_VERSION[0]}.{SAFE_VERSION[1]} (release 26.07): "
+        "use NVIDIA's image of that release or a newer one (TRITON_TAG)"
+    )
+
+
 def exposure_warning(address: str, tls: Tls | None, keys: Mapping[str, str]) -> str:
     """A warning where other machines get embeddings without a key or a certificate; else empty."""
-    if "inference" in keys or (tls and tls.client_ca) or ipaddress.IPv4Address(address).is_loopback:
+    if "inference" in keys or (tls and tls.client_ca) or is_loopback(address):
         return ""
     return (
         f"every host that reaches {address} is served{'' if tls else ', unencrypted'}: require a key "

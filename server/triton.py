@@ -96,7 +96,8 @@ class TritonServer:
                 only after a failure.
             start_timeout: Seconds until the server must be ready.
             exit_timeout: Seconds that requests in flight have when the server stops.
-            warn_exposed: Whether `warnings` mentions that other machines need neither key nor certificate.
+            warn_exposed: False where another gateway protects this server: then `warnings` does not mention that other
+                machines need neither key nor certificate, and the wheel's Triton may serve them.
         """
         self.repository = repository
         self.limits = limits
@@ -214,6 +215,8 @@ class TritonServer:
         if installed is None:
             wheel.check_packages(backends.values())
         listen = self._choose_places()
+        if installed is None and self.limits is None and self._warn_exposed:
+            preflight.check_unguarded(self._address)
         # The C++ backends of an installed server run in its process and need no shared memory.
         warnings = ["" if installed else preflight.shm_warning()]
         if self._warn_exposed:
@@ -245,6 +248,9 @@ class TritonServer:
         try:
             self._launch(installed, config_name, listen)
             self._wait_until_ready(listen)
+            # The wheel has no newer release to change to: on this machine alone it may be old.
+            if installed or not all(map(preflight.is_loopback, (self._address, self._metrics_address))):
+                self.warnings += filter(None, [preflight.release_warning(self.version)])
             self._stubs = psutil.Process(self.pid).children()  # of the wheel's Python backend
             if self.limits is not None:
                 self._open_gateway(self.limits, listen)

@@ -13,7 +13,15 @@ import stand_in
 
 from server import ServerError, preflight
 from server.options import Device, Tls
-from server.preflight import check_repository, choose_device, choose_gpus, choose_ports, exposure_warning, resolve
+from server.preflight import (
+    check_repository,
+    choose_device,
+    choose_gpus,
+    choose_ports,
+    exposure_warning,
+    release_warning,
+    resolve,
+)
 from server.wheel import package_without_cuda
 
 
@@ -31,6 +39,14 @@ def test_exposure_is_reported(tmp_path: Path) -> None:
         assert not exposure_warning(address, None, {"inference": "x" * 20})
         assert not exposure_warning(address, Tls(tls.certificate, tls.key, tmp_path / "clients"), {})
     assert not exposure_warning("127.0.0.2", None, {})
+
+
+def test_old_releases_are_reported() -> None:
+    """NVIDIA's bulletins ask for release 26.07, Triton 2.71."""
+    for version in "2.9.0", "2.51.0", "2.70.1":
+        assert version in release_warning(version)
+    for version in "2.71.0", "2.74.0dev", "3.0.0":
+        assert release_warning(version) == ""
 
 
 def test_little_shared_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,8 @@ exec {binary} "$@" --backend-directory={backends} --backend-config=python,shm-re
         assert len(launcher.output) > 10  # Triton's log
         os.kill(processes(tmp_path)["tritonserver"], signal.SIGKILL)
         assert launcher.process.wait(20) == 1  # the container's supervisor restarts it
-        (error,) = launcher.errors()  # and no warning
+        old, error = launcher.errors()  # and no other warning
+        assert "2.51.0" in old
         assert "SIGKILL" in error
     for segment in Path("/dev/shm").glob(f"{tmp_path.name}-*"):
         segment.unlink()
@@ -344,9 +345,13 @@ def test_gateway(sums: Path, tmp_path: Path) -> None:
     assert workers and not psutil.wait_procs(workers, 20)[1]
 
 
-@pytest.mark.parametrize(("mode", "risks"), [("auto", ["nginx", "0.0.0.0"]), ("external", [])])
-def test_gateway_is_optional(sums: Path, monkeypatch: pytest.MonkeyPatch, mode: str, risks: list[str]) -> None:
-    options = [f"--gateway={mode}", "--address=0.0.0.0"]
+@needs_wheel
+@pytest.mark.parametrize(
+    ("options", "risks"),
+    [(["--gateway=auto"], ["nginx"]), (["--gateway=external", "--address=0.0.0.0"], ["2.51.0"])],
+    ids=["auto", "external"],
+)
+def test_gateway_is_optional(sums: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], risks: list[str]) -> None:
     with launched(sums, *options, program=["-c", WITHOUT_NGINX]) as launcher:
         assert stand_in.ask(launcher.urls[0], CLIP)[0, 0] == 10
         launcher.process.terminate()
@@ -357,6 +362,16 @@ def test_gateway_is_optional(sums: Path, monkeypatch: pytest.MonkeyPatch, mode: 
     monkeypatch.setattr(gateway, "PLACES", ["no-such-nginx"])
     with pytest.raises(ServerError, match="nginx-light"):
         TritonServer(sums, device="cpu", limits=Limits(1, 1)).start()
+
+
+@needs_wheel
+def test_only_a_gateway_exposes_the_wheel(sums: Path) -> None:
+    with pytest.raises(ServerError, match=r"0\.0\.0\.0.*vulnerabilities.*nginx-light"):
+        TritonServer(sums, device="cpu", address="0.0.0.0").start()
+    with TritonServer(sums, device="cpu", address="127.0.0.2") as server:
+        assert not [warning for warning in server.warnings if server.version in warning]
+    with TritonServer(sums, device="cpu", metrics_address="0.0.0.0") as server:
+        assert [warning for warning in server.warnings if server.version in warning]
 
 
 WITHOUT_NGINX = """
