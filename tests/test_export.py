@@ -148,6 +148,26 @@ def test_a_faulty_yaml(folder: Path, text: str, bomb: Bomb) -> None:
         checkpoint.load(str(folder))
 
 
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        "[" + ", ".join(["*b{0}"] * 10) + "]",
+        "{{<<: [" + ", ".join(["*b{0}"] * 10) + "]}}",
+        "[" + ", ".join(["!copy <b{0}>"] * 10) + "]",
+        "!ref " + "<b{0}>" * 10,
+        "!ref " + "<b{0}[key]>" * 10,
+        "!ref " + "<b1>" * 2,
+    ],
+)
+def test_a_yaml_whose_references_multiply_is_refused_in_time(folder: Path, repeat: str) -> None:
+    """Loading it would take more memory than there is."""
+    lines = ["b0: &b0 {key: value}", *(f"b{n + 1}: &b{n + 1} {repeat.format(n)}" for n in range(12))]
+    with (folder / "hyperparams.yaml").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    with pytest.raises(checkpoint.CheckpointError, match=r"hyperparams\.yaml.* characters .*50000"):
+        checkpoint.load(str(folder))
+
+
 def test_a_model_that_speechbrain_cannot_run(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "source", channels=[32, 48, 48, 64, 80])
     with pytest.raises(checkpoint.CheckpointError, match=str(folder)):
