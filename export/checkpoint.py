@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.machinery
+import itertools
 import logging
 import math
+import re
 import shlex
 import sys
 import textwrap
@@ -28,6 +30,7 @@ MINI = Path(__file__).parent / "mini"
 SPEECHBRAIN_THRESHOLD = 0.25  # cosine; default of SpeechBrain's SpeakerRecognition.verify_batch
 WEIGHTS = "embedding_model.ckpt"
 HYPERPARAMS = "hyperparams.yaml"
+MAX_YAML = 50_000  # characters of its values, with references resolved; that of the published model has some thousand
 
 # Classes that a hyperparams.yaml may construct. HyperPyYAML calls any name, and a module's name leads to all that it
 # imports, so each class is listed in full.
@@ -172,6 +175,7 @@ def _from_folder(folder: Path, source: str, origin: str, revision: str) -> Check
     try:
         text = yaml_file.read_text(encoding="utf-8")
         _check_tags(text)
+        _check_size(text)
         hparams = load_hyperpyyaml(text)
         threshold = float(hparams.get("verification_threshold", SPEECHBRAIN_THRESHOLD))
         if not -1 <= threshold <= 1:
@@ -213,6 +217,30 @@ def _check_tags(text: str) -> None:
                 )
         if isinstance(token, yaml.ScalarToken) and "**" in token.value:  # HyperPyYAML computes it
             raise ValueError(f"line {line} has the power {token.value!r}, which may never end: write the number")
+
+
+def _check_size(text: str) -> None:
+    """Reject a yaml that is large, or whose aliases and references multiply: a few lines of them fill the memory."""
+    root = yaml.compose(text)
+    named = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
+    sizes: dict[Any, float] = {}
+
+    def size(node: Any) -> float:
+        if node not in sizes:
+            sizes[node] = math.inf  # of a node within itself
+            if isinstance(node, yaml.ScalarNode):
+                names = re.findall(r"<([^>\[.]*)", node.value)  # HyperPyYAML's <name>, <name[key]> and <name.attribute>
+                sizes[node] = len(node.value) + 1 + sum(size(named[name]) for name in names if name in named)
+            else:
+                pairs = isinstance(node, yaml.MappingNode)
+                sizes[node] = 1 + sum(map(size, itertools.chain(*node.value) if pairs else node.value))
+        return sizes[node]
+
+    if (found := size(root)) > MAX_YAML:
+        raise ValueError(
+            f"its values have {found:.1e} characters with aliases and references resolved, expected at most "
+            f"{MAX_YAML}: remove what embedding does not need"
+        )
 
 
 def _random(seed: int, channels: int) -> Checkpoint:

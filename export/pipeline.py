@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,10 +59,11 @@ def export(
         channels: of random weights.
         max_seconds: a clip is embedded by its first ``max_seconds``.
         formats: of :data:`configs.FORMATS`.
-        half: write the float16 files for GPUs too.
+        half: write the float16 files for GPUs too. One that differs from SpeechBrain by too much is left out with a
+            warning. A float16 file that is not written removes that of an earlier export.
 
     Raises:
-        ERRORS: any of them. The old files of the format that was being written are unchanged.
+        ERRORS: any of them. The old files of the format that failed are unchanged; the other formats are written.
         OSError: a file cannot be read or written; the same holds.
     """
     kinds = [configs.FORMATS[name] for name in formats]
@@ -74,8 +76,16 @@ def export(
             raise artifacts.ExportError(f"{folder / '1'} is not writable: mend its owner or mode, or name another copy")
     with step(f"load {source}"):
         loaded = checkpoint.load(source, revision, seed=seed, channels=channels)
+    failed: dict[str, Exception] = {}
     for kind in kinds:
-        _export(repository / kind.folder, kind, loaded, max_seconds, half)
+        try:
+            _export(repository / kind.folder, kind, loaded, max_seconds, half)
+        except (*ERRORS, OSError) as error:
+            failed[kind.folder] = error
+    if failed:
+        written = [kind.folder for kind in kinds if kind.folder not in failed]
+        note = f" ({', '.join(written)} passed and was written)" if written else ""
+        raise artifacts.ExportError("; ".join(dict.fromkeys(map(str, failed.values()))) + note)
 
 
 def verify_all(repository: Path, loaded: checkpoint.Checkpoint | None = None, listed: Trials | None = None) -> None:
@@ -119,9 +129,19 @@ def _export(folder: Path, kind: configs.Format, loaded: checkpoint.Checkpoint, m
         models = {path: artifacts.ExportedModel(partial) for path, partial in partials.items()}
         configs.check_all(folder, {path.name: one.file for path, one in models.items()})
         for path, one in models.items():
-            _verify(path, one, loaded)
+            try:
+                _verify(path, one, loaded)
+            except verify.VerificationError as error:
+                if path.name != kind.half_file:
+                    raise
+                print(f"warning: {error}; --no-fp16 exports without it", file=sys.stderr)
+                partials.pop(path).unlink()
         for path, partial in partials.items():
             os.replace(partial, path)
+        half_path = folder / "1" / kind.half_file
+        if half_path not in partials and half_path.exists():
+            half_path.unlink()
+            print(f"{half_path}: removed, it was of an earlier export")
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
@@ -159,5 +179,8 @@ def _verify(
             f"{loaded.sha256[:12]}: name the right one with --source, or export again"
         )
     with step(f"verify {path} against SpeechBrain"):
-        for line in comparison or verify.verify(model, loaded.classifier):
-            print(f"  {line}", flush=True)
+        try:
+            for line in comparison or verify.verify(model, loaded.classifier):
+                print(f"  {line}", flush=True)
+        except verify.VerificationError as error:
+            raise verify.VerificationError(f"{path}: {error}") from error

@@ -16,12 +16,14 @@ from pathlib import Path
 from .clips import Array, speech
 from .scenarios import MIX, MIXED_USERS, MODEL, SCENARIOS, lengths
 
-ROUNDS = 10  # of the mix in a measurement, after one for warm-up
+WINDOWS = 3  # that perf_analyzer joins into one measurement
+SECONDS = 30  # of a measurement
 HEADER = """\
 # perf_analyzer is in NVIDIA's container tritonserver:YY.MM-py3-sdk, and where glibc is 2.38 or newer
-# (Ubuntu 24.04) it comes with: pip install perf-analyzer
-# The number of requests is fixed: by default it repeats windows of time until three agree, each with another share of
-# the mix's long clips, and reports nothing where they do not agree.
+# (Ubuntu 24.04) it comes with: pip install perf-analyzer==2.60.0
+# Below glibc 2.38, pip falls back to version 0.1.0, which has no program: use the container.
+# A measurement is three windows of time. They are joined however much they differ, since each has another share of the
+# mix's long clips. With --request-count the throughput is too low: the time is rounded up to whole seconds.
 """
 
 
@@ -55,8 +57,8 @@ def input_data(clips: Sequence[Array]) -> dict[str, list[dict[str, object]]]:
     }
 
 
-def command(file: str, users: int, url: str = "127.0.0.1:8001", rounds: int = ROUNDS) -> str:
+def command(file: str, users: int, url: str = "127.0.0.1:8001", seconds: int = SECONDS) -> str:
     """The command that sends a file of input data to the gRPC API at `url` from some clients at once."""
-    clips = sum(MIX.values())
-    counts = f"--warmup-request-count={clips} --request-count={rounds * clips} --percentile=95"
+    window = f"--measurement-interval={seconds * 1000 // WINDOWS} --stability-percentage=999"
+    counts = f"--warmup-request-count={sum(MIX.values())} {window} --percentile=95"
     return f"perf_analyzer -m {MODEL} -i grpc -u {url} --input-data={file} --concurrency-range={users} {counts}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import pickle
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -148,6 +150,26 @@ def test_a_faulty_yaml(folder: Path, text: str, bomb: Bomb) -> None:
         checkpoint.load(str(folder))
 
 
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        "[" + ", ".join(["*b{0}"] * 10) + "]",
+        "{{<<: [" + ", ".join(["*b{0}"] * 10) + "]}}",
+        "[" + ", ".join(["!copy <b{0}>"] * 10) + "]",
+        "!ref " + "<b{0}>" * 10,
+        "!ref " + "<b{0}[key]>" * 10,
+        "!ref " + "<b1>" * 2,
+    ],
+)
+def test_a_yaml_whose_references_multiply_is_refused_in_time(folder: Path, repeat: str) -> None:
+    """Loading it would take more memory than there is."""
+    lines = ["b0: &b0 {key: value}", *(f"b{n + 1}: &b{n + 1} {repeat.format(n)}" for n in range(12))]
+    with (folder / "hyperparams.yaml").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    with pytest.raises(checkpoint.CheckpointError, match=r"hyperparams\.yaml.* characters .*50000"):
+        checkpoint.load(str(folder))
+
+
 def test_a_model_that_speechbrain_cannot_run(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "source", channels=[32, 48, 48, 64, 80])
     with pytest.raises(checkpoint.CheckpointError, match=str(folder)):
@@ -251,6 +273,53 @@ def test_a_failed_verification_leaves_the_old_model(
     assert "SpeechBrain" in capsys.readouterr().err
     assert path.read_bytes() == b"the old one"
     assert not list(path.parent.glob(".model*"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "1").glob("*model*")}
+
+
+def test_a_float16_file_that_fails_is_left_out(
+    exported: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(folder / "embedding_model.ckpt", weights_only=True)
+    # The aggregated channels are of 2e-5, where float16 has few digits; the layers after them make up for it.
+    for name, factor in (
+        ("mfa.norm.norm.weight", 2e-5),
+        ("mfa.norm.norm.bias", 2e-5),
+        ("asp.tdnn.conv.conv.weight", 5e4),
+        ("asp_bn.norm.running_mean", 2e-5),
+        ("asp_bn.norm.weight", 5e4),
+    ):
+        state[name] *= factor
+    torch.save(state, folder / "embedding_model.ckpt")
+    older = exported / "ecapa_torchscript/1/model_fp16.pt"
+    older.write_bytes(b"of another checkpoint")
+    arguments = ["--repository", str(exported), "--source", str(folder), "--max-seconds", "1"]
+    assert main([*arguments, "--format", "torchscript"]) == 0
+    warning = capsys.readouterr().err
+    assert re.fullmatch(rf"warning: {older}: .* \d\.\de-0\d away .* 5e-03 .*--no-fp16.*\n", warning)
+    assert list(files(older.parents[1])) == ["model.pt"]
+    made_from = configs.ModelFile.read(older.with_name("model.pt")).metadata["weights_sha256"]
+    assert made_from == checkpoint.load(str(folder)).sha256
+
+
+def test_a_format_that_fails_takes_no_other_with_it(
+    exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a float16 file that is not written leaves none of an earlier export beside the new file."""
+
+    def full_disk(model: Any, loaded: Any, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(artifacts, "write_onnx", full_disk)
+    old = files(exported / "ecapa")
+    (exported / "ecapa_torchscript/1/model_fp16.pt").write_bytes(b"of another checkpoint")
+    arguments = ["--repository", str(exported), "--source", str(folder), "--max-seconds", "1"]
+    assert main([*arguments, "--format", "all", "--no-fp16"]) == 1
+    assert re.fullmatch(r"error: .*No space.*model\.onnx.*ecapa_torchscript.*\n", capsys.readouterr().err)
+    assert files(exported / "ecapa") == old
+    assert list(files(exported / "ecapa_torchscript")) == ["model.pt"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ def test_the_commands_send_every_file(folder: Path) -> None:
 @pytest.mark.skipif(shutil.which("perf_analyzer") is None, reason="perf_analyzer is not installed")
 @pytest.mark.parametrize("name", FILES)
 def test_perf_analyzer_takes_it(folder: Path, server: TritonServer, name: str) -> None:
-    words = shlex.split(payload.command(name, 2, server.grpc_url, rounds=1))
+    words = shlex.split(payload.command(name, 2, server.grpc_url, seconds=6))
     result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert "Request count: 20\n" in result.stdout and "Throughput: " in result.stdout, result.stdout + result.stderr
+    found = re.search(r"Throughput: ([\d.]+) infer/sec.*Avg gRPC time: (\d+) usec", result.stdout, re.DOTALL)
+    assert found, result.stdout + result.stderr
+    rate, latency = float(found[1]), int(found[2]) * 1e-6  # s
+    assert rate * latency == pytest.approx(2, rel=0.15)  # two clients, always one request of each in flight

@@ -10,7 +10,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 
 from export import checkpoint
-from export.packed import PackedEcapa, UnsupportedModel
+from export.packed import PARTS, Clips, PackedEcapa, UnsupportedModel
 
 YAML = """
 compute_features: !new:speechbrain.lobes.features.Fbank
@@ -135,7 +135,7 @@ def test_work_is_bounded_by_the_clips_not_by_their_length(packed: PackedEcapa) -
     handle = packed.pooling.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
     embed(packed, noise(100 * 16000, 640))
     handle.remove()
-    assert rows == [2 * packed.max_frames]
+    assert [n // PARTS for n in rows] == [-(-2 * packed.max_frames // PARTS)]
 
 
 @pytest.mark.parametrize(
@@ -167,3 +167,9 @@ def test_an_attention_that_could_overflow_is_not_supported(tmp_path: Path) -> No
         else:
             with pytest.raises(UnsupportedModel, match=f"{largest}"):
                 PackedEcapa(loaded)
+
+
+def test_the_mean_of_a_long_clip_keeps_its_digits() -> None:
+    rows = (torch.arange(80) / 80 + 0.5).repeat(3004, 1)  # a steady sound of 30 s
+    clips = Clips(torch.arange(3004, dtype=torch.int32), torch.tensor([3004], dtype=torch.int32))
+    torch.testing.assert_close(clips.mean(rows), rows[:1], rtol=1.5e-5, atol=0)
