@@ -80,7 +80,7 @@ def test_manual_gives_the_defaults_and_compose_reads_as_these_tests_do(tmp_path:
     assert config == compose_config(ROOT / ".env.example", *PROFILES)
     assert config["services"].keys() == SERVICES.keys()
     for name, service in config["services"].items():
-        for part in "environment", "entrypoint", "command", "image", "mem_limit":
+        for part in "environment", "entrypoint", "command", "image":
             seen = json.loads(json.dumps(service.get(part)).replace("$$", "$"))
             assert seen == SERVICES[name].get(part), (name, part)
     for profile in PROFILES:
