@@ -1,7 +1,7 @@
 """The errors of this package, as one tree.
 
 Each message says what was found, what was expected and what to do. Where `transient` is true, the same request may
-succeed a moment later; the client has retried it before, unless `retries` is 0.
+succeed a moment later; the client has retried it until its timeout, unless `retries` limits that.
 
     EcapaError
         AudioError
@@ -155,7 +155,7 @@ HOPELESS = ClosedError, ConnectError, KeyRefusedError, ModelNotFoundError, Model
 # What a gRPC status and its details in small letters mean; the first expression that is found in them decides.
 _FROM_GRPC: list[tuple[str, type[EcapaError], str]] = [
     ("^DEADLINE_EXCEEDED", DeadlineError, "no reply in {timeout} s: raise the timeout, or send less at once"),
-    ("^ABORTED|rst_stream|stream removed", ConnectError, "the connection broke off: try again"),
+    ("^(ABORTED|CANCELLED)|rst_stream|stream removed", ConnectError, "the connection broke off: try again"),
     ("status: 404", AddressError, "not a gRPC endpoint of Triton: is it the right port?"),
     (
         "^PERMISSION_DENIED|protocol is restricted|status: 401",
