@@ -176,7 +176,7 @@ _FROM_GRPC: list[tuple[str, type[EcapaError], str]] = [
     ),
     ("server is stopping", ConnectError, "the server is stopping: try again once it is back"),
     (
-        "^UNAUTHENTICATED|^UNAVAILABLE.*(handshak|hostname verif|certificate[ _]verif|ssl_error|wrong version number)",
+        "^UNAUTHENTICATED|^UNAVAILABLE.*(handshake failed|hostname verif|certificate[ _]verif)",
         TrustError,
         "client and server do not trust each other: check the names and dates of the server's certificate, pass the "
         "authority that signed it, and a client certificate if the server requires one",
