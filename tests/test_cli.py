@@ -124,7 +124,7 @@ def test_errors_are_one_line(fake: FakeTriton, run: Run, clip: Path, arguments: 
 
 
 def test_commands_retry_until_the_timeout(fake: FakeTriton, run: Run, clip: Path) -> None:
-    fake.answers = [refuse(grpc.StatusCode.UNAVAILABLE, "Socket closed")] * 8
+    fake.answers = [refuse(grpc.StatusCode.UNAVAILABLE, "Socket closed")] * 16  # of two clips
     assert run("verify", clip, clip)[0] == 0
     fake.away = 8
     assert run("status")[0] == 0
