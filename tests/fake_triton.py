@@ -80,6 +80,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     busy: int = 0
     most_busy: int = 0
     ready: bool = True
+    away: int = 0  # calls of ServerLive that fail
     cancelled: int = 0  # requests whose client gave up before the answer
     metadata: list[dict[str, str]] = field(default_factory=list)  # of every call
     url: str = ""
@@ -137,6 +138,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ServerMetadataResponse(name="triton", version="2.51.0")
 
     def ServerLive(self, request, context):
+        if self.away:
+            self.away -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
         return service_pb2.ServerLiveResponse(live=True)
 
     def ServerReady(self, request, context):

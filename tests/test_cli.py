@@ -126,6 +126,13 @@ def test_errors_are_one_line(fake: FakeTriton, run: Run, clip: Path, arguments: 
         one_line(err, fact)
 
 
+def test_commands_retry_until_the_timeout(fake: FakeTriton, run: Run, clip: Path) -> None:
+    fake.answers = [refuse(grpc.StatusCode.UNAVAILABLE, "Socket closed")] * 16  # of two clips
+    assert run("verify", clip, clip)[0] == 0
+    fake.away = 8
+    assert run("status")[0] == 0
+
+
 def test_nan_is_one_line(fake: FakeTriton, run: Run, clip: Path) -> None:
     fake.otherwise = nan
     status, _, err = run("embed", clip, "--retries", 2)

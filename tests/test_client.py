@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import socketserver
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from export import checkpoint
 
 Status = grpc.StatusCode
 AWAY = refuse(Status.UNAVAILABLE, "Socket closed")
+UNLOADED = refuse(Status.NOT_FOUND, "Request for unknown model: 'ecapa' has no available versions")
 
 
 def info(*limits: float) -> Answer:
@@ -135,6 +137,9 @@ def test_long_is_checked(client: SpeakerClient) -> None:
         (Status.UNAVAILABLE, "Socket closed", errors.ConnectError),
         (Status.INTERNAL, "Received RST_STREAM with error code 2", errors.ConnectError),
         (Status.ABORTED, "by a proxy", errors.ConnectError),
+        (Status.CANCELLED, "CANCELLED", errors.ConnectError),
+        (Status.NOT_FOUND, "Request for unknown model: 'ecapa' has no available versions", errors.ModelNotReadyError),
+        (Status.NOT_FOUND, "Request for unknown model: 'ecapa' is not found", errors.ModelNotFoundError),
         (Status.UNIMPLEMENTED, "Received http2 header with status: 404", errors.AddressError),
         (Status.UNAUTHENTICATED, "Received http2 header with status: 401", errors.KeyRefusedError),
         (Status.PERMISSION_DENIED, "no", errors.KeyRefusedError),
@@ -182,11 +187,22 @@ def test_replies_of_another_model(fake: FakeTriton, client: SpeakerClient, answe
 
 
 def test_server_away(make: Make, tmp_path: Path) -> None:
-    client = make("127.0.0.1:9", timeout=None, retries=1000)  # an address that was never right is retried 4 times
+    client = make("127.0.0.1:9", timeout=1)
     with pytest.raises(errors.ConnectError, match=r"127\.0\.0\.1:9: .*8001"):
         client.embed(noise(1))
     with pytest.raises(errors.AudioFileError):  # the clip is read before anything is sent
         client.embed(tmp_path / "none.wav")
+
+
+def test_a_connection_lost_in_the_handshake_is_no_matter_of_trust(make: Make) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:  # closes at once
+        with meanwhile(server.serve_forever):
+            try:
+                with pytest.raises(errors.ConnectError) as caught:
+                    make(f"grpcs://127.0.0.1:{server.server_address[1]}", retries=0).embed(noise(1))
+            finally:
+                server.shutdown()
+    assert type(caught.value) is errors.ConnectError and caught.value.transient
 
 
 def test_model_missing(make: Make, fake: FakeTriton) -> None:
@@ -261,10 +277,18 @@ def test_transient_failures_are_retried_with_backoff_within_one_timeout(fake: Fa
     assert fake.deadlines[4] < 9 - 0.75 + 0.3  # s, and what gRPC rounds up
 
 
-def test_pauses_double_up_to_two_seconds_and_have_jitter() -> None:
+@pytest.mark.parametrize("answer", [AWAY, UNLOADED, refuse(Status.CANCELLED, "CANCELLED")])
+def test_a_server_that_restarts_is_retried_until_the_timeout(fake: FakeTriton, make: Make, answer: Answer) -> None:
+    fake.answers = [answer] * 8
+    client = make(fake.url)  # with the default settings, and not connected before
+    np.testing.assert_array_equal(client.embed(noise(1)), fingerprint(noise(1)))
+    assert len(fake.lengths) == 9
+
+
+def test_pauses_double_up_to_a_limit_and_have_jitter() -> None:
     for attempt, longest in enumerate([0.1, 0.2, 0.4, 0.8, 1.6, 2, 2]):
-        assert longest / 2 <= pause(attempt) <= longest
-    assert len({pause(1100) for _ in range(20)}) == 20 and 1 <= pause(1100) <= 2
+        assert longest / 2 <= pause(attempt, 2) <= longest
+    assert len({pause(1100, 2) for _ in range(20)}) == 20 and 1 <= pause(1100, 2) <= 2
 
 
 def test_a_timeout_names_the_failure_before_it(fake: FakeTriton, make: Make) -> None:
@@ -361,11 +385,18 @@ def test_status(fake: FakeTriton, client: SpeakerClient) -> None:
     assert (statistics.mean_batch, statistics.queue_ms, statistics.compute_ms) == (3.0, 3.0, 11.0)
 
 
+def test_status_waits_for_a_server_that_is_away(fake: FakeTriton, make: Make) -> None:
+    fake.away = 8
+    assert make(fake.url).status().live
+    assert fake.away == 0
+
+
 def test_status_of_a_server_in_trouble(fake: FakeTriton, make: Make) -> None:
-    client = make(fake.url, retries=0)
+    client = make(fake.url)
     fake.otherwise = OVERLOAD
     status = client.status()
     assert status.info is None and status.ready and status.statistics
+    assert len(fake.lengths) == 1  # it is shown as it is
     fake.ready = False
     status = client.status()
     assert (status.live, status.ready, status.model_versions) == (True, False, ())

@@ -235,7 +235,7 @@ def test_the_launcher_and_the_client_with_all_of_it(
             (url, None, secret, ConnectError),
             (address, None, secret, ConnectError),
         ):
-            with SpeakerClient(url_, tls=tls, api_key=api_key) as client, pytest.raises(error):
+            with SpeakerClient(url_, tls=tls, api_key=api_key, retries=0) as client, pytest.raises(error):
                 client.embed(clip)
         status = [sys.executable, "-c", "import sys; from ecapa_triton._cli import main; sys.exit(main())", "status"]
         status += [f"--url={url}", f"--metrics={metrics}"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import math
 import os
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
@@ -54,8 +55,10 @@ Audios: TypeAlias = Iterable[Audio] | AsyncIterable[Audio]
 Long: TypeAlias = Literal["error", "truncate", "windows"]
 """How to embed a clip above the model's limit; see `SpeakerClient.embed`."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # s, between two attempts
-FIRST_RETRIES = 4  # of a server that was never reached: the address may be wrong
+AWAY = ConnectError, ModelNotReadyError
+FIRST_PAUSE = 0.1  # s, between two attempts
+AWAY_PAUSE, BUSY_PAUSE = 0.5, 2.0  # s, the longest; a server that is away costs nothing to ask, a busy one work
+SILENCE: Waveform = np.zeros(protocol.USUAL.min_samples, np.float32)
 READ_AT_ONCE = 1 << 19  # samples of an array; copying them takes about a millisecond, a thread hardly less
 FORKED = "this client was used before this process was forked off, where gRPC would hang: make one in each process"
 
@@ -178,7 +181,11 @@ class AsyncSpeakerClient(Options):
     async def status(self) -> Status:
         """Same as `SpeakerClient.status`, awaited."""
         self._open()
-        ask = functools.partial(self._connection.call, timeout=self.timeout)
+
+        async def ask(method: str, request: Any) -> Any:
+            call = functools.partial(self._connection.call, method, request)
+            return await self._retrying(call, ConnectError)  # a server that is reached is shown as it is
+
         model = {"name": self.model, "version": self.model_version}
         live = await ask("ServerLive", service_pb2.ServerLiveRequest())
         server = await ask("ServerMetadata", service_pb2.ServerMetadataRequest())
@@ -192,7 +199,8 @@ class AsyncSpeakerClient(Options):
             deployment = protocol.read_config(config.config)
             counters = await ask("ModelStatistics", service_pb2.ModelStatisticsRequest(**model))
             statistics = protocol.read_statistics(counters)
-            info = await self._ask_info()
+            silence = protocol.request(SILENCE, self.model, self.model_version)
+            info = self._info = protocol.read_reply(await ask("ModelInfer", silence)).info
         except (ModelNotReadyError, OverloadedError):
             pass  # the rest of the status matters now more than ever
         return Status(self.url, server.version, live.live, ready, self.model, versions, deployment, info, statistics)
@@ -279,39 +287,46 @@ class AsyncSpeakerClient(Options):
     async def _ask_info(self) -> ModelInfo:
         """The model's constants; each reply has them, even one without an embedding."""
         with suppress(EmbeddingError, TooShortError):
-            await self._request("a clip of silence", np.zeros(protocol.USUAL.min_samples, np.float32))
+            await self._request("a clip of silence", SILENCE)
         assert self._info is not None
         return self._info
 
     async def _request(self, name: str, waveform: Waveform) -> Reply:
-        """Send one clip; retry transient failures with exponential backoff and jitter until the timeout."""
+        """Send one clip; NaN is retried too."""
         message = protocol.request(waveform, self.model, self.model_version)
+        times = itertools.count(1)
+
+        async def send(seconds: float | None) -> Reply:
+            reply = protocol.read_reply(await self._connection.call("ModelInfer", message, seconds))
+            self._info = reply.info
+            if reply.finite:
+                return reply
+            if len(waveform) < reply.info.min_samples:
+                raise _too_short(name, len(waveform), reply.info)
+            raise EmbeddingError(
+                f"{name}: the model answered NaN {counted(next(times), 'time')} for {len(waveform) / SAMPLE_RATE:.2f} s of "
+                "valid audio: try again, then check the model with `python -m export verify`"
+            )
+
+        return await self._retrying(send)
+
+    async def _retrying(self, send: Callable[[float | None], Awaitable[T]], kind: type[EcapaError] = EcapaError) -> T:
+        """The result of `send(seconds left)`; transient failures of this kind are retried until the timeout."""
         end = math.inf if self.timeout is None else time.monotonic() + self.timeout
         before = ""
-        for attempt in range(self.retries + 1):
+        for attempt in itertools.count():
             try:
-                left = None if self.timeout is None else end - time.monotonic()
-                reply = protocol.read_reply(await self._connection.call("ModelInfer", message, left))
-                self._info = reply.info
-                if reply.finite:
-                    return reply
-                if len(waveform) < reply.info.min_samples:
-                    raise _too_short(name, len(waveform), reply.info)
-                raise EmbeddingError(
-                    f"{name}: the model answered NaN {counted(attempt + 1, 'time')} for "
-                    f"{len(waveform) / SAMPLE_RATE:.2f} s of valid audio: try again, then check the model with "
-                    "`python -m export verify`"
-                )
+                return await send(None if self.timeout is None else end - time.monotonic())
             except EcapaError as exc:
                 if isinstance(exc, DeadlineError) and before:
                     raise DeadlineError(f"{exc}; before that: {before}") from exc
                 before = str(exc)  # not the error: its frames hold the clip
-                seconds = pause(attempt)
-                unreachable = self._info is None and isinstance(exc, ConnectError) and attempt >= FIRST_RETRIES
-                if not exc.transient or attempt == self.retries or unreachable or time.monotonic() + seconds >= end:
+                seconds = pause(attempt, AWAY_PAUSE if isinstance(exc, AWAY) else BUSY_PAUSE)
+                retried = exc.transient and isinstance(exc, kind) and attempt != self.retries
+                if not retried or time.monotonic() + seconds >= end:
                     raise
             await self._unless_closed(asyncio.ensure_future(asyncio.sleep(seconds)))
-        raise AssertionError("the last attempt returns or raises")
+        raise AssertionError("an attempt returns, raises or is followed by another")
 
     async def _read(self, audio: Audio, sample_rate: float | None, max_samples: int) -> Clip:
         """Read a clip, in a thread unless that takes longer than the reading."""
@@ -361,9 +376,9 @@ def _check_long(long: Long) -> None:
         raise ValueError(f"long is {long!r}: expected one of {', '.join(get_args(Long))}")
 
 
-def pause(attempt: int) -> float:
-    """Seconds to wait after attempt 0, 1, ...: they double up to a limit, and each is shortened at random by half."""
-    return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1)
+def pause(attempt: int, longest: float) -> float:
+    """Seconds to wait after attempt 0, 1, ...: they double up to `longest`, and each is shortened by up to half."""
+    return min(longest, FIRST_PAUSE * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1)
 
 
 async def _cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:

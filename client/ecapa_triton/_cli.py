@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Command, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         # A run over many clips queues them at the server, and is worth more patience.
-        patience = (10.0, 4) if name in ("verify", "status") else (60.0, 40)
-        command = commands.add_parser(name, parents=[*parents, _common(*patience)], help=help)
+        timeout = 10.0 if name in ("verify", "status") else 60.0
+        command = commands.add_parser(name, parents=[*parents, _common(timeout)], help=help)
         command.set_defaults(run=run)
         return command
 
@@ -104,19 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(timeout: float, retries: int) -> argparse.ArgumentParser:
+def _common(timeout: float) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--url", default="127.0.0.1:8001", help="HOST:PORT of Triton's gRPC endpoint (%(default)s)")
     add("--model", default="ecapa", help="name of the model (%(default)s)")
     add("--timeout", type=float, default=timeout, help="seconds for a request and its retries (%(default)s)")
-    add(
-        "--retries",
-        type=at_least(0),
-        default=retries,
-        metavar="N",
-        help="most retries after transient failures (%(default)s)",
-    )
+    text = "most retries after transient failures (default: until the timeout)"
+    add("--retries", type=at_least(0), metavar="N", help=text)
     add("--tls", action="store_true", help="encrypt; implied by the options below and by a url grpcs://...")
     add("--tls-ca", metavar="FILE", help="file with the authorities that sign the server's certificate, PEM")
     add("--tls-cert", metavar="FILE", help="file with this client's certificate, PEM; with --tls-key")

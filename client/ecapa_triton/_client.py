@@ -42,9 +42,9 @@ class SpeakerClient(Options):
             included; up to 1e6; None waits for ever.
         model_version: Version of the model; empty: the server chooses.
         retries: Most retries of a request after a transient failure: no connection, an overloaded server, a model
-            that is not ready, NaN because of another client's clip in the batch. The pauses between attempts are
-            0.1, 0.2, 0.4 ... s, at most 2, each shortened at random by up to half. A server that was never reached
-            is retried 4 times at most.
+            that is not ready, NaN because of another client's clip in the batch. None: until the timeout. The pauses
+            between attempts are 0.1, 0.2, 0.4 ... s, each shortened at random by up to half: at most 0.5 s while the
+            server or its model is away, 2 s while it is busy.
         max_in_flight: Requests that one call of `embed_many`, `utterances`, or of `embed` in windows, keeps in flight,
             and files that are read at once. A CPU answers 8 long clips within the default timeout; a GPU serves 32
             and more.
@@ -190,7 +190,8 @@ class SpeakerClient(Options):
     def status(self) -> Status:
         """Ask the server for its version and readiness, and for the model's constants and statistics.
 
-        The constants are part of a reply: a short clip of silence is embedded, after the statistics are read.
+        The constants are part of a reply: a short clip of silence is embedded, after the statistics are read. A server
+        that is not reached is retried; one that is busy, or whose model is not ready, is shown as it is.
 
         Raises:
             ServerError: The server is not reached, or has no such model.

@@ -75,7 +75,7 @@ class Options:
     timeout: float | None = 10.0
     _: KW_ONLY
     model_version: str = ""
-    retries: int = 4
+    retries: int | None = None
     max_in_flight: int = 8
     max_duration: float = 3600.0
     tls: Tls | None = None
@@ -91,7 +91,7 @@ class Options:
             ),
             ("max_duration", 0 < self.max_duration <= MAX_DURATION, f"more than 0 and at most {MAX_DURATION} s"),
             ("max_in_flight", self.max_in_flight >= 1, "1 or more"),
-            ("retries", self.retries >= 0, "0 or more"),
+            ("retries", self.retries is None or self.retries >= 0, "0 or more, or None"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected {expected}")

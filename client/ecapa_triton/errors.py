@@ -1,7 +1,7 @@
 """The errors of this package, as one tree.
 
 Each message says what was found, what was expected and what to do. Where `transient` is true, the same request may
-succeed a moment later; the client has retried it before, unless `retries` is 0.
+succeed a moment later; the client has retried it until its timeout, unless `retries` limits that.
 
     EcapaError
         AudioError
@@ -159,7 +159,7 @@ HOPELESS = ClosedError, ConnectError, KeyRefusedError, ModelNotFoundError, Model
 # What a gRPC status and its details in small letters mean; the first expression that is found in them decides.
 _FROM_GRPC: list[tuple[str, type[EcapaError], str]] = [
     ("^DEADLINE_EXCEEDED", DeadlineError, "no reply in {timeout} s: raise the timeout, or send less at once"),
-    ("^ABORTED|rst_stream|stream removed", ConnectError, "the connection broke off: try again"),
+    ("^(ABORTED|CANCELLED)|rst_stream|stream removed", ConnectError, "the connection broke off: try again"),
     ("status: 404", AddressError, "not a gRPC endpoint of Triton: is it the right port?"),
     (
         "^PERMISSION_DENIED|protocol is restricted|status: 401",
@@ -180,7 +180,7 @@ _FROM_GRPC: list[tuple[str, type[EcapaError], str]] = [
     ),
     ("server is stopping", ConnectError, "the server is stopping: try again once it is back"),
     (
-        "^UNAUTHENTICATED|^UNAVAILABLE.*(handshak|hostname verif|certificate[ _]verif|ssl_error|wrong version number)",
+        "^UNAUTHENTICATED|^UNAVAILABLE.*(handshake failed|hostname verif|certificate[ _]verif)",
         TrustError,
         "client and server do not trust each other: check the names and dates of the server's certificate, pass the "
         "authority that signed it, and a client certificate if the server requires one",

@@ -25,7 +25,7 @@ CHANNEL_ARGS = [
     # Find a restarted server soon: gRPC's own backoff grows to two minutes.
     ("grpc.min_reconnect_backoff_ms", 5_000),  # the longest attempt to connect
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     # gRPC would send to a vanished machine for a quarter of an hour. With keepalive, a connection ends when sent bytes
     # are not acknowledged in 10 s. Pings are rare, as gRPC servers end connections with more than one ping in 300 s.
     ("grpc.keepalive_time_ms", 330_000),

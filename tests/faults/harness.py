@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -152,13 +153,16 @@ class ServerCommand(AbstractContextManager["ServerCommand"]):
 
     def __enter__(self) -> ServerCommand:
         self._output = tempfile.NamedTemporaryFile("a")
-        self.process = subprocess.Popen(self._command, cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT)
-        wait_until(self._is_ready, "the server")
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
         self._output.close()
+
+    def _start(self) -> None:
+        self.process = subprocess.Popen(self._command, cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT)
+        wait_until(self._is_ready, "the server")
 
     @property
     def lines(self) -> list[str]:
@@ -184,6 +188,15 @@ class ServerCommand(AbstractContextManager["ServerCommand"]):
     def wait_for_another(self, name: str, ended: psutil.Process) -> None:
         wait_until(lambda: self.running(name) not in (None, ended) and self._is_ready(), f"another {name}")
         self.restarted = True
+
+    def restart(self, how: signal.Signals) -> None:
+        """Ends it by a signal, and starts it again on the same ports."""
+        started = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(how)
+        self.process.wait()
+        _, left = psutil.wait_procs(started, PATIENCE)  # those of a killed launcher end a little later
+        assert not left
+        self._start()
 
     def stop(self) -> int:
         """Stops it and returns its exit status."""

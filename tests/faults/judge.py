@@ -34,6 +34,7 @@ from loadtest.machine import MeasureError
 PATIENCE = 120  # s, after which anything counts as stuck
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the binary body
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
+ONCE: dict[str, Any] = {"timeout": PATIENCE, "retries": 0}  # options of a client that shows the first error
 CHANNEL = [*CHANNEL_ARGS, ("grpc.use_local_subchannel_pool", 1)]  # each client has its own connection
 
 
@@ -238,10 +239,10 @@ class HttpSender(AbstractContextManager["HttpSender"]):
 
 
 class ClientSender(AbstractContextManager["ClientSender"]):
-    """This project's client; it hands out no NaN, so each of its embeddings must be right."""
+    """This project's client with these options; it hands out no NaN, so each of its embeddings must be right."""
 
-    def __init__(self, url: str, retries: int = 0) -> None:
-        self._client = SpeakerClient(url, timeout=PATIENCE, retries=retries)
+    def __init__(self, url: str, **options: Any) -> None:
+        self._client = SpeakerClient(url, **options)
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
@@ -273,7 +274,7 @@ class Urls(NamedTuple):
 
     def senders(self) -> list[Callable[[], Sender]]:
         """One of each kind."""
-        return [lambda: GrpcSender(self.grpc), lambda: HttpSender(self.http), lambda: ClientSender(self.grpc)]
+        return [lambda: GrpcSender(self.grpc), lambda: HttpSender(self.http), lambda: ClientSender(self.grpc, **ONCE)]
 
 
 def shuffled(clips: Sequence[Clip], seed: int) -> list[Clip]:

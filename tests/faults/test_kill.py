@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from server import TritonServer, gateway
-from tests.faults.judge import Clip, GrpcSender, Outcome, Tally, Traffic, grpc_outcome, infer_request
+from tests.faults.judge import (
+    PATIENCE,
+    ClientSender,
+    Clip,
+    GrpcSender,
+    Outcome,
+    Tally,
+    Traffic,
+    grpc_outcome,
+    infer_request,
+)
 
 from .harness import PREFERRED_BATCH, SECOND, Gate, ServerCommand, code, wait_until, wait_until_queued
 
@@ -42,6 +54,24 @@ def test_killed_under_load(
         load.wait_for_more(2 * len(short))
         (error,) = (line for line in server.lines if line.startswith("error"))
     assert {"tritonserver": "tritonserver", "stub": "model", "nginx": "nginx"}[victim] in error
+
+
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_ten_restarts_under_load(replicas: int, repository: Path, short: list[Clip], tally: Tally) -> None:
+    """By turns a stop and a kill: no error reaches 8 clients, with the default settings where a replica is left."""
+    options = {} if replicas > 1 else {"timeout": PATIENCE}  # a slow machine may be without a server for 10 s
+    with ExitStack() as stack:
+        behind_gateway = gateway.find() is not None
+        servers = [stack.enter_context(ServerCommand(repository, gateway=behind_gateway)) for _ in range(replicas)]
+        url = f"ipv4:{','.join(server.urls.grpc for server in servers)}"
+        load = stack.enter_context(Traffic([lambda: ClientSender(url, **options)] * 8, short, tally.check))
+        for number in range(10):
+            load.wait_for_more(len(short))
+            tally.fault()
+            how = signal.SIGTERM if number // replicas % 2 == 0 else signal.SIGKILL
+            servers[number % replicas].restart(how)
+        load.wait_for_more(len(short))
+    assert set(load.verdicts) == {"right"}, tally.rejections
 
 
 def test_stopped_under_load(repository: Path, gate: Gate, pool: list[Clip], tally: Tally) -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.faults.hostile import send_part
 from tests.faults.judge import (
     METHOD,
+    ONCE,
     ClientSender,
     Clip,
     GrpcSender,
@@ -61,7 +62,7 @@ def test_a_crowd_of_every_kind_of_client(served: Urls, pool: list[Clip], tiny: l
             senders = [raw, client]  # the SpeakerClient is one, shared by all threads
             return Counter(tally.check(clip, senders[i % 2].ask(clip.waveform)) for i, clip in enumerate(clips))
 
-    with ClientSender(served.grpc) as client:
+    with ClientSender(served.grpc, **ONCE) as client:
         verdicts = sum(all_at_once([partial(run, number) for number in range(CLIENTS)]), Counter[str]())
     assert verdicts == {"right": CLIENTS * (4 * len(tiny) + OF_THE_POOL)}
 
@@ -185,7 +186,11 @@ def test_sockets_closed_halfway_through_a_body(served: Urls, short: list[Clip], 
 def test_more_requests_than_the_limit(limited: Urls, gate: Gate, short: list[Clip], tally: Tally) -> None:
     """Each over the limit is rejected at once, while the others still wait; and these get their embeddings."""
     clips = (short * LIMIT)[: LIMIT + OVER_THE_LIMIT]
-    with GrpcSender(limited.grpc) as sender, HttpSender(limited.http) as http, ClientSender(limited.grpc) as client:
+    with (
+        GrpcSender(limited.grpc) as sender,
+        HttpSender(limited.http) as http,
+        ClientSender(limited.grpc, **ONCE) as client,
+    ):
         with gate.hold():
             accepted = [(clip, sender.start(clip.waveform)) for clip in clips[:LIMIT]]
             wait_until_queued(limited, LIMIT - PREFERRED_BATCH)
