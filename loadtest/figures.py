@@ -25,13 +25,13 @@ Row: TypeAlias = dict[str, Any]
 KIND = "load"  # of the JSON
 LEVEL = ("scenario", "seconds", "batch", "users", "share")  # keys of a row that say which level it is
 BUSY = 0.9  # of a core: above it the load generator may be the limit
-FEW = 5  # requests of a row, below which percentiles mean little
+FEW = 20  # requests of a row, below which nothing is concluded from it
 DIGITS = 6  # significant ones of a figure in the JSON
-CONTENDERS = {
-    OURS: "clips of every length in one batch, without padding",
-    BASELINES[0]: "SpeechBrain in Triton's Python backend, each request alone",
-    PADDED: "SpeechBrain in Triton's Python backend, batches padded to their longest clip",
-}
+CONTENDERS = (
+    f"{OURS} is the model of this project: clips of every length share a batch without padding.",
+    f"{BASELINES[0]} and {PADDED} are SpeechBrain's encode_batch in Triton's Python backend on the same server: one "
+    "request at a time, and in dynamic batches padded to their longest clip.",
+)
 LOOP = (
     "closed: each client sends its next request after the last reply; in arrivals open: requests are sent at scheduled "
     "times, from which their latency counts"
@@ -62,6 +62,7 @@ def number(value: float) -> str:
 
 # Columns of a scenario's table: the figure's title, its text, and which one of a level is the best.
 COLUMNS: dict[str, tuple[str, Callable[[float], str], Callable[[Iterable[float]], float] | None]] = {
+    "requests": ("requests", "{:,}".format, None),
     "clips_per_s": ("clips/s", number, max),
     "audio_per_s": ("s of audio/s", number, max),
     **{f"p{n}_ms": (f"p{n}, ms", number, min) for n in (50, 90, 95, 99)},
@@ -185,12 +186,19 @@ def setting(row: Row) -> str:
     return f"{text}: {number(row['offered'])} clips/s" if row.get("offered") else text
 
 
+def enough(*rows: Row) -> bool:
+    """Whether every row has the requests that a conclusion needs."""
+    return all(row["requests"] >= FEW for row in rows)
+
+
 def ratio(row: Row, base: Row) -> float | None:
     """Throughput of a row over that of another, in seconds of audio/s: the median over rounds of each round's ratio.
 
-    Rounds are interleaved, so whatever slows the machine down slows both. None where the base has a round without
-    throughput.
+    Rounds are interleaved, so whatever slows the machine down slows both. None where one of the rows has fewer than FEW
+    requests, or the base a round without throughput.
     """
+    if not enough(row, base):
+        return None
     rounds = list(zip(row["audio_per_round"], base["audio_per_round"], strict=False))
     return statistics.median(a / b for a, b in rounds) if all(b for _, b in rounds) else None
 
@@ -209,7 +217,8 @@ def make_page(every: Results, plots: dict[str, str]) -> Page:
 
 
 def summary(every: Results) -> str:
-    """The findings, and warnings about the figures, as a list."""
+    """The contenders in two sentences; then the findings, and warnings about the figures, as a list."""
+    baselines = any(row["contender"] in BASELINES for row in every.rows)
     total = {key: sum(row[key] for row in every.rows) for key in ("requests", "wrong", "failures", "rejected")}
     found = [
         f"Replies compared: {total['requests'] + total['wrong']:,}; {total['wrong']:,} wrong. "
@@ -225,14 +234,14 @@ def summary(every: Results) -> str:
         found += ["Interrupted: the figures are incomplete."] * result["interrupted"]
     if busy := sum((row["generator_cpu"] or 0) > BUSY for row in every.rows):
         found.append(f"Locust used over {BUSY:.0%} of a core in {busy} rows and may be their limit: use --processes.")
-    if few := sum(row["requests"] < FEW for row in every.rows):
-        found.append(f"{few} rows have fewer than {FEW} requests and no sound percentiles: use --seconds.")
-    return "\n".join(f"- {text}" for text in found if text)
+    if few := sum(not enough(row) for row in every.rows):
+        found.append(f"Nothing is concluded from {few} rows of fewer than {FEW} requests: use --seconds for more.")
+    return " ".join(CONTENDERS[: 1 + baselines]) + "\n\n" + "\n".join(f"- {text}" for text in found if text)
 
 
 def _verdict(every: Results, server: str, baseline: str) -> str:
     """Our model against a baseline: throughput, and the levels at which the baseline is better."""
-    pairs = every.pairs(server, contender=baseline)
+    pairs = [pair for pair in every.pairs(server, contender=baseline) if enough(*pair)]
     ratios = [value for ours, base in pairs if (value := ratio(ours, base)) is not None]
     if not ratios:
         return ""
@@ -253,10 +262,9 @@ def _span(values: Sequence[float]) -> str:
 
 def _facts(result: Row) -> dict[str, str]:
     conditions, mix = result["conditions"], result["conditions"]["mix"]
-    present = [one for one in CONTENDERS if any(row["contender"] == one for row in result["rows"])]
     bounds = ", ".join(f"{bound:g} for {precision}" for precision, bound in conditions["bound"].items())
     compared = f"{conditions['references']}; largest relative L2 error: {bounds}"
-    if PADDED in present:
+    if any(row["contender"] == PADDED for row in result["rows"]):
         compared += f". Padding changes embeddings: of {PADDED} only shape and finiteness are checked"
     seconds = [r["duration_s"] / len(r["audio_per_round"]) for r in result["rows"] if "failed" not in r]
     packages = {"Python": result["python"], **result["packages"]}
@@ -274,7 +282,6 @@ def _facts(result: Row) -> dict[str, str]:
         "contenders in turn",
         "loop": LOOP,
         "load generator": f"Locust, processes: {conditions['processes']}",
-        "contenders": "; ".join(f"{one}: {CONTENDERS[one]}" for one in present),
         "every reply is compared with": compared,
         "took": f"{result['took_s']:,.0f} s",
         "raw figures": f"{name}.json; each request: {name}.csv, written beside it" if name else "",
@@ -321,7 +328,8 @@ def _scenario(every: Results, scenario: str, plot: str | None) -> Section:
     usual = {(server["name"], server["max_requests"]) for server in every.servers}
     limits = {(row["server"], row["max_requests"]) for row in rows} - usual
     notes += [f"{name}: a limit of {limit} requests in flight at these levels" for name, limit in sorted(limits)]
-    text = f"{SCENARIOS[scenario].text.capitalize()}." + " Bold: the best contender on a server at a level." * several
+    text = f"{SCENARIOS[scenario].text.capitalize()}."
+    text += f" Bold: the best contender on a server, where each has {FEW} requests." * several
     text += "\n\n" + "\n".join(f"- {note}" for note in notes)
     header = ["setting", "server", "contender", *(COLUMNS[key][0] for key in columns)]
     return Section(f"Scenario {scenario}", text, Table(header, cells) if cells else None, plot)
@@ -333,7 +341,7 @@ def _cell(key: str, row: Row, peers: list[Row]) -> str:
         return MISSING
     _, text, best = COLUMNS[key]
     if best:
-        bold = len(peers) > 1 and value == best(peer[key] for peer in peers if peer[key] is not None)
+        bold = len(peers) > 1 and enough(*peers) and value == best(peer[key] for peer in peers if peer[key] is not None)
     else:
         bold = value > {"wrong": 0, "generator_cpu": BUSY}.get(key, float("inf"))
     return Strong(text(value)) if bold else text(value)

@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # Locust adds the folder 
 import gevent.pool  # noqa: E402
 from locust import events, task  # noqa: E402
 from locust.exception import StopUser  # noqa: E402
-from locust.runners import MasterRunner  # noqa: E402
+from locust.runners import LocalRunner, MasterRunner  # noqa: E402
 
 from loadtest.clips import MAX_ERROR, Clips, Deck, speech  # noqa: E402
 from loadtest.infer import Rejected, Request, Sent, first_replies, make_requests  # noqa: E402
 from loadtest.machine import MeasureError  # noqa: E402
 from loadtest.scenarios import SCENARIOS, Level, lengths  # noqa: E402
+from loadtest.servers import reach  # noqa: E402
 from loadtest.triton_user import TritonUser  # noqa: E402
 
 CONNECTIONS = 8  # of a user in the open loop, whose requests do not wait for each other
@@ -77,22 +78,42 @@ class Speaker(TritonUser):
         super().on_stop()
 
 
+@events.init.add_listener  # type: ignore[untyped-decorator]
+def check_host(environment: Any, runner: Any, web_ui: Any, **_: Any) -> None:
+    """Exit at once if the host does not answer, except with a web page, where it can be corrected."""
+    if isinstance(runner, LocalRunner) and not web_ui:
+        try:
+            _reach(environment)
+        except MeasureError as error:
+            sys.exit(f"error: {error}")
+
+
 @events.test_start.add_listener  # type: ignore[untyped-decorator]
 def prepare(environment: Any, **_: Any) -> None:
     """Make the requests of the scenario and open the log."""
     options = environment.parsed_options
-    if isinstance(environment.runner, MasterRunner):  # its workers send
-        return
     try:
+        _reach(environment)
+        if isinstance(environment.runner, MasterRunner):  # its workers send
+            return
         Speaker.deck = Deck(_requests(environment.host, options))
     except (MeasureError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        failed = {"request_type": "gRPC", "name": "start", "response_time": 0, "response_length": 0}
+        environment.events.request.fire(**failed, exception=error, context={})  # for the web page and the master
         environment.process_exit_code = 1
         Speaker.deck = Deck([])  # its users stop at once
         gevent.spawn_later(0.1, environment.runner.stop if environment.web_ui else environment.runner.quit)
     else:
         if options.log:
             _write_log(environment, f"{options.log}.{os.getpid()}")
+
+
+def _reach(environment: Any) -> None:
+    """Require the server, except where `--clips` come from a load test that did."""
+    options = environment.parsed_options
+    if not options.clips:
+        reach("host", environment.host or "", options.model)
 
 
 def _requests(host: str, options: Any) -> list[Request]:

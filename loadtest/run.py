@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ecapa_triton.audio import SAMPLE_RATE
 
-from . import figures, load, machine
+from . import figures, load, machine, plan
 from .arguments import count, positive
 from .clips import MAX_ERROR, Array, Clips, compare, speech
 from .infer import first_replies
 from .load import Round
 from .machine import MeasureError
+from .plan import Loaded, Plan
 from .scenarios import MIX, MODEL, OURS, REPEATED, SCENARIOS, Level, lengths
 from .servers import Local, Server, reach
 
@@ -157,13 +159,30 @@ class Session:
         }
         metrics = dict(options.metrics)
         self.servers = [reach(name, url, options.model or MODEL, metrics.get(name, "")) for name, url in options.target]
-        self.local = Local(options, folder / "repository", stack) if options.local else None
-        self.servers += self.local.servers if self.local else []
-        if len({server.name for server in self.servers}) < len(self.servers):
-            raise MeasureError(f"two servers have one name: {', '.join(server.name for server in self.servers)}")
         for server in self.servers:
-            server.describe(self.local.checkpoint.sha256 if self.local and server.local else None)
+            server.describe(None)
+        self.local = Local(options) if options.local else None
+        every = [*(server.name for server in self.servers), *(self.local.models if self.local else [])]
+        if len({*every}) < len(every):
+            raise MeasureError(f"two servers have one name: {', '.join(every)}")
+        self.plan = self._plan()
+        if self.local:
+            self.servers += self.local.start(folder / "repository", stack)
         self._expect()
+
+    def _plan(self) -> Plan:
+        """Plan the measurements, and say how long the run takes."""
+        options = self.options
+        cpu = plan.cpu_speed() * (plan.MINI if options.source == "mini" else 1)
+        speed = {"CPU": cpu, "GPU": plan.GPU}
+        loaded = [Loaded(s.name, one, speed[s.about["device"]], False) for s in self.servers for one in s.models]
+        if self.local:
+            every = (OURS, *self.local.baselines)
+            loaded += [Loaded(name, one, speed[name.upper()], True) for name in self.local.models for one in every]
+        audio = sum(len(clip) for deck in self.clips.values() for clip in deck) / SAMPLE_RATE
+        found = Plan(self.levels, loaded, seconds=options.seconds, warm_up=options.warm_up, rounds=options.rounds)
+        print(found.describe(plan.setup(audio, cpu, bool(self.local))), flush=True)
+        return found
 
     def _expect(self) -> None:
         """Compare the servers' replies to each clip alone, and write the expected embeddings."""
@@ -198,7 +217,8 @@ class Session:
     def measure(self) -> None:
         """Every level, every round, every contender in turn."""
         pairs = [(server, contender) for server in self.servers for contender in server.models]
-        for number, level in enumerate(self.levels, 1):
+        self.plan.begin([server.name for server in self.servers])
+        for level in self.levels:
             with ExitStack() as stack:
                 turns = [self._turn(level, *pair, stack) for pair in pairs if pair[1] == OURS or not level.long]
                 try:
@@ -206,8 +226,8 @@ class Session:
                         first %= len(turns)  # no contender always follows the same other
                         for turn in turns[first:] + turns[:first]:
                             text = self._take(level, turn)
-                            about = f"{turn.server.name}, {turn.contender}: {level}: {text}"
-                            print(f"[{number}/{len(self.levels)}] {about}", flush=True)
+                            progress = self.plan.advance(turn.server.name, turn.contender, level)
+                            print(f"{progress} {turn.server.name}, {turn.contender}: {level}: {text}", flush=True)
                 finally:  # also the figures before Ctrl-C
                     for turn in turns:
                         self._add(level, turn)

@@ -88,7 +88,9 @@ class Server:
             with InferenceServerClient(self.url.removeprefix(SCHEME), channel_args=CHANNEL_ARGS) as triton:
                 yield triton
         except Exception as error:
-            raise MeasureError(f"server {self.name}: {self.url} does not answer ({reason(error)})") from error
+            raise MeasureError(
+                f"{self.name}: {self.url} does not answer over gRPC ({reason(error)}): check the address and the server"
+            ) from error
 
     def statistics(self, model: str) -> Counter[str]:
         """Triton's counts of a model since it was loaded."""
@@ -133,13 +135,13 @@ def reach(name: str, url: str, model: str, metrics_url: str = "") -> Server:
         MeasureError: the server does not answer or does not serve the model.
     """
     if not re.fullmatch(rf"{SCHEME}\S+:\d+", url):
-        raise MeasureError(f"target {name}={url}: expected {SCHEME}HOST:PORT, such as {SCHEME}127.0.0.1:8001")
+        raise MeasureError(f"{name}: found {url!r}, expected {SCHEME}HOST:PORT, such as {SCHEME}127.0.0.1:8001")
     host = url.removeprefix(SCHEME).rpartition(":")[0]
     server = Server(name, url, metrics_url or f"http://{host}:8002/metrics", {OURS: model})
     with server.client() as triton:
         ready = [one for one in (model, *BASELINES) if triton.is_model_ready(one, client_timeout=TIMEOUT)]
     if model not in ready:
-        raise MeasureError(f"target {name}: {url} has no model {model} that is ready: choose one with --model")
+        raise MeasureError(f"{name}: {url} has no model {model} that is ready: choose one with --model")
     server.models |= {name: name for name in BASELINES if name in ready}
     return server
 
@@ -147,36 +149,47 @@ def reach(name: str, url: str, model: str, metrics_url: str = "") -> Server:
 class Local:
     """Servers on this machine, all from one checkpoint and one model repository."""
 
-    def __init__(self, options: argparse.Namespace, repository: Path, stack: ExitStack) -> None:
-        """Start a server on each device of `options.local` that can be used; `stack` stops them.
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Choose the devices of `options.local` that can be used.
 
         Raises:
-            MeasureError: no device can be used, the model is unknown, or its source has other weights now.
+            MeasureError: none can.
         """
         from server import ServerError
         from server.preflight import choose_device, cuda_gpus
 
-        self.servers: list[Server] = []
         self.missing: dict[str, str] = {}  # why a device cannot be measured
         self._options = options
-        models: dict[Device, str] = {}
+        self.models: dict[Device, str] = {}  # ours, by device
+        self.baselines: Sequence[str] = BASELINES if options.baselines else ()
         for device in dict.fromkeys(options.local):
             try:
                 choose_device(device, *cuda_gpus())
-                models[device] = options.model or _usual_model(device)
+                self.models[device] = options.model or _usual_model(device)
             except ServerError as error:
                 self._leave_out(device, error)
-        if not models:
+        if not self.models:
             raise MeasureError("; ".join(self.missing.values()))
-        self.checkpoint = _fill(repository, options, set(models.values()))
-        for device, model in models.items():
-            names = {OURS: model} | ({name: name for name in BASELINES} if options.baselines else {})
+
+    def start(self, repository: Path, stack: ExitStack) -> list[Server]:
+        """Export, and start a server on each device; `stack` stops them.
+
+        Raises:
+            MeasureError: no server starts, the model is unknown, or its source has other weights now.
+        """
+        self.checkpoint = _fill(repository, self._options, set(self.models.values()))
+        servers: list[Server] = []
+        for device, model in self.models.items():
+            names = {OURS: model} | {name: name for name in self.baselines}
             try:
-                self.servers.append(stack.enter_context(self._serve(device, repository, names)))
+                servers.append(stack.enter_context(self._serve(device, repository, names)))
             except MeasureError as error:
                 self._leave_out(device, error)
-        if not self.servers:
+        if not servers:
             raise MeasureError("; ".join(self.missing.values()))
+        for server in servers:
+            server.describe(self.checkpoint.sha256)
+        return servers
 
     def _leave_out(self, device: str, error: Exception) -> None:
         self.missing[device] = str(error)

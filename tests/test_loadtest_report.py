@@ -222,7 +222,8 @@ def test_a_full_report_names_its_conditions_and_has_every_plot(tmp_path: Path) -
 
 def test_ratios_are_medians_of_the_ratios_within_a_round() -> None:
     def ratio(ours: list[float], base: list[float]) -> float | None:
-        return figures.ratio({"audio_per_round": ours}, {"audio_per_round": base})
+        rows = ({"requests": figures.FEW, "audio_per_round": audio} for audio in (ours, base))
+        return figures.ratio(*rows)
 
     assert ratio([10, 20, 60], [5, 20, 15]) == 2  # of 2, 1 and 4
     assert ratio([10, 20, 30], [5, 10]) == 2  # interrupted
@@ -245,6 +246,39 @@ def test_contenders_of_a_level_are_neighbours_and_the_best_is_bold(page: Callabl
     (line,) = (line for line in text.splitlines() if line.startswith("- ") and line.count("batch, 32 x 2 s") == 2)
     assert ALONE in line and "0.303 to 2" in line
     assert f"{OURS} / this" not in cells(text, "Scenario arrivals")[0]  # nothing to compare
+
+
+def test_the_page_opens_with_two_sentences_on_the_contenders(page: Callable[..., str]) -> None:
+    def opening(result: Row) -> str:
+        return page(result).split("\n\n")[1]
+
+    text = opening(make_result("cpu"))
+    ours, theirs = text.removesuffix(".").split(". ")
+    assert ours.startswith(OURS) and theirs.startswith(ALONE) and PADDED in theirs
+    alone = make_result("cpu")
+    alone["rows"] = [row for row in alone["rows"] if row["contender"] == OURS]
+    assert opening(alone) == f"{ours}."
+
+
+@pytest.mark.parametrize("contender", SPEED)
+def test_nothing_is_concluded_from_fewer_than_20_requests(contender: str, page: Callable[..., str]) -> None:
+    def conclusions(requests: int) -> tuple[list[str], list[str], list[str], str]:
+        result = make_result("cpu", "gpu")
+        for row in result["rows"]:
+            if (row["scenario"], row["seconds"], row["contender"]) == ("single", 10, contender):
+                row |= {"requests": requests, "audio_per_s": 1e3, "audio_per_round": [1e3] * 2, "p95_ms": 1.0}
+        text = page(result)
+        single = [column(text, "Scenario single", title)[-3:] for title in ("p95, ms", f"{OURS} / this")]
+        return *single, column(text, "GPU against CPU", "GPU / CPU"), text.partition("## Conditions")[0]
+
+    best, ratios, devices, found = conclusions(19)
+    assert not any("*" in cell for cell in best) and "1,000" not in found and "33.3" not in found
+    assert ratios == ["—"] * 3 if contender == OURS else ratios.count("—") == 1
+    assert devices[2] == ("—" if contender == OURS else "40")
+    assert "single, 10 s" not in found and " 20 requests" in found
+    best, ratios, devices, found = conclusions(20)
+    assert "**1**" in best and "—" not in [*ratios, *devices] and " 20 requests" not in found
+    assert contender == OURS or f"{contender} has more throughput at single, 10 s, 1 client" in found
 
 
 def test_the_devices_are_compared_at_the_same_levels(page: Callable[..., str]) -> None:

@@ -330,12 +330,40 @@ def test_locust_names_what_is_wrong(server: TritonServer) -> None:
     assert result.returncode == 1 and "nope" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_the_web_page_starts_a_scenario(server: TritonServer, tmp_path: Path) -> None:
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address at which no server listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "host, fact",
+    [
+        (["--host=grpc://{nobody}"], "grpc://{nobody} does not answer"),
+        (["--host=http://{nobody}"], "expected grpc://HOST:PORT"),
+        ([], "expected grpc://HOST:PORT"),
+    ],
+)
+def test_locust_needs_a_host_that_answers(host: list[str], fact: str, nobody: str) -> None:
+    words = [*LOCUST, "--headless", "--run-time=600s", *(word.format(nobody=nobody) for word in host)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd="/")
+    (line,) = (line for line in (result.stdout + result.stderr).splitlines() if "INFO" not in line)
+    assert result.returncode == 1 and line.startswith("error: ") and fact.format(nobody=nobody) in line
+
+
+def test_several_processes_of_locust_need_a_host_that_answers(nobody: str) -> None:
+    result = locust(nobody, "--processes=2", "--users=2", "--run-time=600s")
+    assert result.returncode == 1 and f"grpc://{nobody} does not answer" in result.stderr
+
+
+def test_the_web_page_starts_a_scenario(server: TritonServer, nobody: str, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url, host = f"http://127.0.0.1:{port}", f"grpc://{server.grpc_url}"
-    words = [*LOCUST, f"--host={host}", "--web-host=127.0.0.1", f"--web-port={port}"]
+    words = [*LOCUST, f"--host=grpc://{nobody}", "--web-host=127.0.0.1", f"--web-port={port}"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)
 
@@ -350,7 +378,12 @@ def test_the_web_page_starts_a_scenario(server: TritonServer, tmp_path: Path) ->
                 time.sleep(0.2)
 
     try:
-        form = {"user_count": 2, "spawn_rate": 2, "host": host, "scenario": "batch", "batch": 4, "seconds": 1.0}
+        form = {"user_count": 2, "spawn_rate": 2, "scenario": "batch", "batch": 4, "seconds": 1.0}
+        ask("/swarm", form)
+        while not (errors := ask("/stats/requests")["errors"]) or ask("/stats/requests")["state"] != "stopped":
+            time.sleep(0.2)
+        assert f"{nobody} does not answer" in errors[0]["error"]
+        form["host"] = host
         assert ask("/swarm", form)["success"]
         while not any(row["name"] == "batch, 4 x 1 s" for row in ask("/stats/requests")["stats"]):
             time.sleep(0.2)
