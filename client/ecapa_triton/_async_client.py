@@ -303,9 +303,10 @@ class AsyncSpeakerClient(Options):
                 return reply
             if len(waveform) < reply.info.min_samples:
                 raise _too_short(name, len(waveform), reply.info)
+            seconds_of_audio = f"{len(waveform) / SAMPLE_RATE:.2f} s of valid audio"
             raise EmbeddingError(
-                f"{name}: the model answered NaN {counted(next(times), 'time')} for {len(waveform) / SAMPLE_RATE:.2f} s of "
-                "valid audio: try again, then check the model with `python -m export verify`"
+                f"{name}: the model answered NaN {counted(next(times), 'time')} for {seconds_of_audio}: "
+                "try again, then check the model with `python -m export verify`"
             )
 
         return await self._retrying(send)
