@@ -46,7 +46,7 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     yield
     assert processes(tmp_path) == {}
     assert list(tmp_path.glob("ecapa-triton-*")) == []
-    assert unused_segments() - before == set()
+    wait_until(lambda: unused_segments() <= before)  # a server of another test process may be dying
 
 
 def processes(folder: Path) -> dict[str, int]:
