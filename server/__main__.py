@@ -22,7 +22,8 @@ from server.triton import TritonServer
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 # Options of the launcher alone; the others have the names of TritonServer's parameters.
-OWN = "gateway", "max_requests", "max_request_mb", "tls_cert", "tls_key", "tls_client_ca", "keys", "restart"
+OWN = "gateway", "max_requests", "max_request_mb", "max_requests_per_address", "restart"
+OWN += "tls_cert", "tls_key", "tls_client_ca", "keys"
 
 
 class _Stop(BaseException):
@@ -39,19 +40,35 @@ def main(arguments: list[str]) -> int:
         The exit status: 0 after an orderly stop, 1 after a failure.
     """
     options, extra = _parse(arguments)
+    server: TritonServer | gateway.LoneGateway
     limits = None
-    if options.gateway == "on" or (options.gateway == "auto" and gateway.find()):
-        limits = Limits(options.max_requests, options.max_request_mb)
-    server = TritonServer(
-        **{name: value for name, value in vars(options).items() if name not in OWN},
-        limits=limits,
-        tls=Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None,
-        keys=dict(itertools.chain.from_iterable(options.keys)),
-        extra=extra,
-        warn_exposed=options.gateway != "external",
-    )
+    if options.gateway in ("on", "only") or (options.gateway == "auto" and not options.sockets and gateway.find()):
+        limits = Limits(options.max_requests, options.max_request_mb, options.max_requests_per_address)
+    tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
+    keys: dict[str, list[str]] = {}
+    for group, key in itertools.chain.from_iterable(options.keys):
+        keys.setdefault(group, []).append(key)
+    if options.gateway == "only":
+        assert limits is not None
+        server = gateway.LoneGateway(
+            options.sockets,
+            limits,
+            address=options.address,
+            metrics_address=options.metrics_address,
+            ports={
+                "grpc": options.grpc_port,
+                "http": options.http_port,
+                "gateway metrics": options.gateway_metrics_port,
+            },
+            tls=tls,
+            keys=keys,
+            exit_timeout=options.exit_timeout,
+        )
+    else:
+        own = {name: value for name, value in vars(options).items() if name not in OWN}
+        server = TritonServer(**own, limits=limits, tls=tls, keys=keys, extra=extra)
     warnings = []
-    if limits is None and options.gateway == "auto":
+    if limits is None and options.gateway == "auto" and not options.sockets:
         warnings.append("nginx is not installed, so requests have no limits: apt install nginx-light")
     for number in STOPPING:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
@@ -73,8 +90,11 @@ def main(arguments: list[str]) -> int:
     except _Stop:
         print(f"stopping: requests in flight have {options.exit_timeout:g} s", flush=True)
         if not server.stop():
-            message = f"tritonserver did not stop within {options.exit_timeout:g} s and was killed"
-            print(f"error: {message}; its log: {server.log_path}", file=sys.stderr)
+            what = "the gateway" if isinstance(server, gateway.LoneGateway) else "tritonserver"
+            message = f"{what} did not stop within {options.exit_timeout:g} s and was killed"
+            if isinstance(server, TritonServer):
+                message += f"; its log: {server.log_path}"
+            print(f"error: {message}", file=sys.stderr)
             return 1
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,24 +105,30 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _start(server: TritonServer, warnings: list[str]) -> None:
+def _start(server: TritonServer | gateway.LoneGateway, warnings: list[str]) -> None:
     begin = time.monotonic()
     server.start()
     for warning in [*warnings, *server.warnings]:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    print(f"device {server.chosen}")
+    if isinstance(server, TritonServer):
+        print(f"device {server.chosen}")
     if server.limits is not None:
-        print(f"limits {server.limits.requests} requests in flight of {server.limits.request_mb} MB each")
+        one = f"{server.limits.per_address} of one address"
+        print(f"limits {server.limits.requests} requests in flight of {server.limits.request_mb} MB each, {one}")
     if server.tls is not None:
         print(f"TLS, client certificate {'required' if server.tls.client_ca else 'not required'}")
     if server.keys:
         print(f"key required for {', '.join(server.keys)}")
-    print(
-        f"ready in {time.monotonic() - begin:.1f} s: Triton {server.version} on {server.device} "
-        f"serves {', '.join(server.models)} at grpc {server.grpc_url}, http {server.http_url}, "
-        f"metrics {server.metrics_url}",
-        flush=True,
-    )
+    ready = f"ready in {time.monotonic() - begin:.1f} s: "
+    if isinstance(server, TritonServer):
+        ready += f"Triton {server.version} on {server.device} serves {', '.join(server.models)} at "
+        places = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
+        if server.limits is not None:
+            places["gateway metrics"] = server.gateway_metrics_url
+    else:
+        ready += "the gateway listens at "
+        places = server.places
+    print(ready + ", ".join(f"{api} {place}" for api, place in places.items()), flush=True)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -123,9 +149,19 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs only")
     threads = "threads of each model instance on the CPU (default: as many as cores)"
     argument("--threads", type=_positive, metavar="N", help=threads)
-    for api, port in ("http", 8000), ("grpc", 8001), ("metrics", 8002):
-        text = f"port of {'the metrics' if api == 'metrics' else api} (default: %(default)s; 0: any free port)"
-        argument(f"--{api}-port", type=int, default=port, metavar="PORT", help=text)
+    for option, port, what in (
+        ("http", 8000, "HTTP"),
+        ("grpc", 8001, "gRPC"),
+        ("metrics", 8002, "Triton's metrics"),
+        ("gateway-metrics", 8003, "the gateway's metrics and of /ready"),
+    ):
+        text = f"port of {what} (default: %(default)s; 0: any free port)"
+        argument(f"--{option}-port", type=int, default=port, metavar="PORT", help=text)
+    text = (
+        "Triton's HTTP and gRPC APIs listen on unix sockets in this folder, for a gateway that another launcher runs; "
+        "with --gateway off or only"
+    )
+    argument("--sockets", type=Path, metavar="DIR", help=text)
     argument("--address", default="127.0.0.1", help="address of HTTP and gRPC (default: %(default)s)")
     metrics = "address of the metrics (default: %(default)s)"
     argument("--metrics-address", default="127.0.0.1", metavar="ADDRESS", help=metrics)
@@ -135,7 +171,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--tls-client-ca", type=Path, metavar="FILE", help=text)
     text = (
         f"require the key in this file for these groups of Triton's APIs: {', '.join(GROUPS)}; "
-        f"admin means the last {len(ADMIN)}, which are closed unless they have a key"
+        f"admin means the last {len(ADMIN)}, which are closed unless they have a key; of several lines or options for a "
+        "group each is accepted, so that a key can be replaced"
     )
     argument(
         "--key-file", type=_key_file, action="append", default=[], dest="keys", metavar="GROUP,...=FILE", help=text
@@ -143,13 +180,15 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     text = "the same with the key in the environment variable NAME; unset or empty: no key for these groups"
     argument("--key-env", type=_key_variable, action="append", dest="keys", metavar="GROUP,...=NAME", help=text)
     text = (
-        "nginx in front of Triton, for TLS and the limits below; auto (default): where nginx is installed; "
-        "external: another gateway protects this server, so do not warn of an open address"
+        "nginx in front of Triton, for TLS, keys and the limits below; auto (default): where nginx is installed; "
+        "only: no Triton, but a gateway in front of the one that listens in --sockets"
     )
-    argument("--gateway", choices=["auto", "on", "off", "external"], default="auto", help=text)
+    argument("--gateway", choices=["auto", "on", "off", "only"], default="auto", help=text)
     defaults = f"{DEFAULT_REQUESTS['CPU']} on a CPU, {DEFAULT_REQUESTS['GPU']} on GPUs"
-    text = f"limit of inference requests in flight; one more is rejected with UNAVAILABLE (default: {defaults})"
+    text = f"limit of inference requests in flight over each API; one more is rejected with UNAVAILABLE (default: {defaults})"
     argument("--max-requests", type=_positive, metavar="N", help=text)
+    text = "limit of requests of one address, in flight or being sent (default: %(default)s)"
+    argument("--max-requests-per-address", type=_positive, default=Limits.per_address, metavar="N", help=text)
     text = "limit of the size of a request (default: %(default)s)"
     argument("--max-request-mb", type=_positive, default=Limits.request_mb, metavar="MB", help=text)
     for name, seconds, purpose in ("start", 120, "to load and warm the models"), ("exit", 30, "for requests in flight"):
@@ -160,14 +199,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     text = "append Triton's log here, - is standard output (default: a temporary file, kept only after a failure)"
     argument("--log", type=Path, metavar="FILE", help=text)
     options = parser.parse_args(arguments[:end])
-    limited = options.max_requests or options.max_request_mb != Limits.request_mb
-    if options.gateway in ("off", "external") and (limited or options.tls_cert):
-        parser.error(f"limits and TLS need nginx: leave out --gateway {options.gateway}")
+    limited = options.max_requests or options.max_request_mb != Limits.request_mb or options.keys
+    if options.gateway == "off" and (
+        limited or options.tls_cert or options.max_requests_per_address != Limits.per_address
+    ):
+        parser.error("limits, keys and TLS need nginx: leave out --gateway off")
+    if options.sockets and options.gateway not in ("off", "only"):
+        parser.error("--sockets goes with --gateway off, or --gateway only")
+    if options.gateway == "only" and not options.sockets:
+        parser.error("--gateway only needs --sockets: the folder in which Triton listens")
     if (options.tls_cert is None) != (options.tls_key is None) or (options.tls_client_ca and not options.tls_cert):
         parser.error("--tls-cert and --tls-key go together, and --tls-client-ca with them")
-    groups = [group for keys in options.keys for group, _ in keys]
-    if twice := {group for group in groups if groups.count(group) > 1}:
-        parser.error(f"two keys for {', '.join(sorted(twice))}: expected one")
     if options.device == "cpu" and options.gpus is not None:
         parser.error("--gpus is for --device gpu or auto, not cpu")
     return options, arguments[end + 1 :]
@@ -188,11 +230,11 @@ def _list(text: str) -> list[str]:
 def _key_file(text: str) -> list[tuple[str, str]]:
     names, _, path = text.partition("=")
     try:
-        key = Path(path).read_text("utf-8-sig").strip()
+        keys = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:  # the message omits the path: it may be the key itself, by mistake
         reason = getattr(error, "strerror", None) or "it is not text"
         raise argparse.ArgumentTypeError(f"{names}: {reason}: expected a file that holds the key") from error
-    return _keys(names, key)
+    return _keys(names, [key.strip() for key in keys if key.strip()] or [""])
 
 
 def _key_variable(text: str) -> list[tuple[str, str]]:
@@ -200,16 +242,16 @@ def _key_variable(text: str) -> list[tuple[str, str]]:
     if not variable:
         raise argparse.ArgumentTypeError("expected groups and a variable, such as inference=INFERENCE_KEY")
     key = os.environ.get(variable, "")
-    return _keys(names, key.strip()) if key else []
+    return _keys(names, [one.strip() for one in key.split("\n") if one.strip()] or [""]) if key else []
 
 
-def _keys(names: str, key: str) -> list[tuple[str, str]]:
-    keys = {group: key for name in names.split(",") for group in (ADMIN if name == "admin" else [name])}
+def _keys(names: str, keys: list[str]) -> list[tuple[str, str]]:
+    groups = [group for name in names.split(",") for group in (ADMIN if name == "admin" else [name])]
     try:
-        check_keys(keys)
+        check_keys(dict.fromkeys(groups, keys))
     except ServerError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return list(keys.items())
+    return [(group, key) for group in groups for key in keys]
 
 
 def _positive(text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ from typing import Literal
 Device = Literal["auto", "cpu", "gpu"]
 Precision = Literal["fp32", "fp16"]
 Place = tuple[str, int]  # address and port
+Keys = Mapping[str, Sequence[str]]  # those accepted, by group of GROUPS
 
 # Triton's groups of APIs, by the names that tritonserver's options use. The ADMIN groups are for operators alone:
 # shared memory, for example, would show the clips of one client to another.
@@ -30,12 +31,14 @@ class Limits:
     """Limits of the gateway.
 
     Attributes:
-        requests: Inference requests in flight, over both APIs; one more is rejected at once. None: DEFAULT_REQUESTS.
+        requests: Inference requests in flight over each API; one more is rejected at once. None: DEFAULT_REQUESTS.
         request_mb: Size of the largest request in units of 2^20 bytes.
+        per_address: Requests in flight of one address, those included that have not arrived whole.
     """
 
     requests: int | None
     request_mb: int = 64
+    per_address: int = 1024
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,23 @@ class Tls:
     client_ca: Path | None = None
 
 
-def check_keys(keys: Mapping[str, str]) -> None:
+def check_keys(keys: Keys) -> None:
     """Checks API keys by group.
 
     Raises:
         ServerError: Triton has no such group, or a key is too short, too long or not printable ASCII.
     """
-    for group, key in keys.items():
+    for group, accepted in keys.items():
         if group not in GROUPS:
             raise ServerError(f"unknown group of APIs {group!r}: expected one of {', '.join(GROUPS)}")
-        if not _KEY.fullmatch(key):
-            raise ServerError(
-                f"key of {group} has {len(key)} characters: expected 16 to 1024, visible ASCII, no blanks"
-            )
+        for key in accepted:
+            if not _KEY.fullmatch(key):
+                raise ServerError(
+                    f"key of {group} has {len(key)} characters: expected 16 to 1024, visible ASCII, no blanks"
+                )
+
+
+def url_of(place: Place) -> str:
+    """Where a client on this machine reaches a server: one on all addresses, on the loopback one."""
+    address, port = place
+    return f"{'127.0.0.1' if address == '0.0.0.0' else address}:{port}"

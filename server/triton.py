@@ -10,26 +10,37 @@ import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
-from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil  # type: ignore[import-untyped]
 from ecapa_triton.protocol import KEY_HEADER
 
 from server import child, preflight, wheel
-from server.gateway import Gateway
-from server.options import ADMIN, DEFAULT_REQUESTS, Device, Limits, Place, Precision, ServerError, Tls, check_keys
+from server.gateway import GRPC_SOCKET, HTTP_SOCKET, Gateway, make_sockets_folder
+from server.options import (
+    ADMIN,
+    DEFAULT_REQUESTS,
+    Device,
+    Keys,
+    Limits,
+    Place,
+    Precision,
+    ServerError,
+    Tls,
+    check_keys,
+    url_of,
+)
 from server.workdir import Workdir
 
 STDOUT = Path("/dev/stdout")
 LONGEST_TIMEOUT = 86400  # s
-_WITHOUT_PROXY = build_opener(ProxyHandler({}))
 
 
 class TritonServer:
@@ -61,16 +72,17 @@ class TritonServer:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        gateway_metrics_port: int = 0,
+        sockets: Path | None = None,
         address: str = "127.0.0.1",
         metrics_address: str = "127.0.0.1",
         limits: Limits | None = None,
         tls: Tls | None = None,
-        keys: Mapping[str, str] = MappingProxyType({}),
+        keys: Keys = MappingProxyType({}),
         extra: Sequence[str] = (),
         log: Path | None = None,
         start_timeout: float = 120,
         exit_timeout: float = 30,
-        warn_exposed: bool = True,
     ) -> None:
         """Describes the server; `start` or the `with` statement starts it.
 
@@ -84,20 +96,21 @@ class TritonServer:
             http_port: Port of the HTTP API, 0 for a free one; `grpc_port` and `metrics_port` likewise.
             grpc_port: Port of the gRPC API.
             metrics_port: Port of the Prometheus metrics.
+            gateway_metrics_port: Port of the gateway's metrics, on `metrics_address`.
+            sockets: Folder in which Triton's HTTP and gRPC APIs listen, on unix sockets in place of ports; for a gateway
+                that another launcher runs.
             address: Address of HTTP and gRPC.
             metrics_address: Address of the metrics.
             limits: Limits of the gateway, which then listens in front of Triton's HTTP and gRPC APIs. None: no gateway
                 and no limits.
-            tls: Encryption of both APIs by the gateway; needs `limits`.
-            keys: By group of `GROUPS`, the key that a client must send in the header `KEY_HEADER` (gRPC:
+            tls: Encryption of both APIs by the gateway; needs `limits`, as `keys` does.
+            keys: By group of `GROUPS`, the keys of which a client must send one in the header `KEY_HEADER` (gRPC:
                 `GRPC_KEY_HEADER`). The groups of `ADMIN` are closed unless they have a key.
             extra: Further options for tritonserver.
             log: File that Triton's log is appended to, `-` for standard output. None: a temporary file, which is kept
                 only after a failure.
             start_timeout: Seconds until the server must be ready.
             exit_timeout: Seconds that requests in flight have when the server stops.
-            warn_exposed: False where another gateway protects this server: then `warnings` does not mention that other
-                machines need neither key nor certificate, and the wheel's Triton may serve them.
         """
         self.repository = repository
         self.limits = limits
@@ -109,13 +122,17 @@ class TritonServer:
         self._names = models
         self._threads = threads
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        if limits is not None:
+            self._ports["gateway metrics"] = gateway_metrics_port
+        elif sockets is not None:
+            self._ports = {"metrics": metrics_port}
+        self._sockets = sockets
         self._address = address
         self._metrics_address = metrics_address
         self._extra = extra
         self._log = log
         self._start_timeout = start_timeout
         self._exit_timeout = exit_timeout
-        self._warn_exposed = warn_exposed
         self._process: subprocess.Popen[bytes] | None = None
         self._gateway: Gateway | None = None
 
@@ -173,7 +190,7 @@ class TritonServer:
                 code = self._process.wait(timeout=1)
                 raise self._failure(f"tritonserver {child.ending(code)} while serving")
             if self._gateway is not None:
-                self._gateway.check()
+                self._gateway.supervise()
             for stub in self._stubs:
                 if not child.is_alive(stub):
                     # Triton itself would claim to be ready, fail every request and never stop in order.
@@ -194,13 +211,14 @@ class TritonServer:
         """
         return {"model": 0} | child.memory({self.pid: "tritonserver"} | {stub.pid: "model" for stub in self._stubs})
 
-    def _prepare(self) -> tuple[Path | None, str, dict[str, Place]]:
-        """Checks and choices: the installed tritonserver, the name of the configs, Triton's addresses and ports."""
+    def _prepare(self) -> tuple[Path | None, str]:
+        """Checks and choices: the installed tritonserver, the name of the configs; addresses and ports."""
         for name, seconds in ("start", self._start_timeout), ("exit", self._exit_timeout):
             if not 0 < seconds <= LONGEST_TIMEOUT:
                 raise ServerError(f"{name} timeout is {seconds:g} s: expected more than 0, at most {LONGEST_TIMEOUT}")
-        if self.tls is not None and self.limits is None:
-            raise ServerError("TLS needs nginx in front of Triton: apt install nginx-light")
+        for what, wanted in ("TLS needs", self.tls), ("keys need", self.keys):
+            if wanted and self.limits is None:
+                raise ServerError(f"{what} nginx in front of Triton: apt install nginx-light")
         check_keys(self.keys)
         installed = wheel.find_installed()
         gpus, no_gpu = preflight.cuda_gpus()
@@ -214,53 +232,61 @@ class TritonServer:
         self.models = list(backends)
         if installed is None:
             wheel.check_packages(backends.values())
-        listen = self._choose_places()
-        if installed is None and self.limits is None and self._warn_exposed:
-            preflight.check_unguarded(self._address)
+        self._choose_places()
         # The C++ backends of an installed server run in its process and need no shared memory.
         warnings = ["" if installed else preflight.shm_warning()]
-        if self._warn_exposed:
+        if "http" in self._places:
+            if installed is None and self.limits is None:
+                preflight.check_unguarded(self._address)
             warnings.append(preflight.exposure_warning(self._address, self.tls, self.keys))
         self.warnings = [warning for warning in warnings if warning]
-        return installed, config_name, listen
+        return installed, config_name
 
-    def _choose_places(self) -> dict[str, Place]:
-        """Settles the addresses and ports for clients; returns those at which Triton itself listens."""
+    def _choose_places(self) -> None:
+        """Settles the addresses and ports for clients."""
         self._address, self._metrics_address = (
             preflight.resolve(self._address),
             preflight.resolve(self._metrics_address),
         )
-        wanted = {api: (self._address, port) for api, port in self._ports.items()}
-        wanted["metrics"] = self._metrics_address, self._ports["metrics"]
+        wanted = {
+            api: (self._metrics_address if "metrics" in api else self._address, port)
+            for api, port in self._ports.items()
+        }
+        self._places = preflight.choose_ports(wanted)
+        self._ports = {api: port for api, (_, port) in self._places.items()}  # a restarted server keeps them
+        if "http" in self._places:
+            self.http_url, self.grpc_url = url_of(self._places["http"]), url_of(self._places["grpc"])
+        else:
+            self.http_url, self.grpc_url = (f"unix:{self._sockets / name}" for name in (HTTP_SOCKET, GRPC_SOCKET))
+        self.metrics_url = f"http://{url_of(self._places['metrics'])}/metrics"
         if self.limits is not None:
-            wanted |= {f"{api} behind nginx": ("127.0.0.1", 0) for api in ("http", "grpc")}
-        places = preflight.choose_ports(wanted)
-        self._ports = {api: places[api][1] for api in self._ports}  # a restarted server keeps them
-        self.http_url, self.grpc_url = _url(places["http"]), _url(places["grpc"])
-        self.metrics_url = f"http://{_url(places['metrics'])}/metrics"
-        return {api: places.get(f"{api} behind nginx", places[api]) for api in self._ports}
+            self.gateway_metrics_url = f"http://{url_of(self._places['gateway metrics'])}/metrics"
 
-    def _run(self, installed: Path | None, config_name: str, listen: dict[str, Place]) -> None:
+    def _run(self, installed: Path | None, config_name: str) -> None:
         self._keep_log = False
         self._workdir = Workdir()
         own_log = self._workdir.path / "tritonserver.log"
         self.log_path = STDOUT if self._log == Path("-") else (self._log or own_log).absolute()
         try:
-            self._launch(installed, config_name, listen)
-            self._wait_until_ready(listen)
+            # The sockets of a server with a gateway are in its private folder.
+            folder = self._sockets or (self._workdir.path if self.limits is not None else None)
+            sockets = make_sockets_folder(folder) if folder else None
+            self._launch(installed, config_name, sockets)
+            self._http = sockets / HTTP_SOCKET if sockets else self._places["http"]
+            self._wait_until_ready()
             # The wheel has no newer release to change to: on this machine alone it may be old.
             if installed or not all(map(preflight.is_loopback, (self._address, self._metrics_address))):
                 self.warnings += filter(None, [preflight.release_warning(self.version)])
             self._stubs = psutil.Process(self.pid).children()  # of the wheel's Python backend
-            if self.limits is not None:
-                self._open_gateway(self.limits, listen)
+            if self.limits is not None and sockets is not None:
+                self._open_gateway(self.limits, sockets)
         except BaseException as error:
             self._clean_up()
             if isinstance(error, OSError):  # a full disk, for example
                 raise ServerError(f"cannot set up the server: {error}") from error
             raise
 
-    def _launch(self, installed: Path | None, config_name: str, listen: dict[str, Place]) -> None:
+    def _launch(self, installed: Path | None, config_name: str, sockets: Path | None) -> None:
         models = [self.repository / name for name in self.models]
         threads = self._threads if self.device == "CPU" else None
         changed = threads is not None or len(models) < len(preflight.all_models(self.repository))
@@ -273,7 +299,12 @@ class TritonServer:
             "exit-timeout-secs": math.ceil(self._exit_timeout),
             "grpc-infer-allocation-pool-size": 0,  # else Triton keeps the clips of past requests in memory
         }
-        for api, (address, port) in listen.items():
+        places = {api: place for api, place in self._places.items() if api != "gateway metrics"}
+        if sockets:
+            places["http"] = f"unix:{sockets / HTTP_SOCKET}", 1
+            name, _, number = GRPC_SOCKET.partition(":")
+            places["grpc"] = f"unix:{sockets / name}", int(number)
+        for api, (address, port) in places.items():
             options |= {f"{api}-address": address, f"{api}-port": port}
         environment = dict(os.environ) | preflight.gpu_environment(self.device, self._gpus)
         if installed is None:
@@ -284,29 +315,27 @@ class TritonServer:
         options["backend-directory"] = backends
         command = [str(binary), *(f"--{name}={value}" for name, value in options.items())]
         # The configs are complete; completing them would start each model once more.
-        command += ["--disable-auto-complete-config", *_restricted(self.keys), *self._extra]
+        command += ["--disable-auto-complete-config", *([] if sockets else _closed()), *self._extra]
         with contextlib.ExitStack() as stack:
             log = None if self.log_path == STDOUT else stack.enter_context(self.log_path.open("ab"))
             self._log_start = log.tell() if log else 0
             self._process = child.start(command, log, environment)
 
-    def _wait_until_ready(self, listen: dict[str, Place]) -> None:
+    def _wait_until_ready(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self._start_timeout
-        for api, path, group in (
-            ("http", "/v2/health/ready", "health"),
-            ("metrics", "/metrics", ""),
-            ("http", "/v2", "metadata"),
+        for api, place, path in (
+            ("HTTP", self._http, "/v2/health/ready"),
+            ("metrics", self._places["metrics"], "/metrics"),
+            ("HTTP", self._http, "/v2"),
         ):
-            headers = {KEY_HEADER: self.keys[group]} if group in self.keys else {}
             while True:
                 if (code := self._process.poll()) is not None:
                     reason = (code >= 0 and self._reason()) or child.ending(code)
                     raise self._failure(f"tritonserver did not start: {reason}")
                 try:
-                    request = Request(f"http://{_url(listen[api])}{path}", headers=headers)
-                    body = _WITHOUT_PROXY.open(request, timeout=5).read()
-                    if child.listens(self.pid, listen[api][1]):  # else another server has replied
+                    body = ask(place, path)
+                    if isinstance(place, Path) or child.listens(self.pid, place[1]):  # else another server has replied
                         break
                     reason = "another process answers"
                 except (OSError, http.client.HTTPException) as error:
@@ -318,13 +347,13 @@ class TritonServer:
                 time.sleep(0.05)
         self.version = str(json.loads(body)["version"])
 
-    def _open_gateway(self, limits: Limits, behind: dict[str, Place]) -> None:
+    def _open_gateway(self, limits: Limits, sockets: Path) -> None:
         folder = self._workdir.path / "gateway"
         folder.mkdir()
         if limits.requests is None:
             self.limits = limits = replace(limits, requests=DEFAULT_REQUESTS[self.device])
-        front = {api: (self._address, self._ports[api]) for api in ("grpc", "http")}
-        self._gateway = Gateway(folder, limits, self.tls, front, behind)
+        front = {api: self._places[api] for api in ("grpc", "http", "gateway metrics")}
+        self._gateway = Gateway(folder, limits, self.tls, self.keys, front, sockets)
         self._gateway.wait_until_ready(self._start_timeout)
 
     def _failure(self, message: str) -> ServerError:
@@ -362,17 +391,34 @@ class TritonServer:
         self._workdir.remove(self.log_path if self._keep_log and self._log is None else None)
 
 
-def _restricted(keys: Mapping[str, str]) -> list[str]:
-    """Tritonserver's options for the groups of APIs that require a key."""
-    secret = secrets.token_urlsafe()  # known to nobody: it closes the group
+def _closed() -> list[str]:
+    """Tritonserver's options that close the APIs of operators where no gateway does."""
+    secret = secrets.token_urlsafe()  # not told to anyone
     return [
-        f"--{option}={group}:{KEY_HEADER}={key}"
-        for group, key in (dict.fromkeys(ADMIN, secret) | dict(keys)).items()
+        f"--{option}={group}:{KEY_HEADER}={secret}"
+        for group in ADMIN
         for option in ("grpc-restricted-protocol", "http-restricted-api")
     ]
 
 
-def _url(place: Place) -> str:
-    """Where a client on this machine reaches a server: one on all addresses, on the loopback one."""
-    address, port = place
-    return f"{'127.0.0.1' if address == '0.0.0.0' else address}:{port}"
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def ask(place: Place | Path, path: str, timeout: float = 5) -> bytes:
+    """The body of the reply to a GET at an address and port, or at a unix socket; OSError or HTTPException without."""
+    where = str(place) if isinstance(place, Path) else url_of(place)
+    connection = (_UnixConnection if isinstance(place, Path) else http.client.HTTPConnection)(where, timeout=timeout)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        if reply.status != 200:
+            raise http.client.HTTPException(f"HTTP status {reply.status}")
+        return reply.read()
