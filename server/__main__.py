@@ -171,8 +171,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--tls-client-ca", type=Path, metavar="FILE", help=text)
     text = (
         f"require the key in this file for these groups of Triton's APIs: {', '.join(GROUPS)}; "
-        f"admin means the last {len(ADMIN)}, which are closed unless they have a key; of several lines or options for a "
-        "group each is accepted, so that a key can be replaced"
+        f"admin means the last {len(ADMIN)}, which are closed unless they have a key; "
+        "of several lines or options for a group each is accepted, so that a key can be replaced"
     )
     argument(
         "--key-file", type=_key_file, action="append", default=[], dest="keys", metavar="GROUP,...=FILE", help=text
@@ -185,7 +185,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     argument("--gateway", choices=["auto", "on", "off", "only"], default="auto", help=text)
     defaults = f"{DEFAULT_REQUESTS['CPU']} on a CPU, {DEFAULT_REQUESTS['GPU']} on GPUs"
-    text = f"limit of inference requests in flight over each API; one more is rejected with UNAVAILABLE (default: {defaults})"
+    text = f"limit of inference requests in flight over each API; one more gets UNAVAILABLE (default: {defaults})"
     argument("--max-requests", type=_positive, metavar="N", help=text)
     text = "limit of requests of one address, in flight or being sent (default: %(default)s)"
     argument("--max-requests-per-address", type=_positive, default=Limits.per_address, metavar="N", help=text)
@@ -199,10 +199,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     text = "append Triton's log here, - is standard output (default: a temporary file, kept only after a failure)"
     argument("--log", type=Path, metavar="FILE", help=text)
     options = parser.parse_args(arguments[:end])
-    limited = options.max_requests or options.max_request_mb != Limits.request_mb or options.keys
-    if options.gateway == "off" and (
-        limited or options.tls_cert or options.max_requests_per_address != Limits.per_address
-    ):
+    limits = Limits(options.max_requests, options.max_request_mb, options.max_requests_per_address)
+    if options.gateway == "off" and (limits != Limits(None) or options.tls_cert or options.keys):
         parser.error("limits, keys and TLS need nginx: leave out --gateway off")
     if options.sockets and options.gateway not in ("off", "only"):
         parser.error("--sockets goes with --gateway off, or --gateway only")

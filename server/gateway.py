@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,8 +26,8 @@ from server.workdir import Workdir
 TEMPLATE = Path(__file__).parent / "nginx.conf.template"
 COUNTER = Path(__file__).parent / "gateway_metrics.py"
 PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the PATH of root alone
-# Of JSON bodies, which take Triton twenty times their size: megabytes of one (30 s of audio are 6), places for them, and
-# how many one address may send at a time.
+# Of JSON bodies, which take Triton twenty times their size: megabytes of one (30 s of audio are 6), requests in flight,
+# and those of one address.
 JSON_MB, JSON_REQUESTS, JSON_PER_ADDRESS = 8, 16, 8
 GRPC_SOCKET, HTTP_SOCKET = "grpc:1", "http"  # Triton's, in a folder; Triton adds a port to the first
 _LONGEST_SOCKET = 107  # bytes of its path, of the kernel
@@ -206,9 +207,7 @@ class LoneGateway:
         """Starts it and returns once it listens; ServerError if it cannot."""
         check_keys(self.keys)
         address, metrics_address = map(preflight.resolve, self._addresses)
-        wanted = {
-            api: (address if api in ("grpc", "http") else metrics_address, port) for api, port in self._ports.items()
-        }
+        wanted = {api: (metrics_address if "metrics" in api else address, port) for api, port in self._ports.items()}
         front = preflight.choose_ports(wanted)
         self._ports = {api: port for api, (_, port) in front.items()}
         self.warnings = list(filter(None, [preflight.exposure_warning(address, self.tls, self.keys)]))

@@ -1,9 +1,9 @@
 """Counts the gateway's inference requests by outcome, for Prometheus, and says where wrong keys come from.
 
 Triton's own metrics leave out the requests that nginx rejects and those that Triton's front end does (a wrong shape,
-for example). nginx sends a datagram for each to a socket (`server/nginx.conf.template`). The same port answers `/ready`:
-whether the Triton behind the gateway is ready. A process of its own, since a busy one would miss datagrams; standard
-library only.
+for example). nginx sends a datagram for each to a socket (`server/nginx.conf.template`). The same port answers
+`/ready`: whether the Triton behind the gateway is ready. A process of its own, since a busy one would miss datagrams;
+standard library only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ADDRESSES = 1000  # messages are about at most so many
 
 
 class Counts:
-    """Inference requests by API and outcome, and bytes of those that succeeded; requests with a wrong key of any API."""
+    """Inference requests by API and outcome (wrong keys: those of any group), and bytes of those that succeeded."""
 
     def __init__(self) -> None:
         """Every series starts at 0: Prometheus misses the first requests of a counter that appears with them."""

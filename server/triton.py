@@ -97,8 +97,8 @@ class TritonServer:
             grpc_port: Port of the gRPC API.
             metrics_port: Port of the Prometheus metrics.
             gateway_metrics_port: Port of the gateway's metrics, on `metrics_address`.
-            sockets: Folder in which Triton's HTTP and gRPC APIs listen, on unix sockets in place of ports; for a gateway
-                that another launcher runs.
+            sockets: Folder in which Triton's HTTP and gRPC APIs listen, on unix sockets in place of ports, for a
+                gateway that another launcher runs.
             address: Address of HTTP and gRPC.
             metrics_address: Address of the metrics.
             limits: Limits of the gateway, which then listens in front of Triton's HTTP and gRPC APIs. None: no gateway
