@@ -22,8 +22,8 @@ from server.triton import TritonServer
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 # Options of the launcher alone; the others have the names of TritonServer's parameters.
-OWN = "gateway", "max_requests", "max_request_mb", "max_requests_per_address", "restart"
-OWN += "tls_cert", "tls_key", "tls_client_ca", "keys"
+OWN = {"gateway", "max_requests", "max_request_mb", "max_requests_per_address", "restart"}
+OWN |= {"tls_cert", "tls_key", "tls_client_ca", "keys"}
 
 
 class _Stop(BaseException):

@@ -192,9 +192,7 @@ class LoneGateway:
             keys: Keys by group.
             exit_timeout: Seconds that requests in flight have when it stops.
         """
-        self.limits = (
-            limits if limits.requests else Limits(DEFAULT_REQUESTS["CPU"], limits.per_address, limits.request_mb)
-        )
+        self.limits = replace(limits, requests=limits.requests or DEFAULT_REQUESTS["CPU"])
         self.tls, self.keys = tls, keys
         self.warnings: list[str] = []
         self._sockets = sockets.absolute()

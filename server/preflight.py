@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from export import configs
-from server.options import Device, Place, Precision, ServerError, Tls
+from server.options import Device, Keys, Place, Precision, ServerError, Tls
 
 SHM = Path("/dev/shm")
 # Bytes. Batches pass through shared memory on their way to a stub, and Triton limits no request. Where a batch does not
@@ -258,7 +258,7 @@ def release_warning(version: str) -> str:
     )
 
 
-def exposure_warning(address: str, tls: Tls | None, keys: Mapping[str, str]) -> str:
+def exposure_warning(address: str, tls: Tls | None, keys: Keys) -> str:
     """A warning where other machines get embeddings without a key or a certificate; else empty."""
     if "inference" in keys or (tls and tls.client_ca) or is_loopback(address):
         return ""

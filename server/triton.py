@@ -256,7 +256,7 @@ class TritonServer:
         self._ports = {api: port for api, (_, port) in self._places.items()}  # a restarted server keeps them
         if "http" in self._places:
             self.http_url, self.grpc_url = url_of(self._places["http"]), url_of(self._places["grpc"])
-        else:
+        elif self._sockets is not None:
             self.http_url, self.grpc_url = (f"unix:{self._sockets / name}" for name in (HTTP_SOCKET, GRPC_SOCKET))
         self.metrics_url = f"http://{url_of(self._places['metrics'])}/metrics"
         if self.limits is not None:

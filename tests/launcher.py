@@ -19,7 +19,7 @@ from pathlib import Path
 from conftest import ROOT
 from tritonclient.grpc import InferenceServerClient
 
-FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+FREE_PORTS = ["--http-port=0", "--grpc-port=0", "--metrics-port=0", "--gateway-metrics-port=0"]
 SOON = 30  # s
 
 
@@ -47,7 +47,7 @@ class Launcher:
     @property
     def urls(self) -> list[str]:
         """Those of gRPC, HTTP and metrics in the ready line."""
-        return re.findall(r"(?:grpc|http|metrics) ((?:http://)?[\d.]+:\d+(?:/metrics)?)", self.output[-1])
+        return re.findall(r"(?:grpc|http|metrics) ([^\s,]+)", self.output[-1])[:3]
 
     def errors(self) -> list[str]:
         """Lines of standard error, after the end."""

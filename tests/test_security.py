@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import ssl
 import subprocess
@@ -10,8 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import numpy as np
+import psutil
 import pytest
 import stand_in
 import trustme
@@ -26,7 +29,8 @@ from server import Limits, ServerError, TritonServer, __main__, gateway
 from server.options import ADMIN, GROUPS
 
 CLIP = np.ones((1, 5), np.float32)
-KEYS = {group: f"the:key=of,{group}/{'x' * 16}" for group in GROUPS}
+KEYS = {group: f"The:key=of,{group}/$1{{}}\"'{chr(92)}{'x' * 16}" for group in GROUPS}
+OTHER_KEY = "another-key-for-all-groups"
 
 # A request to each group: over gRPC the client's method and arguments, over HTTP the method and path.
 CALLS: dict[str, tuple[str, list[object], str, str]] = {
@@ -84,19 +88,18 @@ def status(url: str, group: str, headers: Mapping[str, str], context: ssl.SSLCon
 
 
 @pytest.fixture(scope="module", params=[None, pytest.param(Limits(8), marks=needs_nginx)], ids=["bare", "nginx"])
-def limits(request: pytest.FixtureRequest) -> Limits | None:
-    return request.param  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def usual(stand_ins: Path, limits: Limits | None) -> Iterator[TritonServer]:
-    with TritonServer(stand_ins, device="cpu", limits=limits) as server:
+def usual(stand_ins: Path, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
+    with TritonServer(stand_ins, device="cpu", limits=request.param) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def closed(stand_ins: Path, limits: Limits | None) -> Iterator[TritonServer]:
-    with TritonServer(stand_ins, device="cpu", limits=limits, keys=KEYS) as server:
+def closed(stand_ins: Path) -> Iterator[TritonServer]:
+    """With two keys for each group."""
+    if gateway.find() is None:
+        pytest.skip("nginx is not installed")
+    keys = {group: [key, OTHER_KEY] for group, key in KEYS.items()}
+    with TritonServer(stand_ins, device="cpu", limits=Limits(8), keys=keys) as server:
         yield server
 
 
@@ -124,13 +127,26 @@ def test_groups_for_operators_are_closed(group: str, usual: TritonServer) -> Non
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_key_opens_its_group_alone(group: str, closed: TritonServer) -> None:
-    assert_closed(closed, group, None, KEYS[GROUPS[GROUPS.index(group) - 1]], KEYS[group][:-1])
+    wrong = KEYS[GROUPS[GROUPS.index(group) - 1]], KEYS[group][:-1], KEYS[group].lower(), KEYS[group] + "x"
+    assert_closed(closed, group, None, *wrong)
     assert_open(closed, group, KEYS[group])
+    assert_open(closed, group, OTHER_KEY)
 
 
+def test_keys_are_in_no_process_list_and_wrong_ones_are_counted(closed: TritonServer) -> None:
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if OTHER_KEY in command]
+    with urlopen(closed.gateway_metrics_url) as reply:
+        counts = reply.read().decode()
+    for api in "grpc", "http":
+        assert re.search(rf'gateway_requests_total{{api="{api}",result="key"}} [1-9]', counts)
+
+
+@needs_nginx
 def test_every_call_of_the_client_carries_its_key(repository: Path, clip: np.ndarray) -> None:
     groups = "metadata", "inference", "model-config", "statistics", "health"
-    with TritonServer(repository, device="cpu", keys=dict.fromkeys(groups, KEYS["inference"])) as server:
+    keys = dict.fromkeys(groups, [KEYS["inference"]])
+    with TritonServer(repository, device="cpu", limits=Limits(8), keys=keys) as server:
         with SpeakerClient(server.grpc_url, api_key=KEYS["inference"]) as client:
             assert client.embed(clip).shape == (192,)
             assert client.status().ready
@@ -148,8 +164,11 @@ def clip() -> np.ndarray:
 
 @pytest.mark.parametrize("keys", [{"doors": "x" * 16}, {"inference": "x" * 15}, {"inference": "x" * 15 + " x"}])
 def test_keys_are_checked(keys: dict[str, str], stand_ins: Path) -> None:
+    several = {group: ["y" * 16, key] for group, key in keys.items()}
     with pytest.raises(ServerError, match=next(iter(keys))):
-        TritonServer(stand_ins, device="cpu", keys=keys).start()
+        TritonServer(stand_ins, device="cpu", limits=Limits(8), keys=several).start()
+    with pytest.raises(ServerError, match="keys need nginx"):
+        TritonServer(stand_ins, device="cpu", keys=several).start()
 
 
 # --- TLS ---
@@ -254,9 +273,11 @@ def test_the_launcher_and_the_client_with_all_of_it(
         (["--tls-cert=x"], "--tls-key"),
         (["--tls-client-ca=x"], "--tls-cert"),
         (["--tls-cert=x", "--tls-key=x", "--gateway=off"], "--gateway off"),
-        (["--max-requests=1", "--gateway=external"], "--gateway external"),
+        (["--max-requests=1", "--gateway=off"], "--gateway off"),
+        (["--key-file=inference={key}", "--gateway=off"], "--gateway off"),
+        (["--gateway=only"], "--sockets"),
+        (["--sockets=x"], "--gateway"),
         (["--key-file=inference"], "--key-file"),
-        (["--key-file=admin={key}", "--key-env=logging=KEY"], "logging"),
         (["--key-file=inference={binary}"], "inference"),
         (["--key-file=inference=/nowhere"], "inference"),
         (["--key-file=doors={key}"], "'doors'"),

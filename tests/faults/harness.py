@@ -142,8 +142,8 @@ class ServerCommand(AbstractContextManager["ServerCommand"]):
     """`python -m server` in a process of its own."""
 
     def __init__(self, repository: Path, backends: Path | None = None, *, gateway: bool = False) -> None:
-        ports = {api: port for api, (_, port) in choose_ports(dict.fromkeys(APIS, ("127.0.0.1", 0))).items()}
-        grpc, http, metrics = (f"127.0.0.1:{ports[api]}" for api in APIS)
+        ports = {api: port for api, (_, port) in choose_ports(dict.fromkeys(PORTS, ("127.0.0.1", 0))).items()}
+        grpc, http, metrics, _ = (f"127.0.0.1:{ports[api]}" for api in PORTS)
         self.urls = Urls(grpc, http, f"http://{metrics}/metrics")
         command = ["-m", "server"] if backends is None else ["-c", WITH_BACKENDS, str(backends)]
         self._command = [sys.executable, *command, f"--repository={repository}", "--device=cpu"]
@@ -212,4 +212,4 @@ class ServerCommand(AbstractContextManager["ServerCommand"]):
             return False
 
 
-APIS = "grpc", "http", "metrics"
+PORTS = "grpc", "http", "metrics", "gateway-metrics"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.faults.judge import (
     Clip,
     GrpcSender,
     HttpSender,
+    Outcome,
     Tally,
     Traffic,
     Urls,
@@ -183,17 +185,27 @@ def test_sockets_closed_halfway_through_a_body(served: Urls, short: list[Clip], 
     assert set(load.verdicts) == {"right"}
 
 
+def ask_over_http(urls: Urls, clip: Clip) -> Outcome:
+    with HttpSender(urls.http) as sender:
+        return sender.ask(clip.waveform)
+
+
 def test_more_requests_than_the_limit(limited: Urls, gate: Gate, short: list[Clip], tally: Tally) -> None:
-    """Each over the limit is rejected at once, while the others still wait; and these get their embeddings."""
+    """Each over the limit is rejected at once, while the others still wait; and these get their embeddings.
+
+    Each API has the limit for itself.
+    """
     clips = (short * LIMIT)[: LIMIT + OVER_THE_LIMIT]
     with (
         GrpcSender(limited.grpc) as sender,
         HttpSender(limited.http) as http,
         ClientSender(limited.grpc, **ONCE) as client,
+        ThreadPoolExecutor(LIMIT) as waiting,
     ):
         with gate.hold():
             accepted = [(clip, sender.start(clip.waveform)) for clip in clips[:LIMIT]]
-            wait_until_queued(limited, LIMIT - PREFERRED_BATCH)
+            crowd = [waiting.submit(ask_over_http, limited, clip) for clip in clips[:LIMIT]]
+            wait_until_queued(limited, 2 * LIMIT - PREFERRED_BATCH)
             for clip in clips[LIMIT:]:
                 for ask, expected in (
                     (sender.ask, "UNAVAILABLE"),
@@ -203,8 +215,9 @@ def test_more_requests_than_the_limit(limited: Urls, gate: Gate, short: list[Cli
                     tally.fault()
                     outcome = ask(clip.waveform)
                     assert tally.check(clip, outcome) == "rejected" and code(outcome) == expected
-            assert pending(limited) <= LIMIT and not any(call.done() for _, call in accepted)
+            assert pending(limited) <= 2 * LIMIT and not any(call.done() for _, call in accepted)
         assert all(tally.check(clip, grpc_outcome(call)) == "right" for clip, call in accepted)
+        assert all(tally.check(clip, one.result()) == "right" for clip, one in zip(clips, crowd, strict=False))
     assert_right(limited, short[::5], tally)
 
 
