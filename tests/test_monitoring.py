@@ -1,12 +1,13 @@
-"""Prometheus, its alerts and the dashboard's queries, on a real tritonserver behind nginx."""
+"""Prometheus, its alerts and the dashboard's queries, on a real tritonserver behind the gateway."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +28,8 @@ from launcher import http_status
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from monitoring.gateway_metrics import Counts
-from server import TritonServer, gateway
+from server import Limits, TritonServer, gateway
+from server.gateway_metrics import Counts, KeyWarnings
 
 FOLDER = ROOT / "monitoring"
 PROMETHEUS = FOLDER / "prometheus"
@@ -88,75 +89,74 @@ def test_panel_has_the_unit_of_its_queries_and_the_provisioned_datasource(panel:
 @pytest.mark.parametrize(
     ("line", "api", "result"),
     [
-        ("grpc - 200 - 0 64210", "grpc", "ok"),
-        ("grpc - 200 3 - 64210", "grpc", "bad_request"),
-        ("grpc - 200 13 - 64210", "grpc", "failed"),
-        ("grpc - 200 - - 64210", "grpc", "failed"),
-        ("grpc - 499 - - 64210", "grpc", "gave_up"),
-        ("grpc busy 200 - - 64210", "grpc", "busy"),
-        ("http - 200 - - 64210", "http", "ok"),
-        ("http - 400 - - 64210", "http", "bad_request"),
-        ("http - 500 - - 64210", "http", "failed"),
-        ("http too_large 413 - - 64210", "http", "too_large"),
+        ('grpc "" 200 "-" "0"', "grpc", "ok"),
+        ('grpc "" 200 "3" "-"', "grpc", "bad_request"),
+        ('grpc "" 200 "13" "-"', "grpc", "failed"),
+        ('grpc "" 200 "-" "-"', "grpc", "failed"),
+        ('grpc "" 499 "-" "-"', "grpc", "gave_up"),
+        ('grpc "busy" 200 "-" "-"', "grpc", "busy"),
+        ('grpc "crowded" 200 "-" "-"', "grpc", "busy"),
+        ('grpc "small" 200 "-" "-"', "grpc", "bad_request"),
+        ('grpc "key" 200 "-" "-"', "grpc", "key"),
+        ('http "" 200 "-" "-"', "http", "ok"),
+        ('http "" 400 "-" "-"', "http", "bad_request"),
+        ('http "" 500 "-" "-"', "http", "failed"),
+        ('http "too_large" 413 "-" "-"', "http", "too_large"),
     ],
 )
 def test_a_line_of_nginx_is_counted_once(line: str, api: str, result: str) -> None:
     counts = Counts()
-    counts.add(b"<190>Nov 23 07:00:00 host nginx: request " + line.encode())
+    key = counts.add(f"<190>Nov 23 07:00:00 nginx: {line} 64210 10.0.0.7 inference".encode())
     assert f'gateway_requests_total{{api="{api}",result="{result}"}} 1\n' in counts.text()
     assert sum(counts.requests.values()) == 1
     assert counts.answered_bytes[api] == (64210 if result == "ok" else 0)
+    assert key == (("10.0.0.7", "inference") if result == "key" else None)
 
 
 def test_other_datagrams_are_ignored() -> None:
     counts = Counts()
-    for datagram in b"", b"\xff\xfe", b"request", b"request smtp - 200 - 0 1", b"x" * 5000:
+    for datagram in b"", b"\xff\xfe", b"grpc", b'smtp "-" 200 "-" "0" 1 10.0.0.7 inference', b"x" * 5000:
         counts.add(datagram)
     assert counts.text() == Counts().text()
+
+
+def test_wrong_keys_of_an_address_are_told_once_a_minute() -> None:
+    warnings = KeyWarnings()
+    assert warnings.about("10.0.0.7", "inference", 100).startswith("1 request from 10.0.0.7 ")
+    assert not any(warnings.about("10.0.0.7", "inference", 100 + n) for n in range(59))
+    assert "10.0.0.8" in warnings.about("10.0.0.8", "admin", 150)
+    assert warnings.about("10.0.0.7", "metadata", 161).startswith("60 requests from 10.0.0.7 ")
+    told = [warnings.about(f"10.1.{n // 256}.{n % 256}", "inference", 170) for n in range(3000)]
+    assert 900 < sum(map(bool, told)) <= 1000  # however many addresses there are
+    assert warnings.about("10.0.0.9", "inference", 300)
 
 
 # --- all of it, running ---
 
 
 class Plant:
-    """Triton, nginx, the counter of its requests, the blackbox exporter and Prometheus, each on a free port."""
+    """Triton with its gateway, the blackbox exporter and Prometheus, each on a free port."""
 
     def __init__(self, folder: Path, triton: TritonServer, stack: ExitStack) -> None:
         self.triton = triton
         self._folder = folder
         self._stack = stack
-        ports = containers.free_ports(["grpc", "http", "counter", "blackbox", "prometheus"])
+        ports = containers.free_ports(["blackbox", "prometheus"])
+        self.grpc_url, self.http_url = triton.grpc_url, triton.http_url
+        self.counter_url = triton.gateway_metrics_url
         places = {
-            "triton:8000": triton.http_url,
-            "gateway:8000": f"127.0.0.1:{ports['http']}",
-            "gateway:8001": f"127.0.0.1:{ports['grpc']}",
-            "counter:9514": f"127.0.0.1:{ports['counter']}",
+            "gateway:8000": self.http_url,
+            "gateway:8001": self.grpc_url,
+            "gateway:8003": self.counter_url.split("/")[2],
             "blackbox:9115": f"127.0.0.1:{ports['blackbox']}",
         }
-        self.grpc_url, self.http_url = places["gateway:8001"], places["gateway:8000"]
-        self.counter_url = f"http://{places['counter:9514']}/metrics"
         self.url = f"127.0.0.1:{ports['prometheus']}"
-        flags = f"--port={ports['counter']}", f"--socket={folder / 'requests'}"
-        self._start("counter", sys.executable, FOLDER / "gateway_metrics.py", *flags)
-        self._start("nginx", *containers.nginx(self._nginx()), "-p", folder)
         self._start("blackbox", shutil.which("prometheus-blackbox-exporter"), *self._blackbox(places["blackbox:9115"]))
         self._start("prometheus", shutil.which("prometheus"), *self._prometheus(places))
 
     def _start(self, name: str, *command: object) -> None:
         log = self._folder / f"{name}.log"
         self._stack.enter_context(Process([str(part) for part in command], {}, log))
-
-    def _nginx(self) -> Path:
-        return containers.nginx_config(
-            self._folder,
-            GRPC=self.grpc_url,
-            HTTP=self.http_url,
-            GRPC_BEHIND=self.triton.grpc_url,
-            HTTP_BEHIND=self.triton.http_url,
-            MAX_REQUESTS=LIMIT,
-            MAX_REQUEST_MB=1,
-            REQUEST_LOG=f"syslog:server=unix:{self._folder / 'requests'} request",
-        )
 
     def _blackbox(self, address: str) -> list[str]:
         """With the two modules that we use of its image's configuration."""
@@ -176,7 +176,7 @@ class Plant:
         text = yaml.safe_dump(config)
         for name, place in places.items():
             text = text.replace(name, place)
-        assert not re.search(r"(triton|gateway|counter|blackbox):\d", text)
+        assert not re.search(r"(triton|gateway|blackbox):\d", text)
         (self._folder / "prometheus.yml").write_text(text)
         rules = (PROMETHEUS / "alerts.yml").read_text()
         (self._folder / "alerts.yml").write_text(re.sub(r"for: \d+m", "for: 0s", rules))
@@ -217,7 +217,11 @@ def eventually(holds: Callable[[], bool], seconds: float = 90) -> bool:
 def plant(tmp_path: Path) -> Iterator[Plant]:
     stand_in.write(tmp_path / "repository/sums", delay=20_000)
     stand_in.write(tmp_path / "repository/slow", delay=5_000_000)
-    with TritonServer(tmp_path / "repository", device="cpu", exit_timeout=2) as triton, ExitStack() as stack:
+    limits = Limits(LIMIT, 1)
+    with (
+        TritonServer(tmp_path / "repository", device="cpu", limits=limits, exit_timeout=2) as triton,
+        ExitStack() as stack,
+    ):
         plant = Plant(tmp_path, triton, stack)
         assert eventually(lambda: bool(plant.values('probe_success{job="reachable"} == 1'))), plant.ask("targets")
         yield plant
@@ -296,7 +300,7 @@ def test_alerts_fire(plant: Plant, load: None) -> None:
     # The target has the name of the service for GPUs, and this server has none.
     assert eventually(lambda: firing() >= {"CpuInsteadOfGpu", "RequestsFail", "RequestsRejected"}), firing()
     assert not firing() & {"TritonDown", "TritonNotReady", "GatewayDown", "MonitoringBlind"}
-    plant.triton.stop()
+    os.kill(plant.triton.pid, signal.SIGKILL)
     assert eventually(lambda: "TritonDown" in firing()), firing()
     assert eventually(lambda: plant.results().get("grpc away", 0) > 0), plant.results()
     # Every template of the annotations was filled in: Prometheus puts "error expanding" where one fails.
