@@ -22,8 +22,8 @@ from server.triton import TritonServer
 FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 # Options of the launcher alone; the others have the names of TritonServer's parameters.
-OWN = {"gateway", "max_requests", "max_request_mb", "max_requests_per_address", "restart"}
-OWN |= {"tls_cert", "tls_key", "tls_client_ca", "keys"}
+OWN = {"gateway", "max_requests", "max_request_mb", "max_requests_per_address", "max_connection_age"}
+OWN |= {"restart", "tls_cert", "tls_key", "tls_client_ca", "keys"}
 
 
 class _Stop(BaseException):
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     server: TritonServer | gateway.LoneGateway
     limits = None
     if options.gateway in ("on", "only") or (options.gateway == "auto" and not options.sockets and gateway.find()):
-        limits = Limits(options.max_requests, options.max_request_mb, options.max_requests_per_address)
+        limits = _limits(options)
     tls = Tls(options.tls_cert, options.tls_key, options.tls_client_ca) if options.tls_cert else None
     keys: dict[str, list[str]] = {}
     for group, key in itertools.chain.from_iterable(options.keys):
@@ -191,6 +191,11 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--max-requests-per-address", type=_positive, default=Limits.per_address, metavar="N", help=text)
     text = "limit of the size of a request (default: %(default)s)"
     argument("--max-request-mb", type=_positive, default=Limits.request_mb, metavar="MB", help=text)
+    text = (
+        "seconds after which a connection ends once its requests are answered, so that its client looks up the "
+        "server's name again (default: %(default)s)"
+    )
+    argument("--max-connection-age", type=_positive, default=Limits.connection_age, metavar="SECONDS", help=text)
     for name, seconds, purpose in ("start", 120, "to load and warm the models"), ("exit", 30, "for requests in flight"):
         text = f"seconds {purpose} (default: %(default)s)"
         argument(f"--{name}-timeout", type=float, default=seconds, metavar="SECONDS", help=text)
@@ -198,8 +203,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument("--restart", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "append Triton's log here, - is standard output (default: a temporary file, kept only after a failure)"
     argument("--log", type=Path, metavar="FILE", help=text)
-    options = parser.parse_args(arguments[:end])
-    limits = Limits(options.max_requests, options.max_request_mb, options.max_requests_per_address)
+    options = parser.parse_args(list(filter(None, arguments[:end])))  # Compose leaves empty ones
+    limits = _limits(options)
     if options.gateway == "off" and (limits != Limits(None) or options.tls_cert or options.keys):
         parser.error("limits, keys and TLS need nginx: leave out --gateway off")
     if options.sockets and options.gateway not in ("off", "only"):
@@ -211,6 +216,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.device == "cpu" and options.gpus is not None:
         parser.error("--gpus is for --device gpu or auto, not cpu")
     return options, arguments[end + 1 :]
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    return Limits(
+        options.max_requests, options.max_request_mb, options.max_requests_per_address, options.max_connection_age
+    )
 
 
 def _numbers(text: str) -> list[int] | None:

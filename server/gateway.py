@@ -97,6 +97,7 @@ class Gateway:
             "ALLOWED": _allowed(keys),
             "MAX_REQUESTS": limits.requests,
             "MAX_PER_ADDRESS": limits.per_address,
+            "MAX_CONNECTION_AGE": limits.connection_age,
             "MAX_REQUEST_MB": limits.request_mb,
             "MAX_JSON": min(JSON_REQUESTS, limits.requests or JSON_REQUESTS),
             "MAX_JSON_PER_ADDRESS": JSON_PER_ADDRESS,
@@ -105,7 +106,7 @@ class Gateway:
         configuration = folder / "nginx.conf"
         configuration.touch(0o600)  # it has the keys
         configuration.write_text(re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), TEMPLATE.read_text()))
-        command = [binary, "-c", str(configuration), "-p", str(folder)]
+        command = [binary, "-e", "stderr", "-c", str(configuration), "-p", str(folder)]
         # In a session of its own nginx has no terminal to ask for a pass phrase.
         test = subprocess.run(
             [*command, "-t"], stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True

@@ -34,11 +34,13 @@ class Limits:
         requests: Inference requests in flight over each API; one more is rejected at once. None: DEFAULT_REQUESTS.
         request_mb: Size of the largest request in units of 2^20 bytes.
         per_address: Requests in flight of one address, those included that have not arrived whole.
+        connection_age: Seconds after which a connection ends once its requests are answered.
     """
 
     requests: int | None
     request_mb: int = 64
     per_address: int = 1024
+    connection_age: int = 3600
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,24 @@ import contextlib
 import json
 import re
 import shutil
-import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import containers
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, entry_point
+from conftest import ROOT
 from containers import Process, free_ports, needs_curl, needs_nginx, replace, status, succeeds
 from ecapa_triton import KeyRefusedError, SpeakerClient
 from ecapa_triton.protocol import KEY_HEADER
+
+from server.triton import ask
 
 FOLDER = ROOT / "deploy/kubernetes"
 OVERLAYS = "cpu", "gpu"
@@ -47,13 +49,13 @@ pytestmark = pytest.mark.skipif(kubectl() < 27, reason="kubectl 1.27 or newer is
 
 @pytest.fixture(scope="module")
 def overlays() -> dict[str, dict[str, Object]]:
-    """The objects of `kubectl apply -k` by overlay and kind, one of each; ConfigMaps by the name of their file."""
+    """The objects of `kubectl apply -k` by overlay and kind, one of each."""
     built = {}
     for name in OVERLAYS:
         run = subprocess.run(["kubectl", "kustomize", FOLDER / name], capture_output=True, text=True)
         assert (run.returncode, run.stderr) == (0, "")
         objects = list(yaml.safe_load_all(run.stdout))
-        built[name] = {"".join(one["data"]) if one["kind"] == "ConfigMap" else one["kind"]: one for one in objects}
+        built[name] = {one["kind"]: one for one in objects}
         assert len(built[name]) == len(objects)
     return built
 
@@ -97,7 +99,7 @@ def test_references_have_targets(objects: dict[str, Object]) -> None:
     # By number: Services and NetworkPolicies know the names of sidecars' ports only since Kubernetes 1.32.
     allowed = [one["port"] for rule in objects["NetworkPolicy"]["spec"]["ingress"] for one in rule["ports"]]
     targets = [one["targetPort"] for one in service["spec"]["ports"]]
-    assert set(targets) == set(allowed) == {"http", "grpc", ports["metrics"]}
+    assert set(targets) == set(allowed) == {"http", "grpc", "gateway", ports["metrics"]}
 
     scaler = objects["HorizontalPodAutoscaler"]["spec"]
     assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
@@ -106,8 +108,6 @@ def test_references_have_targets(objects: dict[str, Object]) -> None:
     assert scaler["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
 
     volumes = {one["name"]: one for one in pod(objects)["volumes"]}
-    for volume, file in ("templates", "nginx.conf.template"), ("connections", "connections.conf"):
-        assert volumes[volume]["configMap"]["name"] == objects[file]["metadata"]["name"]
     # The Secret is the one of the command in the comment.
     (command,) = re.findall(r"kubectl create secret generic .*\n.*", (FOLDER / "base/kustomization.yaml").read_text())
     assert re.findall(r"generic (\S+)", command) == [volumes["keys"]["secret"]["secretName"]]
@@ -115,7 +115,7 @@ def test_references_have_targets(objects: dict[str, Object]) -> None:
 
 
 def test_pods_keep_to_the_policy(objects: dict[str, Object]) -> None:
-    """The "restricted" Pod Security Standard, and a read-only root; keys in Triton's container alone."""
+    """The "restricted" Pod Security Standard, and a read-only root; keys in the gateway's container alone."""
     assert pod(objects)["automountServiceAccountToken"] is False
     assert pod(objects)["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     for name, one in by_name(objects).items():
@@ -127,8 +127,8 @@ def test_pods_keep_to_the_policy(objects: dict[str, Object]) -> None:
             "capabilities": {"drop": ["ALL"]},
         }
         assert {"cpu", "memory"} <= set(one["resources"]["requests"]) and "memory" in one["resources"]["limits"]
-        assert re.fullmatch(r"[\w./-]+:[\d.]+(-alpine)?", one["image"])
-        assert ("keys" in [mount["name"] for mount in one["volumeMounts"]]) == (name == "triton")
+        assert re.fullmatch(r"[\w./-]+:[\d.]+", one["image"])
+        assert ("keys" in [mount["name"] for mount in one["volumeMounts"]]) == (name == "gateway")
         words = one.get("command", []) + one["args"]
         assert not {"sh", "/bin/sh"} & set(words) and "\n" not in "".join(words)
     assert objects["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress", "Egress"]
@@ -136,7 +136,7 @@ def test_pods_keep_to_the_policy(objects: dict[str, Object]) -> None:
 
 
 def test_there_is_time_to_start_and_stop(objects: dict[str, Object]) -> None:
-    """nginx stops first, with its requests in flight, and then Triton, a sidecar for that; their times add up."""
+    """The gateway stops first, with its requests in flight, and then Triton, a sidecar for that; their times add up."""
     assert [one["name"] for one in pod(objects)["initContainers"]] == ["triton"]
     triton, nginx = (by_name(objects)[name] for name in ("triton", "gateway"))
     assert triton["restartPolicy"] == "Always" and "restartPolicy" not in nginx
@@ -155,45 +155,33 @@ class Pod:
     """The containers' commands as processes of this machine."""
 
     def __init__(self, objects: dict[str, Object], models: Path, folder: Path) -> None:
-        self.ports = free_ports(["8000", "8001", "8002", "8010", "8011"])
+        self.ports = free_ports(["8000", "8001", "8002", "8003"])
         self._folder = folder
-        for name in "connections", "gateway", "keys":
-            (folder / name).mkdir()
-        (folder / "connections/connections.conf").write_text(objects["connections.conf"]["data"]["connections.conf"])
+        (folder / "keys").mkdir()
         for name, key in KEYS.items():
             (folder / "keys" / name).write_text(key)
-        self._template = objects["nginx.conf.template"]["data"]["nginx.conf.template"]
-        places = {f":{usual}": f":{port}" for usual, port in self.ports.items()}
-        places |= {f"-port={usual}": f"-port={port}" for usual, port in self.ports.items()}
-        places |= {"/models": str(models), "/keys": str(folder / "keys"), "/run/gateway": str(folder / "gateway")}
-        places |= {"/etc/nginx/connections": str(folder / "connections")}
-        places |= {f"0.0.0.0:{port}": f"127.0.0.1:{self.ports[port]}" for port in ("8000", "8001")}
+        self.sockets = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path is short
+        places = {"/models": str(models), "/keys": str(folder / "keys"), "/sockets": str(self.sockets)}
         self._containers = replace(by_name(objects), places | {"=0.0.0.0": "=127.0.0.1"})
 
-    def _environment(self, name: str) -> dict[str, str]:
+    def _start(self, name: str, *ports: tuple[str, str]) -> Process:
+        """With the image's entry point."""
         container = self._containers[name]
         limits = {"limits.cpu": container["resources"]["limits"].get("cpu", "")}
-        return {
+        environment = {
             one["name"]: one["value"] if "value" in one else limits[one["valueFrom"]["resourceFieldRef"]["resource"]]
             for one in container["env"]
         }
+        (entry,) = map(json.loads, containers.instruction("server/Dockerfile", "ENTRYPOINT"))
+        arguments = [re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], one) for one in container["args"]]
+        arguments += [f"--{option}-port={self.ports[usual]}" for option, usual in ports]
+        return Process([*entry, *arguments], environment, self._folder / f"{name}.log")
 
     def start_triton(self) -> Process:
-        """With the image's entry point."""
-        environment = self._environment("triton")
-        (entry,) = map(json.loads, containers.instruction("server/Dockerfile", "ENTRYPOINT"))
-        arguments = [
-            re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], argument)
-            for argument in self._containers["triton"]["args"]
-        ]
-        return Process([*entry, *arguments], environment, self._folder / "triton.log")
+        return self._start("triton", ("metrics", "8002"))
 
     def start_gateway(self) -> Process:
-        environment = self._environment("gateway")
-        program, option, configuration = self._containers["gateway"]["args"]
-        assert (program, option) == ("nginx", "-c")
-        Path(configuration).write_text(entry_point(self._template, environment))
-        return Process(containers.nginx(Path(configuration)), environment, self._folder / "gateway.log")
+        return self._start("gateway", ("http", "8000"), ("grpc", "8001"), ("gateway-metrics", "8003"))
 
     def probe(self, name: str, kind: str) -> bool:
         """Whether the kubelet would find the container well."""
@@ -238,8 +226,7 @@ def test_a_pod_runs(
             found = [status(pod.ports["8000"], "POST", path, headers) for headers in sent]
             assert found[:2] == [403, 403] and found[2] != 403
         # As many threads as the limit of CPUs.
-        url = f"http://127.0.0.1:{pod.ports['8010']}/v2/models/ecapa/config"
-        config = json.load(urlopen(Request(url, headers={KEY_HEADER: KEYS["inference"]}), timeout=10))
+        config = json.loads(ask(pod.sockets / "http", "/v2/models/ecapa/config"))
         limit = by_name(overlays["cpu"])["triton"]["resources"]["limits"]["cpu"]
         assert config["parameters"]["intra_op_thread_count"]["string_value"] == limit
         with urlopen(f"http://127.0.0.1:{pod.ports['8002']}/metrics", timeout=10) as reply:
@@ -247,20 +234,27 @@ def test_a_pod_runs(
         for name in re.findall(r"\bnv_\w+", (FOLDER / "prometheus-adapter.yaml").read_text()):
             assert f"\n{name}{{" in page
 
-        # The order in which a pod stops: the gateway first, with its image's stop signal.
-        assert gateway.stop(signal.SIGQUIT) == 0
+        # The order in which a pod stops: the gateway first.
+        assert gateway.stop() == 0
         assert pod.probe("triton", "livenessProbe") and not pod.probe("gateway", "readinessProbe")
         assert triton.stop() == 0, triton.text()
 
 
 @needs_nginx
 def test_an_empty_key_opens_nothing(overlays: dict[str, dict[str, Object]], repository: Path, tmp_path: Path) -> None:
-    """Triton does not start, and the gateway without it is alive and not ready."""
+    """The gateway does not start."""
     pod = Pod(overlays["cpu"], repository, tmp_path)
     (tmp_path / "keys/inference").write_text("\n")
-    with pod.start_triton() as triton, pod.start_gateway() as gateway:
-        assert triton.process.wait(60) != 0
-        assert "0 characters" in triton.text()
+    with pod.start_gateway() as gateway:
+        assert gateway.process.wait(60) != 0
+        assert "0 characters" in gateway.text()
+
+
+def test_the_gateway_is_alive_and_not_ready_without_triton(
+    overlays: dict[str, dict[str, Object]], repository: Path, tmp_path: Path
+) -> None:
+    pod = Pod(overlays["cpu"], repository, tmp_path)
+    with pod.start_gateway() as gateway:
         gateway.wait_until(lambda: pod.probe("gateway", "livenessProbe"))
         assert not pod.probe("gateway", "readinessProbe")
 
