@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,12 +40,6 @@ def copy_configs(folder: Path) -> Path:
     """A model repository in `folder` with the project's configs and no model files."""
     ignored = shutil.ignore_patterns("model*.onnx", "model*.pt", ".*")
     return Path(shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignored))
-
-
-def entry_point(template: str, environment: Mapping[str, object]) -> str:
-    """Fills a template as the entry point of nginx's image does: only defined variables are replaced."""
-    pattern = r"\$(?:\{(\w+)\}|(\w+))"
-    return re.sub(pattern, lambda found: str(environment.get(found[1] or found[2], found[0])), template)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import getpass
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, entry_point
+from conftest import ROOT
 from launcher import http_status, wait_until
 
 from server import gateway
@@ -80,19 +79,6 @@ class Process(AbstractContextManager["Process"]):
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
-
-
-def nginx(configuration: Path) -> list[str]:
-    """nginx's command; in the image its user is not root."""
-    return [gateway.find() or "nginx", "-c", str(configuration), "-g", f"user {getpass.getuser()};"]
-
-
-def nginx_config(folder: Path, **variables: object) -> Path:
-    """Fills nginx's template as a container does from its environment; without TLS and without a log by default."""
-    usual = {"FOLDER": folder, "RESOLVER": "127.0.0.1", "REQUEST_LOG": "off", "SSL": "", "TLS_CONF": "/dev/null"}
-    template = (ROOT / "server/nginx.conf.template").read_text()
-    (folder / "nginx.conf").write_text(entry_point(template, usual | variables))
-    return folder / "nginx.conf"
 
 
 def succeeds(command: list[str]) -> bool:

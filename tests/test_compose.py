@@ -12,87 +12,117 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import containers
 import pytest
 import trustme
 import yaml
-from conftest import ROOT, entry_point
-from containers import Process, change, free_ports, needs_curl, needs_nginx, replace, status, succeeds
-from ecapa_triton import KeyRefusedError, SpeakerClient
-from ecapa_triton.protocol import KEY_HEADER
-from launcher import wait_until
+from conftest import ROOT
+from containers import Process, change, free_ports, needs_curl, needs_nginx, replace, succeeds
+from ecapa_triton import KeyRefusedError, SpeakerClient, Tls, TrustError
 
 from server.preflight import cuda_gpus
 
-TEXT = (ROOT / "docker-compose.yml").read_text()
+FILES = ["docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.monitoring.yml"]
+TEXT = "\n".join((ROOT / name).read_text() for name in FILES)
 MANUAL = (ROOT / ".env.example").read_text()
-PROFILES = ["gpu", "cpu", "monitoring", "load", "export"]
 DOCKERFILES = ["server/Dockerfile", "export/Dockerfile", "loadtest/Dockerfile"]
 KEY = "a-key:of=more,than/16"
 CLIP = ROOT / "samples/anna_1.flac"
-APIS = ["http", "grpc", "metrics", "gateway http", "gateway grpc", "health", "counter"]
 COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
 Service = dict[str, Any]
+VARIABLE = re.compile(r"\$\$|\$\{(\w+):([-+?])((?:[^{}]|\$\{\w+\})*)\}|\$\{(\w+)\}")
 
 
-def read(**variables: str) -> dict[str, Service]:
-    """The services, with `${NAME:-default}` filled in."""
+class Loader(yaml.SafeLoader):
+    """With Compose's tag for what replaces a base file's node."""
+
+
+Loader.add_constructor("!override", lambda loader, node: loader.construct_mapping(node, deep=True))
+
+
+def read(*files: str, **variables: str) -> dict[str, Service]:
+    """The services of the files, the base alone by default, with their variables filled in."""
 
     def value(found: re.Match[str]) -> str:
-        return "$" if found[0] == "$$" else variables.get(found[1]) or found[2]
+        if found[0] == "$$":
+            return "$"
+        set_to = variables.get(found[1] or found[4], "")
+        if found[2] == "+":
+            return VARIABLE.sub(value, found[3]) if set_to else ""
+        return set_to or ("x" if found[2] == "?" else found[3] or "")
 
-    services: dict[str, Service] = yaml.safe_load(TEXT)["services"]
-    return {
-        name: change(service, lambda text: re.sub(r"\$\$|\$\{(\w+):-([^}]*)\}", value, text))
-        for name, service in services.items()
-    }
-
-
-SERVICES = read()
-TRITONS = ["triton-gpu", "triton-cpu"]
-GATEWAYS = ["gateway-gpu", "gateway-cpu"]
-
-
-# --- the file ---
+    services: dict[str, Service] = {}
+    for name in files or FILES[:1]:
+        for service, parts in yaml.load((ROOT / name).read_text(), Loader)["services"].items():
+            services[service] = services.get(service, {}) | change(parts, lambda text: VARIABLE.sub(value, text))
+    return services
 
 
-HAS_COMPOSE = bool(shutil.which(COMPOSE[0])) and succeeds([*COMPOSE, "version"])
+SERVICES = read(*FILES)
+OURS = ["triton", "gateway", "export", "locust"]
 
 
-def compose_config(env_file: Path, *profiles: str) -> dict[str, Any]:
-    chosen = [f"--profile={profile}" for profile in profiles]
-    command = [*COMPOSE, "--project-directory", str(ROOT), "--env-file", str(env_file), *chosen, "config"]
-    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+# --- the files ---
+
+
+def has_compose() -> bool:
+    """Compose 2.24.4 or newer, which knows `!override`."""
+    if shutil.which(COMPOSE[0]) is None:
+        return False
+    run = subprocess.run([*COMPOSE, "version", "--short"], capture_output=True, text=True)
+    found = re.findall(r"\d+", run.stdout)
+    return run.returncode == 0 and [int(one) for one in found[:3]] >= [2, 24, 4]
+
+
+def compose_config(env_file: Path, *files: str, **variables: str) -> dict[str, Any]:
+    chosen = [f"--file={name}" for name in files]
+    command = [*COMPOSE, f"--project-directory={ROOT}", f"--env-file={env_file}", *chosen, "--profile=*", "config"]
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | variables
     run = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     return yaml.safe_load(run.stdout)  # type: ignore[no-any-return]
 
 
-@pytest.mark.skipif(not HAS_COMPOSE, reason="Compose is missing: apt install docker-compose")
-def test_manual_gives_the_defaults_and_compose_reads_as_these_tests_do(tmp_path: Path) -> None:
+@pytest.mark.skipif(not has_compose(), reason="Compose 2.24.4 or newer is missing")
+@pytest.mark.parametrize("files", [FILES[:1], FILES[:2], FILES[::2], FILES])
+def test_manual_gives_the_defaults_and_compose_reads_as_these_tests_do(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "env").touch()
-    config = compose_config(tmp_path / "env", *PROFILES)
-    assert config == compose_config(ROOT / ".env.example", *PROFILES)
-    assert config["services"].keys() == SERVICES.keys()
+    given = {"GRAFANA_PASSWORD": "x"}
+    config = compose_config(tmp_path / "env", *files, **given)
+    assert config == compose_config(ROOT / ".env.example", *files, **given)
+    services = read(*files)
+    assert config["services"].keys() == services.keys()
     for name, service in config["services"].items():
-        for part in "environment", "entrypoint", "command", "image":
+        for part in "environment", "entrypoint", "command", "image", "networks":
             seen = json.loads(json.dumps(service.get(part)).replace("$$", "$"))
-            assert seen == SERVICES[name].get(part), (name, part)
-    for profile in PROFILES:
-        compose_config(tmp_path / "env", profile)  # each by itself: no service depends on one of another profile
+            expected = services[name].get(part)
+            if part == "networks" and isinstance(expected, list):
+                expected = dict.fromkeys(expected)
+            assert seen == expected, (name, part)
+
+
+@pytest.mark.skipif(not has_compose(), reason="Compose 2.24.4 or newer is missing")
+def test_monitoring_needs_a_password(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("GRAFANA_PASSWORD=\n")
+    with pytest.raises(AssertionError, match=r"GRAFANA_PASSWORD.*set it in \.env"):
+        compose_config(tmp_path / "env", *FILES[::2])
 
 
 def test_env_example_is_the_manual() -> None:
-    lines = dict(re.findall(r"^([A-Z_]+)=(.*)$", MANUAL, re.MULTILINE))
-    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", TEXT))
-    assert lines.keys() - {"COMPOSE_PROFILES"} == used.keys()
-    assert all(default in ("", used[name]) for name, default in lines.items() if name in used)
+    lines = dict(re.findall(r"^#? ?([A-Z_]+)=(.*)$", MANUAL, re.MULTILINE))
+    used = {found[1]: found[3] for found in VARIABLE.finditer(TEXT) if found[2] in ("-", "?", "+")}
+    used |= {found[1]: found[3] for found in VARIABLE.finditer(TEXT) if found[2] == "-"}
+    assert lines.keys() - {"COMPOSE_FILE"} == used.keys()
+    plain = dict(re.findall(r"^([A-Z_]+)=(.*)$", MANUAL, re.MULTILINE))
+    assert all(default in ("", used[name]) for name, default in plain.items() if name != "COMPOSE_FILE")
     assert all(block.startswith("#") for block in re.split(r"\n\n+", MANUAL))  # an explanation above each group
+    names = re.findall(r"[\w.-]+\.yml", " ".join(re.findall(r"^#? ?COMPOSE_FILE=(.*)$", MANUAL, re.MULTILINE)))
+    assert set(names) == set(FILES)
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -102,15 +132,18 @@ def test_service_keeps_to_the_policy(name: str) -> None:
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
     assert not {"cap_add", "privileged", "pid", "ipc", "network_mode", "devices"} & service.keys()
-    assert re.fullmatch(r"\d+[mg]", service["mem_limit"]) and service["ulimits"]["nofile"] >= 65536
+    assert re.fullmatch(r"\d+[mg]", service["mem_limit"]) and int(service["ulimits"]["nofile"]) >= 65536
     assert service["logging"]["options"].keys() == {"max-size", "max-file"}
     assert service["restart"] == ("no" if name == "export" else "unless-stopped")
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-    if "build" in service:
+    if name in OURS:
         assert service["build"]["dockerfile"] in DOCKERFILES and ":" not in service["image"]
+        assert service["pull_policy"] == "build"
     else:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+[\w.-]*", service["image"])
-    writable = {"/models", "/downloads"} if name == "export" else {"/prometheus", "/var/lib/grafana", "/run/requests"}
+    writable = {"/downloads", "/sockets", "/prometheus", "/var/lib/grafana"} | (
+        {"/models"} if name == "export" else set()
+    )
     for source, target, *mode in (mount.split(":") for mount in service.get("volumes", [])):
         assert mode == ["ro"] or target in writable
         assert not source.startswith(".") or (ROOT / source).exists()
@@ -122,15 +155,16 @@ def test_service_keeps_to_the_policy(name: str) -> None:
 
 
 def test_networks_and_keys() -> None:
-    """Triton has no port on the host and no way out; its keys are in no other container."""
-    assert yaml.safe_load(TEXT)["networks"]["inside"] == {"internal": True}
-    services = read(INFERENCE_KEY=KEY, ADMIN_KEY=KEY * 2)
-    for name, service in services.items():
-        assert (KEY in json.dumps(service)) == (name in TRITONS)
-        if name in TRITONS:
-            assert "ports" not in service and service["networks"].keys() == {"inside"}
-    ports = {port for name in GATEWAYS for port in read(ADDRESS="10.0.0.5")[name]["ports"]}
-    assert ports == {"10.0.0.5:8000:8000", "10.0.0.5:8001:8001"}
+    """Triton has no port on the host and no way out; keys are in the gateway alone, and not on its command line."""
+    assert yaml.safe_load((ROOT / FILES[0]).read_text())["networks"]["inside"] == {"internal": True}
+    for files in FILES[:1], FILES[:2]:
+        services = read(*files, INFERENCE_KEY=KEY, ADMIN_KEY=KEY * 2)
+        for name, service in services.items():
+            assert (KEY in json.dumps(service)) == (name == "gateway")
+            assert KEY not in json.dumps(service.get("command"))
+        assert "ports" not in services["triton"] and services["triton"]["networks"].keys() == {"inside"}
+    ports = read(ADDRESS="10.0.0.5")["gateway"]["ports"]
+    assert ports == ["10.0.0.5:8000:8000", "10.0.0.5:8001:8001"]
 
 
 # --- the server's flags ---
@@ -142,18 +176,38 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return containers.build("server/Dockerfile", tmp_path_factory.mktemp("image"))
 
 
-def serve(service: Service, image: Path, repository: Path, folder: Path, ports: Mapping[str, int]) -> Process:
-    """The server by its service's command, on loopback ports."""
-    service = replace(service, {"/models": str(repository), "0.0.0.0": "127.0.0.1"})
-    flags = [f"--{api}-port={ports[api]}" for api in ("http", "grpc", "metrics")]
-    command = [*service["entrypoint"], *service["command"], *flags]
-    return Process(command, service.get("environment", {}), folder / "triton.log", image)
+@dataclass
+class Host:
+    """The services' commands as processes of this machine."""
 
+    image: Path
+    repository: Path
+    folder: Path
+    tls: Path = Path("/dev/null")
 
-def server_is_ready(ports: Mapping[str, int]) -> bool:
-    """By the image's health check."""
-    (text,) = containers.instruction("server/Dockerfile", "HEALTHCHECK")
-    return succeeds(replace(json.loads(text.partition("CMD ")[2]), {":8000": f":{ports['http']}"}))
+    def __post_init__(self) -> None:
+        self.ports = free_ports(["http", "grpc", "metrics", "gateway-metrics"])
+        self.sockets = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path is short
+
+    def start(self, name: str, service: Service, *apis: str) -> Process:
+        service = self.here(service)
+        flags = [f"--{api}-port={self.ports[api]}" for api in apis]
+        command = [*service["entrypoint"], *service["command"], *flags]
+        return Process(command, service.get("environment", {}), self.folder / f"{name}.log", self.image)
+
+    def triton(self, service: Service) -> Process:
+        return self.start("triton", service, "metrics")
+
+    def gateway(self, service: Service) -> Process:
+        return self.start("gateway", service, "http", "grpc", "gateway-metrics")
+
+    def here(self, service: Service) -> Service:
+        places = {"=0.0.0.0": "=127.0.0.1", "=/models": f"={self.repository}", "=/tls": f"={self.tls}"}
+        places |= {"/sockets": str(self.sockets), ":8003": f":{self.ports['gateway-metrics']}"}
+        return replace(service, places)  # type: ignore[no-any-return]
+
+    def is_healthy(self, service: Service) -> bool:
+        return succeeds(self.here(service)["healthcheck"]["test"][1:])
 
 
 def damage(repository: Path, folder: Path) -> Path:
@@ -168,25 +222,31 @@ def damage(repository: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "name, variables, exit_status, reason",
     [
-        ("triton-cpu", {"MODELS": "ecapa,ecapa_torchscript"}, 1, "ecapa_torchscript"),  # not exported
-        ("triton-cpu", {"MODEL_REPOSITORY": "damaged"}, 1, "model.onnx"),
-        ("triton-cpu", {"INFERENCE_KEY": "x" * 15}, 2, "15"),
-        ("triton-cpu", {"ADMIN_KEY": f"{KEY} {KEY}"}, 2, "key"),
-        ("triton-cpu", {"START_TIMEOUT": "0"}, 1, "0 s"),
-        ("triton-gpu", {}, 1, "gpu"),  # this machine has none, or a runtime that cannot use it
-        ("triton-gpu", {"GPUS": "one"}, 2, "one"),
-        ("triton-gpu", {"PRECISION": "half"}, 2, "half"),
+        ("triton", {"MODELS": "ecapa,ecapa_torchscript"}, 1, "ecapa_torchscript"),  # not exported
+        ("triton", {"MODEL_REPOSITORY": "damaged"}, 1, "model.onnx"),
+        ("triton", {"START_TIMEOUT": "0"}, 1, "0 s"),
+        ("gateway", {"INFERENCE_KEY": "x" * 15}, 2, "15"),
+        ("gateway", {"ADMIN_KEY": f"{KEY} {KEY}"}, 2, "key"),
+        ("gateway", {"CLIENT_CA": "clients.pem"}, 2, "--tls-cert"),  # or clients without certificate would be accepted
+        ("gateway", {"TLS_FOLDER": "empty"}, 1, "cert.pem"),
+        ("gpu", {}, 1, "gpu"),  # this machine has none, or a runtime that cannot use it
+        ("gpu", {"GPUS": "one"}, 2, "one"),
+        ("gpu", {"PRECISION": "half"}, 2, "half"),
     ],
 )
+@needs_nginx
 def test_launcher_rejects(
     name: str, variables: dict[str, str], exit_status: int, reason: str, image: Path, repository: Path, tmp_path: Path
 ) -> None:
-    if exit_status == 1 and name == "triton-gpu" and cuda_gpus()[0]:
+    if exit_status == 1 and name == "gpu" and cuda_gpus()[0]:
         pytest.skip("this machine has a GPU")
     if "MODEL_REPOSITORY" in variables:
         repository = damage(repository, tmp_path)
-    process = serve(read(**variables)[name], image, repository, tmp_path, free_ports(APIS))
-    assert process.process.wait(60) == exit_status
+    host = Host(image, repository, tmp_path, tmp_path)
+    services = read(*FILES[: 2 if name == "gpu" else 1], **variables)
+    process = host.gateway(services[name]) if name == "gateway" else host.triton(services["triton"])
+    with process:
+        assert process.process.wait(60) == exit_status
     assert reason in process.text() and KEY not in process.text()
 
 
@@ -200,106 +260,40 @@ def test_image_with_models_needs_a_whole_one(image: Path, repository: Path, tmp_
 # --- the server and its gateway, running ---
 
 
-def render(service: Service, folder: Path, ports: Mapping[str, int], tls: Path | None = None) -> Service:
-    """The gateway's service in the places of this machine, with its templates filled in."""
-    output = folder / "gateway"
-    output.mkdir()
-    behind = {f"triton:{port} resolve": f"127.0.0.1:{ports[api]}" for port, api in ((8000, "http"), (8001, "grpc"))}
-    places = behind | {
-        "/run/gateway": str(output),
-        "0.0.0.0:8000": f"127.0.0.1:{ports['gateway http']}",
-        "0.0.0.0:8001": f"127.0.0.1:{ports['gateway grpc']}",
-        "127.0.0.1:8080": f"127.0.0.1:{ports['health']}",
-        "/run/requests": str(folder),
-        "/etc/nginx/tls": str(tls),
-    }
-    service = replace(service, places)
-    for source, target in (mount.split(":")[:2] for mount in service["volumes"]):
-        if target.startswith("/etc/nginx/templates/"):
-            text = entry_point((ROOT / source).read_text(), service["environment"])
-            (output / Path(target).stem).write_text(text)
-        elif target.startswith(str(output)):
-            Path(target).symlink_to(source)
-    assert not re.search(r"\$\{\w+\}", (output / "nginx.conf").read_text())
-    return service
-
-
-def nginx(service: Service) -> list[str]:
-    program, option, configuration = service["command"]
-    assert (program, option) == ("nginx", "-c")
-    return containers.nginx(Path(configuration))
-
-
-def healthy(service: Service) -> bool:
-    return succeeds(service["healthcheck"]["test"][1:])
-
-
-def counter(folder: Path, port: int) -> Process:
-    (script, _), (_, target) = (mount.split(":")[:2] for mount in SERVICES["counter"]["volumes"])
-    places = {"0.0.0.0": "127.0.0.1", f"/{Path(script).name}": str(ROOT / script), target: str(folder)}
-    command = replace(SERVICES["counter"]["command"], places)
-    return Process([*command, f"--port={port}"], {}, folder / "counter.log")
-
-
-@needs_nginx
-@needs_curl
-def test_through_the_gateway(image: Path, repository: Path, tmp_path: Path) -> None:
-    ports = free_ports(APIS)
-    services = read(MAX_REQUEST_MB="1", INFERENCE_KEY=KEY)
-    gateway = render(services["gateway-cpu"], tmp_path, ports)
-    with (
-        counter(tmp_path, ports["counter"]) as counting,
-        serve(services["triton-cpu"], image, repository, tmp_path, ports) as triton,
-        Process(nginx(gateway), {}, tmp_path / "nginx.log") as front,
-    ):
-        triton.wait_until(lambda: server_is_ready(ports))
-        front.wait_until(lambda: healthy(gateway))
-        url = f"127.0.0.1:{ports['gateway grpc']}"
-        with SpeakerClient(url, api_key=KEY) as client:
-            assert client.verify(CLIP, ROOT / "samples/anna_2.flac").same
-        with SpeakerClient(url) as client, pytest.raises(KeyRefusedError):
-            client.embed(CLIP)
-        counted = 'gateway_requests_total{api="grpc",result="ok"} 2'
-        wait_until(lambda: counted in urlopen(f"http://127.0.0.1:{ports['counter']}/metrics").read().decode())
-        assert counting.stop() == 0  # nginx does without the counter
-        # Administrators' APIs have no key, so they are closed to every key.
-        path = "/v2/repository/models/ecapa/unload"
-        found = [status(ports["gateway http"], "POST", path, {KEY_HEADER: key}) for key in ("", KEY)]
-        assert found == [403, 403]
-        assert healthy(gateway)
-        assert triton.stop() == 0, triton.text()[-2000:]
-        assert not healthy(gateway) and not server_is_ready(ports)
-
-
 @pytest.fixture
 def tls(tmp_path: Path) -> Path:
-    """A folder as TLS_FOLDER."""
+    """A folder as TLS_FOLDER, whose authority signs the client's certificate too."""
     authority, folder = trustme.CA(), tmp_path / "tls"
     folder.mkdir()
-    certificate = authority.issue_cert("127.0.0.1")
-    certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
-    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    for name, certificate in ("cert", authority.issue_cert("127.0.0.1")), ("client", authority.issue_cert("a@b.org")):
+        certificate.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
+        certificate.private_key_pem.write_to_path(folder / ("key.pem" if name == "cert" else "client_key.pem"))
     authority.cert_pem.write_to_path(folder / "clients.pem")
     return folder
 
 
 @needs_nginx
-@pytest.mark.parametrize(
-    "ssl, verify, starts",
-    [
-        ("", "off", True),
-        ("ssl", "on", True),
-        ("", "on", False),  # or clients without certificate would be accepted
-        ("yes", "off", False),
-        ("ssl", "yes", False),
-    ],
-)
-def test_nginx_takes_only_what_encrypts(ssl: str, verify: str, starts: bool, tls: Path, tmp_path: Path) -> None:
-    service = render(read(SSL=ssl, VERIFY_CLIENT=verify)["gateway-gpu"], tmp_path, free_ports(APIS), tls)
-    assert succeeds([*nginx(service), "-t"]) == starts
-    if ssl:
-        shutil.rmtree(tls)
-        assert not succeeds([*nginx(service), "-t"])
+@needs_curl
+def test_through_the_gateway(image: Path, repository: Path, tls: Path, tmp_path: Path) -> None:
+    services = read(INFERENCE_KEY=KEY, TLS_FOLDER="x", CLIENT_CA="clients.pem")
+    host = Host(image, repository, tmp_path, tls)
+    with host.gateway(services["gateway"]) as front:
+        front.wait_until(lambda: "ready" in front.text())
+        assert not host.is_healthy(services["gateway"])
+        with host.triton(services["triton"]) as triton:
+            triton.wait_until(lambda: host.is_healthy(services["triton"]))
+            assert host.is_healthy(services["gateway"])
+            url = f"grpcs://127.0.0.1:{host.ports['grpc']}"
+            ours = Tls(tls / "clients.pem", tls / "client.pem", tls / "client_key.pem")
+            with SpeakerClient(url, tls=ours, api_key=KEY) as client:
+                assert client.verify(CLIP, ROOT / "samples/anna_2.flac").same
+            with SpeakerClient(url, tls=ours) as client, pytest.raises(KeyRefusedError):
+                client.embed(CLIP)
+            with SpeakerClient(url, tls=Tls(tls / "clients.pem"), api_key=KEY) as client, pytest.raises(TrustError):
+                client.embed(CLIP)
+            assert triton.stop() == 0, triton.text()[-2000:]
+        assert not host.is_healthy(services["gateway"]) and not host.is_healthy(services["triton"])
+        assert front.stop() == 0
 
 
 # --- images ---
