@@ -18,8 +18,8 @@ from server import gateway
 from server.options import ADMIN, DEFAULT_REQUESTS, GROUPS, Limits, ServerError, Tls, check_keys
 from server.triton import TritonServer
 
-# Seconds before a restart: doubled each time, until the server has been up for CALM.
-FIRST_PAUSE, LAST_PAUSE, CALM = 0.5, 30.0, 60.0
+# After restarts that failed: seconds before the next one, doubled each time, and how many there are in a row.
+FIRST_PAUSE, LAST_PAUSE, ATTEMPTS = 0.5, 30.0, 10
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 # Options of the launcher alone; the others have the names of TritonServer's parameters.
 OWN = {"gateway", "max_requests", "max_request_mb", "max_requests_per_address", "max_connection_age"}
@@ -27,7 +27,7 @@ OWN |= {"restart", "tls_cert", "tls_key", "tls_client_ca", "keys"}
 
 
 class _Stop(BaseException):
-    """A signal to stop has arrived."""
+    """A signal to stop has arrived, or a second one."""
 
 
 def main(arguments: list[str]) -> int:
@@ -73,34 +73,50 @@ def main(arguments: list[str]) -> int:
     for number in STOPPING:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, _on_signal)
-    pause, ready = FIRST_PAUSE / 2, 0.0  # ready: when the server last became so
     try:
-        while True:
-            try:
-                _start(server, warnings)
-                ready = time.monotonic()
-                server.wait()
-            except ServerError as error:
-                if not ready or not options.restart:
-                    raise
-                pause = FIRST_PAUSE if time.monotonic() - ready > CALM else min(2 * pause, LAST_PAUSE)
-                server.stop()
-                print(f"error: {error}; starting again in {pause:g} s", file=sys.stderr, flush=True)
-                time.sleep(pause)
+        try:
+            _serve(server, warnings, options.restart)
+        except _Stop:
+            return _stop(server, options.exit_timeout)
     except _Stop:
-        print(f"stopping: requests in flight have {options.exit_timeout:g} s", flush=True)
-        if not server.stop():
-            what = "the gateway" if isinstance(server, gateway.LoneGateway) else "tritonserver"
-            message = f"{what} did not stop within {options.exit_timeout:g} s and was killed"
-            if isinstance(server, TritonServer):
-                message += f"; its log: {server.log_path}"
-            print(f"error: {message}", file=sys.stderr)
-            return 1
+        server.stop(0)
+        print("error: stopped by a second signal, requests in flight got no reply", file=sys.stderr)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
     finally:
         server.stop()  # also when standard output is closed and a print failed
+    return 1
+
+
+def _serve(server: TritonServer | gateway.LoneGateway, warnings: list[str], restart: bool) -> NoReturn:
+    """Serves until a signal (`_Stop`) or a failure (`ServerError`) that no restart mends."""
+    started, failures = False, 0  # failures: restarts in a row that failed
+    while True:
+        try:
+            _start(server, warnings)
+            started, failures = True, 0
+            server.wait()
+        except ServerError as error:
+            if not started or not restart or failures == ATTEMPTS:
+                raise
+            server.stop()
+            pause = min(FIRST_PAUSE * 2 ** (failures - 1), LAST_PAUSE) if failures else 0
+            when = f" in {pause:g} s" if pause else ""
+            print(f"error: {error}; starting again{when}", file=sys.stderr, flush=True)
+            time.sleep(pause)
+            failures += 1
+
+
+def _stop(server: TritonServer | gateway.LoneGateway, seconds: float) -> int:
+    """The exit status after a signal."""
+    print(f"stopping: requests in flight have {seconds:g} s; a second signal ends the server now", flush=True)
+    if not server.stop():
+        if isinstance(server, TritonServer):
+            what = f"tritonserver did not stop within {seconds:g} s and was killed; its log: {server.log_path}"
+        else:
+            what = f"the gateway had not passed on all replies within {seconds:g} s and was killed"
+        print(f"error: {what}", file=sys.stderr)
+        return 1
     print("stopped")
     return 0
 
@@ -128,7 +144,8 @@ def _start(server: TritonServer | gateway.LoneGateway, warnings: list[str]) -> N
     else:
         ready += "the gateway listens at "
         places = server.places
-    print(ready + ", ".join(f"{api} {place}" for api, place in places.items()), flush=True)
+    ready += ", ".join(f"{api} {place}" for api, place in places.items())
+    print(f"{ready}, on all addresses of this host" if server.is_open else ready, flush=True)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -271,7 +288,14 @@ def _positive(text: str) -> int:
 
 def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
     for again in STOPPING:
-        signal.signal(again, signal.SIG_IGN)  # the stop is under way
+        if signal.getsignal(again) is _on_signal:
+            signal.signal(again, _on_second_signal)
+    raise _Stop
+
+
+def _on_second_signal(number: int, frame: FrameType | None) -> NoReturn:
+    for again in STOPPING:
+        signal.signal(again, signal.SIG_IGN)
     raise _Stop
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 import psutil  # type: ignore[import-untyped]
@@ -71,6 +72,14 @@ def listens(pid: int, port: int) -> bool:
     except psutil.Error:  # it has just ended
         return False
     return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
+
+
+def out_of_memory_kills() -> int:
+    """How many processes of this container the kernel has killed for want of memory; 0 where it does not say."""
+    try:
+        return int(dict(line.split() for line in Path("/sys/fs/cgroup/memory.events").open())["oom_kill"])
+    except (OSError, KeyError, ValueError):
+        return 0
 
 
 def memory(groups: Mapping[int, str]) -> dict[str, int]:

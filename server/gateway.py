@@ -149,12 +149,12 @@ class Gateway:
         if self._counter.poll() is not None:
             self._counter = child.start(self._count, None)
 
-    def stop(self) -> bool:
+    def stop(self, timeout: float | None = None) -> bool:
         """Ends nginx after it has passed on the last replies; returns whether they took no longer than they may."""
         in_time = True
         self._process.send_signal(signal.SIGQUIT)
         try:
-            self._process.wait(self._stop_timeout)
+            self._process.wait(self._stop_timeout if timeout is None else timeout)
         except subprocess.TimeoutExpired:
             in_time = False
         for process in self._process, self._counter:
@@ -200,7 +200,13 @@ class LoneGateway:
         self._addresses = address, metrics_address
         self._ports = ports
         self._exit_timeout = exit_timeout
+        self._workdir: Workdir | None = None
         self._gateway: Gateway | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether clients reach it at every address of this host."""
+        return self._addresses[0] == "0.0.0.0"
 
     def start(self) -> None:
         """Starts it and returns once it listens; ServerError if it cannot."""
@@ -228,11 +234,12 @@ class LoneGateway:
             self._gateway.supervise()
             time.sleep(0.5)
 
-    def stop(self) -> bool:
+    def stop(self, timeout: float | None = None) -> bool:
         """Passes on the last replies, then ends it; returns whether they took no longer than the exit timeout."""
-        in_time = self._gateway is None or self._gateway.stop()
+        in_time = self._gateway is None or self._gateway.stop(timeout)
         self._gateway = None
-        self._workdir.remove()
+        if self._workdir is not None:
+            self._workdir.remove()
         return in_time
 
 

@@ -206,9 +206,17 @@ def resolve(address: str) -> str:
         ) from error
 
 
+def option(api: str) -> str:
+    """Name of the launcher's option for the port of an API."""
+    return f"{api.replace(' ', '-')}-port"
+
+
 def choose_ports(wanted: Mapping[str, Place]) -> dict[str, Place]:
     """Checks that a server can listen on each address and port, and finds a free port for each that is 0."""
     chosen: dict[str, Place] = {}
+    for place in wanted.values():
+        if place[1] and (same := [f"--{option(other)}" for other in wanted if wanted[other] == place])[1:]:
+            raise ServerError(f"{' and '.join(same)} are both {place[1]}: choose different ports")
     with contextlib.ExitStack() as stack:  # all stay open until the end, so that no port is chosen twice
         for api, place in wanted.items():
             try:
@@ -216,7 +224,7 @@ def choose_ports(wanted: Mapping[str, Place]) -> dict[str, Place]:
             except (OSError, OverflowError) as error:
                 raise ServerError(
                     f"cannot listen on {place[0]} port {place[1]} for {api}: {error}; "
-                    f"choose another with --{api}-port (0: any free port) or --address"
+                    f"choose another with --{option(api)} (0: any free port) or --address"
                 ) from error
             chosen[api] = (place[0], listener.getsockname()[1])
     return chosen

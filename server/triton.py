@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,6 +42,9 @@ from server.workdir import Workdir
 
 STDOUT = Path("/dev/stdout")
 LONGEST_TIMEOUT = 86400  # s
+# Tritonserver is asked so often (s) whether it lives; after so many questions without an answer it is killed.
+WATCH, UNANSWERED = 5.0, 6
+KEPT_LOGS = 10  # of failures
 
 
 class TritonServer:
@@ -133,6 +137,8 @@ class TritonServer:
         self._log = log
         self._start_timeout = start_timeout
         self._exit_timeout = exit_timeout
+        self._workdir: Workdir | None = None
+        self._kept_logs: list[Path] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._gateway: Gateway | None = None
 
@@ -158,44 +164,59 @@ class TritonServer:
                 if last or 0 not in ports.values() or "already in use" not in str(error):
                     raise
                 # Another process took a port that had been free.
-                self._workdir.remove()
+                if self._log is None:
+                    shutil.rmtree(self._kept_logs.pop().parent, ignore_errors=True)
                 self._ports = ports
 
-    def stop(self) -> bool:
+    def stop(self, timeout: float | None = None) -> bool:
         """Lets requests in flight finish, then ends the server and everything it started.
 
+        Args:
+            timeout: Seconds that requests in flight have; None: the exit timeout.
+
         Returns:
-            Whether the server stopped within its exit timeout; if not, it was killed.
+            Whether the server stopped within that time; if not, it was killed.
         """
-        if self._process is None:
-            return True
         in_time = True
-        self._process.terminate()
-        try:
-            self._process.wait(self._exit_timeout)
-        except subprocess.TimeoutExpired:
-            in_time, self._keep_log = False, True
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(self._exit_timeout if timeout is None else timeout)
+            except subprocess.TimeoutExpired:
+                in_time, self._keep_log = False, True
         self._clean_up()
         return in_time
 
     def wait(self) -> NoReturn:
-        """Waits until the server or a part of it ends unexpectedly.
+        """Waits until the server or a part of it ends unexpectedly, or the server no longer answers.
 
         Raises:
             ServerError: What ended, always.
         """
         assert self._process is not None
+        asked, unanswered = time.monotonic(), 0
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(timeout=1)
-                raise self._failure(f"tritonserver {child.ending(code)} while serving")
+                code = self._process.wait(timeout=0.2)
+                raise self._failure(f"tritonserver {child.ending(code)} while serving{self._out_of_memory()}")
             if self._gateway is not None:
                 self._gateway.supervise()
             for stub in self._stubs:
                 if not child.is_alive(stub):
                     # Triton itself would claim to be ready, fail every request and never stop in order.
                     self._process.kill()
-                    raise self._failure(f"process {stub.pid} of a model ended while serving (out of memory?)")
+                    raise self._failure(f"process {stub.pid} of a model ended while serving{self._out_of_memory()}")
+            if time.monotonic() - asked >= WATCH:
+                unanswered = 0 if self._lives() else unanswered + 1
+                asked = time.monotonic()
+                if unanswered == UNANSWERED:
+                    self._process.kill()
+                    raise self._failure(f"tritonserver did not answer for {WATCH * UNANSWERED:g} s and was killed")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether clients reach it at every address of this host."""
+        return self._places.get("http", ("", 0))[0] == "0.0.0.0"
 
     @property
     def pid(self) -> int:
@@ -264,14 +285,15 @@ class TritonServer:
 
     def _run(self, installed: Path | None, config_name: str) -> None:
         self._keep_log = False
-        self._workdir = Workdir()
-        own_log = self._workdir.path / "tritonserver.log"
+        self._memory_kills = child.out_of_memory_kills()
+        self._workdir = workdir = Workdir()
+        own_log = workdir.path / "tritonserver.log"
         self.log_path = STDOUT if self._log == Path("-") else (self._log or own_log).absolute()
         try:
             # The sockets of a server with a gateway are in its private folder.
-            folder = self._sockets or (self._workdir.path if self.limits is not None else None)
+            folder = self._sockets or (workdir.path if self.limits is not None else None)
             sockets = make_sockets_folder(folder) if folder else None
-            self._launch(installed, config_name, sockets)
+            self._launch(workdir, installed, config_name, sockets)
             self._http = sockets / HTTP_SOCKET if sockets else self._places["http"]
             self._wait_until_ready()
             # The wheel has no newer release to change to: on this machine alone it may be old.
@@ -279,19 +301,19 @@ class TritonServer:
                 self.warnings += filter(None, [preflight.release_warning(self.version)])
             self._stubs = psutil.Process(self.pid).children()  # of the wheel's Python backend
             if self.limits is not None and sockets is not None:
-                self._open_gateway(self.limits, sockets)
+                self._open_gateway(workdir.path / "gateway", self.limits, sockets)
         except BaseException as error:
             self._clean_up()
             if isinstance(error, OSError):  # a full disk, for example
                 raise ServerError(f"cannot set up the server: {error}") from error
             raise
 
-    def _launch(self, installed: Path | None, config_name: str, sockets: Path | None) -> None:
+    def _launch(self, workdir: Workdir, installed: Path | None, config_name: str, sockets: Path | None) -> None:
         models = [self.repository / name for name in self.models]
         threads = self._threads if self.device == "CPU" else None
         changed = threads is not None or len(models) < len(preflight.all_models(self.repository))
         options: dict[str, object] = {
-            "model-repository": self._workdir.link(models, threads) if changed else self.repository.absolute(),
+            "model-repository": workdir.link(models, threads) if changed else self.repository.absolute(),
             "model-config-name": config_name,
             "model-control-mode": "none",
             "metrics-config": "summary_latencies=true",
@@ -308,8 +330,8 @@ class TritonServer:
             options |= {f"{api}-address": address, f"{api}-port": port}
         environment = dict(os.environ) | preflight.gpu_environment(self.device, self._gpus)
         if installed is None:
-            binary, backends = wheel.assemble(self._workdir.path, environment)
-            options["backend-config"] = f"python,shm-region-prefix-name={self._workdir.path.name}-"
+            binary, backends = wheel.assemble(workdir.path, environment)
+            options["backend-config"] = f"python,shm-region-prefix-name={workdir.path.name}-"
         else:
             binary, backends = installed, installed.resolve().parents[1] / "backends"
         options["backend-directory"] = backends
@@ -347,14 +369,24 @@ class TritonServer:
                 time.sleep(0.05)
         self.version = str(json.loads(body)["version"])
 
-    def _open_gateway(self, limits: Limits, sockets: Path) -> None:
-        folder = self._workdir.path / "gateway"
+    def _open_gateway(self, folder: Path, limits: Limits, sockets: Path) -> None:
         folder.mkdir()
         if limits.requests is None:
             self.limits = limits = replace(limits, requests=DEFAULT_REQUESTS[self.device])
         front = {api: self._places[api] for api in ("grpc", "http", "gateway metrics")}
         self._gateway = Gateway(folder, limits, self.tls, self.keys, front, sockets)
         self._gateway.wait_until_ready(self._start_timeout)
+
+    def _lives(self) -> bool:
+        try:
+            ask(self._http, "/v2/health/live", timeout=2)
+        except (OSError, http.client.HTTPException):
+            return False
+        return True
+
+    def _out_of_memory(self) -> str:
+        """A note if the kernel has killed a process of this container for want of memory since the start."""
+        return " (out of memory)" if child.out_of_memory_kills() > self._memory_kills else ""
 
     def _failure(self, message: str) -> ServerError:
         """An error that names the log, which is then kept."""
@@ -380,6 +412,7 @@ class TritonServer:
         return ""
 
     def _clean_up(self) -> None:
+        """Ends all that was started and removes the files; a second time it does what is left to do."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # also a stub that outlived the server
@@ -388,7 +421,14 @@ class TritonServer:
         if self._gateway is not None:
             self._gateway.stop()
             self._gateway = None
-        self._workdir.remove(self.log_path if self._keep_log and self._log is None else None)
+        if self._workdir is not None:
+            keeps = self._keep_log and self._log is None
+            self._workdir.remove(self.log_path if keeps else None)
+            self._workdir = None
+            self._kept_logs += [self.log_path] if keeps else []
+            for old in self._kept_logs[:-KEPT_LOGS]:
+                shutil.rmtree(old.parent, ignore_errors=True)
+            del self._kept_logs[:-KEPT_LOGS]
 
 
 def _closed() -> list[str]:

@@ -67,6 +67,9 @@ def test_choice_of_ports() -> None:
     chosen = choose_ports(dict.fromkeys(["http", "grpc", "metrics"], ("127.0.0.1", 0)))
     assert len(set(chosen.values())) == 3
     assert choose_ports(chosen) == chosen
+    same = ("127.0.0.1", 8000)
+    with pytest.raises(ServerError, match="--http-port and --gateway-metrics-port are both 8000"):
+        choose_ports({"http": same, "grpc": ("127.0.0.1", 8001), "gateway metrics": same})
     with socket.create_server(("127.0.0.1", 0)) as other:
         for place in ("127.0.0.1", 70000), ("no.such.host.invalid", 0), other.getsockname():
             with pytest.raises(ServerError, match=f"{place[0]} port {place[1]} for http"):

@@ -7,8 +7,11 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +23,13 @@ import numpy as np
 import psutil
 import pytest
 import stand_in
+from conftest import ROOT
 from containers import needs_nginx
 from launcher import launched, wait_until
 from tritonclient.utils import InferenceServerException
 
 from server import Limits, ServerError, TritonServer, gateway, wheel
+from server.__main__ import main
 from server.preflight import choose_ports
 from server.triton import ask
 
@@ -314,13 +319,104 @@ def test_a_dead_server_is_restarted(sums: Path, tmp_path: Path) -> None:
         assert_restarted()
         assert re.search(r"process \d+", kill("triton_python_backend_stub"))
         assert_restarted()
+        for _ in range(3):  # at once, however often
+            assert kill("tritonserver").endswith("; starting again\n")
+            assert_restarted()
         moved = model.rename(model.with_name("moved"))
         kill("tritonserver")
-        assert launcher.process.stderr is not None and str(model) in launcher.process.stderr.readline()
-        moved.rename(model)  # a start that fails is tried again
+        assert launcher.process.stderr is not None
+        for pause in 0.5, 1:  # a start that fails is tried again, after a while
+            line = launcher.process.stderr.readline()
+            assert str(model) in line and f"in {pause:g} s" in line
+        moved.rename(model)
         assert_restarted()
         launcher.process.terminate()
         assert launcher.process.wait(20) == 0
+
+
+@needs_wheel
+@pytest.mark.parametrize("options", [[], ["--sockets={}/s", "--gateway=off", "--no-restart"]], ids=["ports", "sockets"])
+def test_a_server_that_hangs_is_ended(options: list[str], sums: Path, tmp_path: Path) -> None:
+    """Not one that is busy: a request takes longer than the watchdog waits."""
+    stand_in.write(tmp_path / "repository/slow", delay=4_000_000)
+    options = [option.format(tmp_path) for option in options]
+    with launched(sums, *options, program=["-c", WATCHFUL]) as launcher:
+        assert stand_in.ask(launcher.urls[0], CLIP, model="slow")[0, 0] == 10
+        os.kill(processes(tmp_path)["tritonserver"], signal.SIGSTOP)
+        assert launcher.process.stderr is not None
+        line = next(line for line in launcher.process.stderr if line.startswith("error"))
+        assert "did not answer" in line
+        if options:
+            assert launcher.process.wait(20) == 1
+        else:
+            launcher.wait_until_ready()
+            assert stand_in.ask(launcher.urls[0], CLIP)[0, 0] == 10
+        assert_named_log(line)
+
+
+WATCHFUL = """
+import sys
+from server import __main__, triton
+triton.WATCH, triton.UNANSWERED = 0.2, 5
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_a_restart_that_keeps_failing_ends(sums: Path, tmp_path: Path) -> None:
+    with launched(sums, program=["-c", HASTY]) as launcher:
+        (sums / "sums/1/model.onnx").unlink()
+        os.kill(processes(tmp_path)["tritonserver"], signal.SIGKILL)
+        assert launcher.process.wait(20) == 1
+        first, *others = launcher.errors()
+        assert_named_log(first)
+        assert len(others) == 10 and "model.onnx" in others[-1] and "again" not in others[-1]
+
+
+HASTY = """
+import sys
+from server import __main__
+__main__.LAST_PAUSE = 0.01
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(tmp_path: Path, number: int) -> None:
+    stand_in.write(tmp_path / "repository/sums", delay=60_000_000)
+    with launched(tmp_path / "repository") as launcher, ThreadPoolExecutor(1) as pool:
+        grpc, _, metrics = launcher.urls
+        reply = pool.submit(stand_in.ask, grpc, CLIP)
+        pending = re.compile(r'nv_inference_pending_request_count\{model="sums",version="1"\} 1\n')
+        wait_until(lambda: pending.search(urlopen(metrics).read().decode()))
+        launcher.process.send_signal(number)
+        assert launcher.process.stdout is not None and "second signal" in launcher.process.stdout.readline()
+        launcher.process.send_signal(number)
+        assert launcher.process.wait(20) == 1
+        with pytest.raises(InferenceServerException):
+            reply.result()
+        assert "second signal" in launcher.errors()[-1]
+    for log in tmp_path.glob("ecapa-triton-*/tritonserver.log"):
+        log.unlink()
+        log.parent.rmdir()
+
+
+@needs_nginx
+def test_the_ready_line_says_that_all_addresses_are_served(sums: Path) -> None:
+    with launched(sums, "--address=0.0.0.0") as launcher:
+        assert launcher.output[-1].endswith("on all addresses of this host\n")
+        assert stand_in.ask(launcher.urls[0], CLIP)[0, 0] == 10
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    text = (ROOT / "deploy/ecapa-triton.service").read_text()
+    (command,) = re.findall(r"^ExecStart=\S+ -m server (.*)", text, re.MULTILINE)
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    unit = tmp_path / "ecapa-triton.service"
+    unit.write_text(text.replace("/opt/ecapa-triton/.venv/bin/python", sys.executable))
+    run = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 # --- gateway ---
