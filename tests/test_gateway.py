@@ -313,9 +313,7 @@ def test_slow_senders_take_no_place(send: Callable[[TritonServer], socket.socket
         for _ in range(3):
             assert infer(unharmed) == 200
             assert stand_in.ask(unharmed.grpc_url, CLIP)[0, 0] == 5
-        for _ in range(10):
-            stack.enter_context(send(unharmed))
-        wait_until(lambda: infer(unharmed) == 503)
+        wait_until(lambda: stack.enter_context(send(unharmed)) and infer(unharmed) == 503)
         with pytest.raises(InferenceServerException, match="UNAVAILABLE.*of this address"):
             stand_in.ask(unharmed.grpc_url, CLIP)
     wait_until(lambda: infer(unharmed) == 200)

@@ -107,6 +107,24 @@ def test_a_request_that_brings_the_server_down(repository: Path, short: list[Cli
         load.wait_for_more(2 * len(short))
 
 
+def test_clients_outlast_requests_that_bring_the_server_down(repository: Path, short: list[Clip], tally: Tally) -> None:
+    """Five in a row, each as soon as the server is back: no error reaches a client with the default settings."""
+    request = infer_request(np.zeros((1, SECOND), np.float32), shape=[1, TWO_62 + SECOND]).SerializeToString()
+    with ServerCommand(repository) as server:
+        with Traffic([lambda: ClientSender(server.urls.grpc)] * 4, short, tally.check) as load:
+            for _ in range(5):
+                load.wait_for_more(len(short))
+                victim = server.running("tritonserver")
+                assert victim is not None
+                with GrpcSender(server.urls.grpc) as sender:
+                    tally.fault()
+                    assert tally.check(NOTHING, sender.ask(request)) == "rejected"
+                server.wait_for_another("tritonserver", victim)
+            load.wait_for_more(len(short))
+        assert len([line for line in server.lines if line.endswith("; starting again")]) == 5
+    assert set(load.verdicts) == {"right"}, tally.rejections
+
+
 def test_a_request_that_never_gets_a_reply(repository: Path, short: list[Clip], tally: Tally) -> None:
     """Other requests get theirs; but a stop waits for it until the exit timeout."""
     request = infer_request(np.zeros((0, 0), np.float32)).SerializeToString()
