@@ -1,0 +1,1 @@
+"""The project's images and compose files in a real Docker engine: `make test-containers`."""
