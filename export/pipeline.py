@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -71,9 +71,13 @@ def export(
         folder = repository / kind.folder
         for path in configs.config_files(folder):
             configs.read(path)
-        (folder / "1").mkdir(exist_ok=True)
+        with suppress(PermissionError):
+            (folder / "1").mkdir(exist_ok=True)
         if not os.access(folder / "1", os.W_OK):
-            raise artifacts.ExportError(f"{folder / '1'} is not writable: mend its owner or mode, or name another copy")
+            raise artifacts.ExportError(
+                f"{folder / '1'} is not writable for user {os.geteuid()}: run as its owner {folder.stat().st_uid} "
+                f"(with Compose: RUN_AS), or change the owner: chown -R {os.geteuid()}:{os.getegid()}"
+            )
     with step(f"load {source}"):
         loaded = checkpoint.load(source, revision, seed=seed, channels=channels)
     failed: dict[str, Exception] = {}

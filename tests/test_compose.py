@@ -35,7 +35,7 @@ KEY = "a-key:of=more,than/16"
 CLIP = ROOT / "samples/anna_1.flac"
 COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
 Service = dict[str, Any]
-VARIABLE = re.compile(r"\$\$|\$\{(\w+):([-+?])((?:[^{}]|\$\{\w+\})*)\}|\$\{(\w+)\}")
+VARIABLE = re.compile(r"\$\$|\$\{(\w+):([-+?])((?:[^{}]|\$\{\w+(?::-)?\})*)\}|\$\{(\w+)\}")
 
 
 class Loader(yaml.SafeLoader):

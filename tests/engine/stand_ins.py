@@ -1,4 +1,4 @@
-"""Base images for the tests of containers: the real ones where a registry answers, else stand-ins from Debian packages."""
+"""Base images for the tests of containers: those of a registry, or stand-ins made from Debian packages."""
 
 from __future__ import annotations
 
@@ -47,6 +47,11 @@ def provide(images: list[str]) -> dict[str, str]:
     return found
 
 
+def of_triton(images: dict[str, str]) -> bool:
+    """Whether that of Triton is a stand-in."""
+    return any(how == "stand-in" and "tritonserver" in image for image, how in images.items())
+
+
 def _labels(image: str) -> list[dict[str, str]]:
     run = subprocess.run(["docker", "image", "inspect", image], capture_output=True, text=True)
     return [one["Config"]["Labels"] or {} for one in json.loads(run.stdout)] if run.returncode == 0 else []
@@ -72,8 +77,12 @@ def _make(image: str) -> None:
 
 
 def _local_wheels() -> list[Path]:
-    run = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True)
-    return [wheel for folder in run.stdout.split() if Path(folder).is_dir() for wheel in Path(folder).glob("torch-*.whl")]
+    run = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
+    )
+    return [
+        wheel for folder in run.stdout.split() if Path(folder).is_dir() for wheel in Path(folder).glob("torch-*.whl")
+    ]
 
 
 def _make_debian() -> None:
