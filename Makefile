@@ -5,7 +5,7 @@ SOURCE ?=
 SOAK_MINUTES ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-ops faults lint export verify serve bench loadtest soak gpu-check api clean
+.PHONY: help demo test test-slow test-ops test-containers faults lint export verify serve bench loadtest soak gpu-check api clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -15,11 +15,14 @@ demo: $(BIN)/installed ## export, serve on real Triton, tell the voices of sampl
 
 # The fault tests have the machine to themselves: they hold many requests in flight.
 test: $(BIN)/installed lint ## lint, types and tests, the served ones against a real tritonserver
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/faults -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/faults --ignore=tests/engine -m "not slow"
 	$(BIN)/python -m pytest tests/faults
 
 test-slow: $(BIN)/installed ## what `make test` leaves out: exports by README's commands, pip resolving what images install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --ignore=tests/engine -m slow
+
+test-containers: $(BIN)/installed ## the compose files in a real Docker engine, on the pinned base images or on stand-ins
+	$(BIN)/python -m pytest tests/engine
 
 test-ops: $(BIN)/installed ## containers, monitoring, Kubernetes, several servers, TLS and keys alone
 	$(BIN)/python -m pytest $(addprefix tests/test_,$(addsuffix .py,compose monitoring kubernetes balancing security))
