@@ -71,7 +71,7 @@ class Gateway:
         """Starts it.
 
         Args:
-            folder: An empty folder for its files.
+            folder: A private folder for its files; its path is short, since a socket is in it.
             limits: What it lets through.
             tls: Encryption; None: plain text.
             keys: By group of `GROUPS`, the keys of which a client must send one. Groups of `ADMIN` without are closed.
@@ -116,7 +116,7 @@ class Gateway:
         self._front = front
         self._stop_timeout = stop_timeout
         address, port = front["gateway metrics"]
-        places = [f"--socket={folder / 'requests'}", f"--address={address}", f"--port={port}"]
+        places = [f"--socket={folder / 'log'}", f"--address={address}", f"--port={port}"]
         self._count = [sys.executable, "-IS", str(COUNTER), *places, f"--triton={sockets / HTTP_SOCKET}"]
         self._log = folder / "nginx.log"
         with self._log.open("wb") as log:
@@ -217,10 +217,10 @@ class LoneGateway:
         self._ports = {api: port for api, (_, port) in front.items()}
         self.warnings = list(filter(None, [preflight.exposure_warning(address, self.tls, self.keys)]))
         self._workdir = Workdir()
-        folder = self._workdir.path / "gateway"
-        folder.mkdir()
         try:
-            self._gateway = Gateway(folder, self.limits, self.tls, self.keys, front, self._sockets, self._exit_timeout)
+            self._gateway = Gateway(
+                self._workdir.path, self.limits, self.tls, self.keys, front, self._sockets, self._exit_timeout
+            )
             self._gateway.wait_until_ready(10)
         except BaseException:
             self.stop()

@@ -301,7 +301,7 @@ class TritonServer:
                 self.warnings += filter(None, [preflight.release_warning(self.version)])
             self._stubs = psutil.Process(self.pid).children()  # of the wheel's Python backend
             if self.limits is not None and sockets is not None:
-                self._open_gateway(workdir.path / "gateway", self.limits, sockets)
+                self._open_gateway(workdir.path, self.limits, sockets)
         except BaseException as error:
             self._clean_up()
             if isinstance(error, OSError):  # a full disk, for example
@@ -370,7 +370,6 @@ class TritonServer:
         self.version = str(json.loads(body)["version"])
 
     def _open_gateway(self, folder: Path, limits: Limits, sockets: Path) -> None:
-        folder.mkdir()
         if limits.requests is None:
             self.limits = limits = replace(limits, requests=DEFAULT_REQUESTS[self.device])
         front = {api: self._places[api] for api in ("grpc", "http", "gateway metrics")}

@@ -31,11 +31,12 @@ from tritonclient.utils import InferenceServerException
 
 from server import Limits, TritonServer, gateway
 from server.preflight import choose_ports
+from tests.faults.hostile import SlowSender
+from tests.faults.judge import METHOD
 
 pytestmark = pytest.mark.skipif(gateway.find() is None, reason="nginx is not installed")
 
 CLIP = np.ones((1, 5), np.float32)
-MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 PENDING = re.compile(r"nv_inference_pending_request_count\{[^}]*\} (\d+)")
 
 
@@ -134,8 +135,7 @@ def behind(folder: Path) -> Iterator[list[http.client.HTTPMessage]]:
 def alone(folder: Path) -> Iterator[str]:
     """A gateway in front of sockets in a folder. Yields its address for HTTP."""
     front = choose_ports(dict.fromkeys(["grpc", "http", "gateway metrics"], ("127.0.0.1", 0)))
-    (folder / "gateway").mkdir()
-    running = gateway.Gateway(folder / "gateway", Limits(2), None, {}, front, folder)
+    running = gateway.Gateway(folder, Limits(2), None, {}, front, folder)
     try:
         running.wait_until_ready(20)
         yield "{}:{}".format(*front["http"])
@@ -178,7 +178,7 @@ def test_no_header_has_triton_unpack_a_grpc_request(
         command = ["curl", "-sS", "-m", "20", "-D", "-", "-o", tmp_path / "reply", "--http2-prior-knowledge"]
         for header in "content-type: application/grpc", "te: trailers", *(f"grpc-encoding: {e}" for e in encodings):
             command += ["-H", header]
-        command += ["--data-binary", f"@{tmp_path / 'body'}", f"http://{limited.grpc_url}{MODEL_INFER}"]
+        command += ["--data-binary", f"@{tmp_path / 'body'}", f"http://{limited.grpc_url}{METHOD}"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode == 92:  # nginx rejected it before it had read the body
             return "reset"
@@ -277,34 +277,20 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=30)
 
 
-def slow_http(server: TritonServer, kind: str = "Inference-Header-Content-Length: 0") -> socket.socket:
-    """Half of a request."""
-    connection = connect(server.http_url)
-    header = f"POST {stand_in.PATH} HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: 100\r\n\r\n"
-    connection.sendall(header.encode() + bytes(50))
-    return connection
+def slow_http(server: TritonServer) -> SlowSender:
+    return SlowSender(server.http_url, stand_in.PATH, bytes(100), grpc=False)
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+def slow_json(server: TritonServer) -> SlowSender:
+    return SlowSender(server.http_url, stand_in.PATH, stand_in.BODY, grpc=False, field="X-Kind: JSON")
 
 
-def slow_grpc(server: TritonServer) -> socket.socket:
-    """Half of a request, in HTTP/2 by hand."""
-    fields = {":method": "POST", ":scheme": "http", ":path": MODEL_INFER, ":authority": "x"}
-    fields |= {"content-type": "application/grpc", "te": "trailers"}
-    block = b"".join(
-        bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in fields.items()
-    )
-    body = struct.pack(">?I", False, len(message())) + message()
-    connection = connect(server.grpc_url)
-    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
-    connection.sendall(frame(1, 4, 1, block) + frame(0, 0, 1, body[: len(body) // 2]))
-    return connection
+def slow_grpc(server: TritonServer) -> SlowSender:
+    return SlowSender(server.grpc_url, METHOD, message(), grpc=True)
 
 
 @pytest.mark.parametrize("send", [slow_http, slow_grpc])
-def test_slow_senders_take_no_place(send: Callable[[TritonServer], socket.socket], unharmed: TritonServer) -> None:
+def test_slow_senders_take_no_place(send: Callable[[TritonServer], SlowSender], unharmed: TritonServer) -> None:
     """Ten times as many as there are places; and one address can only have so many."""
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -320,9 +306,9 @@ def test_slow_senders_take_no_place(send: Callable[[TritonServer], socket.socket
 
 
 def test_a_sender_that_stalls_is_disconnected(unharmed: TritonServer) -> None:
-    with slow_http(unharmed) as connection:
+    with slow_http(unharmed) as sender:
         begin = time.monotonic()
-        assert not re.match(rb"HTTP/1.1 2", connection.recv(1000))
+        assert not re.match(rb"HTTP/1.1 2", sender.socket.recv(1000))
         assert time.monotonic() - begin > 5
 
 
@@ -385,7 +371,7 @@ def test_a_header_of_json_is_small(unharmed: TritonServer) -> None:
 def test_few_json_requests_of_an_address_are_in_flight(unharmed: TritonServer) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(gateway.JSON_PER_ADDRESS):
-            stack.enter_context(slow_http(unharmed, "X-Kind: JSON"))
+            stack.enter_context(slow_json(unharmed))
         wait_until(lambda: infer(unharmed) == 503)
         assert stand_in.ask(unharmed.grpc_url, CLIP)[0, 0] == 5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -88,6 +89,40 @@ def send_part(urls: Urls, waveform: Array, size: int, *, reset: bool) -> None:
         connection.sendall(head.encode() + (header + body)[:size])
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+class SlowSender(AbstractContextManager["SlowSender"]):
+    """A client that has sent the header of an inference request and half of its body."""
+
+    def __init__(self, url: str, path: str, body: bytes, *, grpc: bool, field: str = f"{HEADER_LENGTH}: 0") -> None:
+        """Connects and sends; `body` is gRPC's message or HTTP's body, `field` a line of HTTP's header."""
+        host, port = url.split(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=PATIENCE)
+        self._grpc = grpc
+        if grpc:  # HTTP/2 by hand: settings, then the header without compression
+            fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
+            fields["content-type"] = "application/grpc"
+            block = b"".join(
+                bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+                for name, value in fields.items()
+            )
+            begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"") + _frame(1, 4, 1, block)
+            body = struct.pack(">?I", False, len(body)) + body
+        else:
+            begin = f"POST {path} HTTP/1.1\r\nHost: x\r\n{field}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        self.socket.sendall(begin)
+        self.send(body[: len(body) // 2])
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        """Sends more of the body."""
+        self.socket.sendall(_frame(0, 0, 1, data) if self._grpc else data)
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
 def requests(reference: Reference, max_samples: int = 30 * SECOND) -> dict[str, Hostile]:

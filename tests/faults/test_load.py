@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.faults.hostile import send_part
+from server import gateway
+from tests.faults.hostile import SlowSender, send_part
 from tests.faults.judge import (
+    HEADER_LENGTH,
     METHOD,
     ONCE,
     ClientSender,
@@ -38,6 +41,7 @@ from .harness import (
     PREFERRED_BATCH,
     SECOND,
     Gate,
+    ServerCommand,
     all_at_once,
     assert_right,
     code,
@@ -219,6 +223,30 @@ def test_more_requests_than_the_limit(limited: Urls, gate: Gate, short: list[Cli
         assert all(tally.check(clip, grpc_outcome(call)) == "right" for clip, call in accepted)
         assert all(tally.check(clip, one.result()) == "right" for clip, one in zip(clips, crowd, strict=False))
     assert_right(limited, short[::5], tally)
+
+
+def test_slow_senders(repository: Path, short: list[Clip], tally: Tally) -> None:
+    """More than there are places, a byte every second; others get right replies, and the server stops in order."""
+    if gateway.find() is None:
+        pytest.skip("nginx is not installed")
+    request = infer_request(np.zeros((1, SECOND), np.float32))
+    path, header, body = http_request(request)
+    number = LIMIT + OVER_THE_LIMIT
+    with ExitStack() as stack, ServerCommand(repository, gateway=True) as server:
+        field = f"{HEADER_LENGTH}: {len(header)}"
+        senders = [SlowSender(server.urls.grpc, METHOD, request.SerializeToString(), grpc=True) for _ in range(number)]
+        senders += [SlowSender(server.urls.http, path, header + body, grpc=False, field=field) for _ in range(number)]
+        for sender in senders:
+            stack.enter_context(sender)
+        tally.fault(len(senders))
+        with Traffic(server.urls.senders(), short, tally.check) as load:
+            for _ in range(12):  # longer than a pause may be
+                load.wait_for_more(len(short))
+                for sender in senders:
+                    sender.send(b"\0")
+                time.sleep(1)
+        assert set(load.verdicts) == {"right"}
+        assert server.stop() == 0
 
 
 def test_a_request_larger_than_the_limit(limited: Urls, short: list[Clip], tally: Tally) -> None:
