@@ -30,6 +30,7 @@ PLACES = ["nginx", "/usr/sbin/nginx", "/usr/local/sbin/nginx"]  # sbin is on the
 # and those of one address.
 JSON_MB, JSON_REQUESTS, JSON_PER_ADDRESS = 8, 16, 8
 GRPC_SOCKET, HTTP_SOCKET = "grpc:1", "http"  # Triton's, in a folder; Triton adds a port to the first
+_SHORT = 2  # s; a counter that ends sooner is not started again
 _LONGEST_SOCKET = 107  # bytes of its path, of the kernel
 
 
@@ -121,7 +122,11 @@ class Gateway:
         self._log = folder / "nginx.log"
         with self._log.open("wb") as log:
             self._process = child.start(command, log)
+        self._start_counter()
+
+    def _start_counter(self) -> None:
         self._counter = child.start(self._count, None)
+        self._counting_since = time.monotonic()
 
     def wait_until_ready(self, timeout: float) -> None:
         """Waits until nginx listens; ServerError if it ends or needs more than `timeout` seconds."""
@@ -147,7 +152,9 @@ class Gateway:
         """Raises ServerError when nginx has ended; a dead counter is replaced, since nginx does without it."""
         self.check()
         if self._counter.poll() is not None:
-            self._counter = child.start(self._count, None)
+            if time.monotonic() - self._counting_since < _SHORT:
+                raise ServerError(f"the gateway's metrics cannot be served: {child.ending(self._counter.returncode)}")
+            self._start_counter()
 
     def stop(self, timeout: float | None = None) -> bool:
         """Ends nginx after it has passed on the last replies; returns whether they took no longer than they may."""

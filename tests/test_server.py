@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -439,6 +441,33 @@ def test_gateway(sums: Path, tmp_path: Path) -> None:
         with pytest.raises(ServerError, match="nginx.*SIGKILL"):
             server.wait()
     assert workers and not psutil.wait_procs(workers, 20)[1]
+
+
+@needs_nginx
+def test_a_dead_counter_is_replaced(sums: Path, tmp_path: Path) -> None:
+    """And Triton runs on."""
+
+    def counter() -> psutil.Process | None:
+        found = [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"]]
+        words = f"--socket={tmp_path}", "gateway_metrics.py"
+        return next((one for one in found if all(word in " ".join(one.info["cmdline"]) for word in words)), None)
+
+    with launched(sums) as launcher:
+        triton, first = processes(tmp_path)["tritonserver"], counter()
+        assert first is not None
+        wait_until(lambda: time.time() - first.create_time() > 3)
+        first.kill()
+        wait_until(lambda: counter() not in (None, first))
+        (url,) = re.findall(r"gateway metrics ([^\s,]+)", launcher.output[-1])
+
+        def counts() -> bool:
+            with contextlib.suppress(OSError):
+                stand_in.ask(launcher.urls[0], CLIP)
+                return 'api="grpc",result="ok"} 0' not in urlopen(url).read().decode()
+            return False
+
+        wait_until(counts)
+        assert processes(tmp_path)["tritonserver"] == triton
 
 
 @needs_wheel
