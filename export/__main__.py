@@ -13,7 +13,7 @@ from . import checkpoint, configs, packed, pipeline, trials
 
 LONGEST_MAX_SECONDS = 3600.0  # s; MAX_EXPONENT in packed.py counts on it
 # Of the options that `verify` rejects; the parser's own are None, so that an option that was given is known.
-EXPORT_DEFAULTS = {"format": "onnx", "fp16": True, "max_seconds": packed.MAX_SECONDS}
+EXPORT_DEFAULTS = {"format": "onnx", "fp16": True, "int8": True, "calibration": None, "max_seconds": packed.MAX_SECONDS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +55,8 @@ def _export(options: argparse.Namespace) -> None:
         max_seconds=options.max_seconds,
         formats=list(configs.FORMATS) if options.format == "all" else [options.format],
         half=options.fp16,
+        int8=options.int8,
+        calibration=options.calibration,
     )
 
 
@@ -101,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
         "--fp16",
         action=argparse.BooleanOptionalAction,
         help="write the float16 file for GPUs too (default: --fp16)",
+    )
+    add(
+        "--int8",
+        action=argparse.BooleanOptionalAction,
+        help="write the int8 ONNX file for CPUs too, where it keeps its bounds (default: --int8)",
+    )
+    add(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="folder of speech that the scales of the int8 file are found on (default: samples/)",
     )
     add(
         "--max-seconds",

@@ -19,17 +19,23 @@ METADATA_FILE = "metadata.json"  # in a TorchScript archive
 
 
 class Format(NamedTuple):
-    """A kind of model file: the model's folder, the backend that serves it, its files in float32 and in float16."""
+    """A kind of model file: the model's folder, the backend that serves it, its files by precision."""
 
     folder: str
     backend: str
-    file: str
-    half_file: str
+    files: Mapping[str, str]
+
+    @property
+    def file(self) -> str:
+        """The float32 file, without which there is no other."""
+        return self.files["fp32"]
 
 
 FORMATS = {
-    "onnx": Format("ecapa", "onnxruntime", "model.onnx", "model_fp16.onnx"),
-    "torchscript": Format("ecapa_torchscript", "pytorch", "model.pt", "model_fp16.pt"),
+    "onnx": Format(
+        "ecapa", "onnxruntime", {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
+    ),
+    "torchscript": Format("ecapa_torchscript", "pytorch", {"fp32": "model.pt", "fp16": "model_fp16.pt"}),
 }
 MODEL = FORMATS["onnx"].folder  # the client's default
 USUAL_FILES = {kind.backend: kind.file for kind in FORMATS.values()}  # loaded where the config names no file
@@ -102,8 +108,8 @@ def check_all(folder: Path, models: Mapping[str, ModelFile]) -> None:
     (kind,) = (kind for kind in FORMATS.values() if kind.folder == folder.name)
     for path in config_files(folder):
         file = read(path).default_model_filename or kind.file
-        if file not in (kind.file, kind.half_file):
-            raise ConfigError(f"{path}: default_model_filename is {file}, expected {kind.file} or {kind.half_file}")
+        if file not in kind.files.values():
+            raise ConfigError(f"{path}: default_model_filename is {file}, expected {' or '.join(kind.files.values())}")
         if file in models:
             check(path, models[file], folder.name)
 

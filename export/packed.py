@@ -64,6 +64,8 @@ class PackedEcapa(nn.Module):
         group: channels that are aggregated and pooled at a time; None for all at once, which suits a GPU.
         half: compute rows and the large matrix products in float16. Inputs, outputs, features, pooled statistics,
             softmax, gates and the last layer stay float32.
+        exact: add up means in float64, so that they do not depend on a clip's place in the batch. Before int8 rows the
+            last bit of a float32 mean decides where a value is rounded to.
 
     Raises:
         UnsupportedModel: the checkpoint has a feature that the packed model does not reproduce.
@@ -72,9 +74,15 @@ class PackedEcapa(nn.Module):
     info: Tensor
 
     def __init__(
-        self, checkpoint: Checkpoint, max_seconds: float = MAX_SECONDS, group: int | None = GROUP, half: bool = False
+        self,
+        checkpoint: Checkpoint,
+        max_seconds: float = MAX_SECONDS,
+        group: int | None = GROUP,
+        half: bool = False,
+        exact: bool = False,
     ) -> None:
         super().__init__()
+        self.exact = exact
         classifier = checkpoint.classifier
         model = classifier.mods.embedding_model
         _check_supported(classifier)
@@ -134,7 +142,7 @@ class PackedEcapa(nn.Module):
         firsts = torch.arange(0, n_rows, PARTS, dtype=torch.int32, device=waveform.device)
         firsts = firsts[: (n_clips * self.max_frames + PARTS - 1) // PARTS]
         rows = (firsts[:, None] + torch.arange(PARTS, dtype=torch.int32, device=waveform.device)).reshape(-1)
-        clips = Clips(rows, frames)
+        clips = Clips(rows, frames, self.exact)
         features, audible = self.features(waveform, starts, used, clips)
 
         taps = {window: clips.taps(window) for window in self.windows if window.kernel > 1}
@@ -160,7 +168,8 @@ class Clips:
     The first ``counts[0]`` rows are those of the first clip, and so on. Left-over rows belong to no clip.
     """
 
-    def __init__(self, rows: Tensor, counts: Tensor) -> None:
+    def __init__(self, rows: Tensor, counts: Tensor, exact: bool = False) -> None:
+        self.exact = exact
         ends = torch.cumsum(counts, 0, dtype=torch.int32)
         starts = ends - counts
         begun = rows >= starts[:, None]
@@ -175,6 +184,9 @@ class Clips:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over each clip's rows, T a multiple of ``PARTS``: ``[T, C]`` to float32 ``[B, C]``."""
+        if self.exact:
+            sums = self.sums.double()
+            return (torch.mm(sums, x.double()) / sums.sum(1, keepdim=True)).float()
         means = self.means.reshape(-1, PARTS, x.shape[0] // PARTS).transpose(0, 1)  # [PARTS, B, T / PARTS]
         return torch.bmm(means, x.float().reshape(PARTS, -1, x.shape[1])).sum(0)
 

@@ -15,7 +15,7 @@ from ecapa_triton.audio import SAMPLE_RATE
 from ecapa_triton.errors import EcapaError
 from ecapa_triton.trials import Trials
 
-from . import artifacts, checkpoint, configs, packed, seal, trials, verify
+from . import artifacts, checkpoint, configs, packed, quantize, seal, trials, verify
 
 ERRORS = (
     checkpoint.CheckpointError,
@@ -48,6 +48,8 @@ def export(
     max_seconds: float = packed.MAX_SECONDS,
     formats: Sequence[str] = ("onnx",),
     half: bool = True,
+    int8: bool = True,
+    calibration: Path | None = None,
 ) -> None:
     """Export a checkpoint into a model repository, verified, and print each step.
 
@@ -60,7 +62,9 @@ def export(
         max_seconds: a clip is embedded by its first ``max_seconds``.
         formats: of :data:`configs.FORMATS`.
         half: write the float16 files for GPUs too. One that differs from SpeechBrain by too much is left out with a
-            warning. A float16 file that is not written removes that of an earlier export.
+            warning. A file that is not written removes that of an earlier export.
+        int8: write the int8 file of the ONNX format for CPUs too; the same holds.
+        calibration: folder of speech that its scales are found on; None for ``samples/``.
 
     Raises:
         ERRORS: any of them. The old files of the format that failed are unchanged; the other formats are written.
@@ -78,12 +82,13 @@ def export(
                 f"{folder / '1'} is not writable for user {os.geteuid()}: run as its owner {folder.stat().st_uid} "
                 f"(with Compose: RUN_AS), or change the owner: chown -R {os.geteuid()}:{os.getegid()}"
             )
+    clips = quantize.Calibration(calibration) if int8 else None
     with step(f"load {source}"):
         loaded = checkpoint.load(source, revision, seed=seed, channels=channels)
     failed: dict[str, Exception] = {}
     for kind in kinds:
         try:
-            _export(repository / kind.folder, kind, loaded, max_seconds, half)
+            _export(repository / kind.folder, kind, loaded, max_seconds, half, clips)
         except (*ERRORS, OSError) as error:
             failed[kind.folder] = error
     if failed:
@@ -119,33 +124,48 @@ def verify_all(repository: Path, loaded: checkpoint.Checkpoint | None = None, li
         _verify(path, model, source, trials.verify(model, reference, listed) if listed else None)
 
 
-def _export(folder: Path, kind: configs.Format, loaded: checkpoint.Checkpoint, max_seconds: float, half: bool) -> None:
+def _export(
+    folder: Path,
+    kind: configs.Format,
+    loaded: checkpoint.Checkpoint,
+    max_seconds: float,
+    half: bool,
+    calibration: quantize.Calibration | None,
+) -> None:
+    wanted = {"fp32": True, "fp16": half, "int8": calibration is not None}
+    files = {folder / "1" / name: precision for precision, name in kind.files.items()}
     partials: dict[Path, Path] = {}
     try:
-        for name in (kind.file, kind.half_file) if half else (kind.file,):
-            target = folder / "1" / name
-            partials[target] = target.with_name(f".{name}.{os.getpid()}.partial")
+        for target, precision in files.items():
+            if not wanted[precision]:
+                continue
+            partials[target] = target.with_name(f".{target.name}.{os.getpid()}.partial")
             with step(f"write {target}"):
-                is_half = name == kind.half_file
-                group = None if is_half else packed.GROUP  # groups fit a CPU's caches; float16 files are for GPUs
-                model = packed.PackedEcapa(loaded, max_seconds, group, is_half).eval()
-                artifacts.write(model, loaded, partials[target])
+                # Groups fit a CPU's caches; float16 files are for GPUs.
+                group = None if precision == "fp16" else packed.GROUP
+                model = packed.PackedEcapa(
+                    loaded, max_seconds, group, half=precision == "fp16", exact=precision == "int8"
+                ).eval()
+                if precision == "int8" and calibration is not None:
+                    quantize.write(model, loaded, partials[target], calibration)
+                else:
+                    artifacts.write(model, loaded, partials[target])
         models = {path: artifacts.ExportedModel(partial) for path, partial in partials.items()}
         configs.check_all(folder, {path.name: one.file for path, one in models.items()})
         for path, one in models.items():
             try:
                 _verify(path, one, loaded)
             except verify.VerificationError as error:
-                if path.name != kind.half_file:
+                if files[path] == "fp32":
                     raise
-                print(f"warning: {error}; --no-fp16 exports without it", file=sys.stderr)
+                print(f"warning: {error}; --no-{files[path]} exports without it", file=sys.stderr)
                 partials.pop(path).unlink()
         for path, partial in partials.items():
             os.replace(partial, path)
-        half_path = folder / "1" / kind.half_file
-        if half_path not in partials and half_path.exists():
-            half_path.unlink()
-            print(f"{half_path}: removed, it was of an earlier export")
+        for path in files:
+            if path not in partials and path.exists():
+                path.unlink()
+                print(f"{path}: removed, it was of an earlier export")
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
@@ -161,11 +181,9 @@ def _exported_files(repository: Path) -> list[Path]:
     """The model files in a repository, always with a format's float32 file; the float32 ONNX file if there is none."""
     files = []
     for kind in configs.FORMATS.values():
-        file, half_file = (repository / kind.folder / "1" / name for name in (kind.file, kind.half_file))
-        if half_file.is_file():
-            files += [file, half_file]
-        elif file.is_file():
-            files.append(file)
+        paths = [repository / kind.folder / "1" / name for name in kind.files.values()]
+        found = [path for path in paths if path.is_file()]
+        files += found and [paths[0], *(path for path in found if path != paths[0])]
     return files or [repository / configs.MODEL / "1" / configs.FORMATS["onnx"].file]
 
 

@@ -18,6 +18,7 @@ Array = NDArray[Any]
 Clip = tuple[str, Array]  # label and waveform
 Batch = tuple[str, list[Clip], set[int]]  # what is special, its clips, places of rows that must be NaN
 SAMPLES = Path(__file__).parent.parent / "samples"
+AUDIO = {".flac", ".wav", ".ogg", ".mp3"}  # suffixes of clips in a folder
 MAX_SPEECH = 600  # s of a file in samples/ that are read
 
 
@@ -136,7 +137,7 @@ def clip_groups(
 
     tone = np.sin(2 * np.pi * 440 / SAMPLE_RATE * np.arange(min(2 * second, max_samples))).astype(np.float32)
     step = np.where(np.arange(len(tone)) < len(tone) // 2, 0.0, 0.5).astype(np.float32)
-    files = [path for path in sorted(SAMPLES.glob("*")) if path.suffix in {".flac", ".wav", ".ogg", ".mp3"}]
+    files = [path for path in sorted(SAMPLES.glob("*")) if path.suffix in AUDIO]
     return {
         "samples/": {path.name: read(path, max_samples=MAX_SPEECH * second).waveform[:max_samples] for path in files},
         "noise": {f"{n} samples of noise": noise(n, 0.1) for n in lengths},

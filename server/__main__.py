@@ -163,7 +163,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="auto (default): a GPU if one is usable")
     argument("--gpus", type=_numbers, metavar="N,N", help="run on the GPUs with these numbers (default: all)")
-    argument("--precision", choices=["fp32", "fp16"], default="fp32", help="fp16: the float16 files, on GPUs only")
+    text = "fp16: the float16 files, on GPUs only; int8: the int8 files of the model ecapa, on CPUs only"
+    argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32", help=text)
     threads = "threads of each model instance on the CPU (default: as many as cores)"
     argument("--threads", type=_positive, metavar="N", help=threads)
     for option, port, what in (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 Device = Literal["auto", "cpu", "gpu"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 Place = tuple[str, int]  # address and port
 Keys = Mapping[str, Sequence[str]]  # those accepted, by group of GROUPS
 

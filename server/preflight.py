@@ -99,7 +99,7 @@ def all_models(repository: Path) -> list[Path]:
 def _is_exported(model: Path) -> bool:
     """Whether it has a model file; models of other projects are not judged."""
     kind = next((kind for kind in configs.FORMATS.values() if kind.folder == model.name), None)
-    return kind is None or any((model / "1" / name).exists() for name in (kind.file, kind.half_file))
+    return kind is None or any((model / "1" / name).exists() for name in kind.files.values())
 
 
 def _served_files(model: Path, config: Any) -> list[Path]:
@@ -164,22 +164,28 @@ def choose_device(
         device: The option.
         gpus: Names of the usable GPUs.
         no_gpu: Why there are none.
-        precision: Of the models on a GPU.
+        precision: Of the models: fp16 on a GPU, int8 on a CPU, fp32 on both.
 
     Returns:
         "CPU" or "GPU", the choice and its reason in words, and the name of the configs.
     """
     if device == "cpu" and precision == "fp16":
         raise ServerError("precision fp16 is for GPUs, on a CPU it only costs accuracy: use --precision fp32")
+    if device == "gpu" and precision == "int8":
+        raise ServerError("precision int8 is for CPUs: use --precision fp16 or fp32")
+    in_int8 = ", in int8" if precision == "int8" else ""
+    config = "cpu_int8" if in_int8 else "cpu"
     if device == "cpu":
-        return "CPU", "CPU, as requested", "cpu"
+        return "CPU", f"CPU, as requested{in_int8}", config
+    if gpus and precision == "int8":
+        return "CPU", "CPU, since precision int8 is for CPUs, in int8", config
     if gpus:
         half = precision == "fp16"
         chosen = f"GPU{', as requested' if device == 'gpu' else ''}: {', '.join(gpus)}{', in float16' if half else ''}"
         return "GPU", chosen, "gpu_fp16" if half else "gpu"
     if device == "gpu":
         raise ServerError(f"device gpu: {no_gpu}; use --device cpu, or auto for a GPU where there is one")
-    return "CPU", f"CPU{', in float32' if precision == 'fp16' else ''}: {no_gpu}", "cpu"
+    return "CPU", f"CPU{', in float32' if precision == 'fp16' else in_int8}: {no_gpu}", config
 
 
 def gpu_environment(device: str, gpus: Sequence[int] | None) -> dict[str, str]:

@@ -94,7 +94,7 @@ class TritonServer:
             repository: The model repository.
             device: Where the models run; "auto" is a GPU if one is usable.
             gpus: Numbers of the GPUs to run on; None: all. The configs give the number of instances on each.
-            precision: "fp16" serves the float16 files where the models run on GPUs.
+            precision: "fp16" serves the float16 files where the models run on GPUs, "int8" the int8 files on CPUs.
             models: Names of the models to serve, each of them exported; None: all that are exported.
             threads: Threads of each model instance on the CPU; None: as the configs say.
             http_port: Port of the HTTP API, 0 for a free one; `grpc_port` and `metrics_port` likewise.
