@@ -82,12 +82,12 @@ def _model(repository: Path, source: str | None) -> ExportedModel:
         print(f"{path} is up to date: {model.metadata['source']}")
         return model
     try:
-        export(repository, source or checkpoint.HUB_ID, half=False)
+        export(repository, source or checkpoint.HUB_ID, half=False, int8=False)
     except checkpoint.CheckpointError as error:
         if source is not None:
             raise
         print(f"\n{error}\n")
-        export(repository, "mini", half=False)
+        export(repository, "mini", half=False, int8=False)
     return ExportedModel(path)
 
 

@@ -66,7 +66,7 @@ PLANS = {
         "cpu",
         rounds=15,
         rows=ALONE | {"8 x 3 s": [3.0] * 8} | MIXED | {"32 x 1 s": [1.0] * 32},
-        precisions=["fp32"],
+        precisions=["fp32", "int8"],
         profiled=[],
         squares=[1024, 2048],
     ),
@@ -240,6 +240,7 @@ def load(bench: Bench) -> Iterator[Row]:
     loaders: dict[str, Callable[[], list[Contender]]] = {
         f"{kind} {precision.upper()}": partial(contenders.ours, bench.files, kind, precision, device, bench.threads)
         for kind, precision in itertools.product(FORMATS, bench.plan.precisions)
+        if precision != "int8" or kind == "ONNX"
     }
     loaders["SpeechBrain"] = partial(contenders.theirs, bench.metadata, device)
     for name, loader in loaders.items():
@@ -287,7 +288,8 @@ def _embed(contender: Contender, parts: Sequence[Sequence[Array]]) -> Array:
 
 def products(bench: Bench) -> Iterator[Row]:
     """Square matrix products, the best of which is the measure of a model's work."""
-    for precision, size in itertools.product(bench.plan.precisions, bench.plan.squares):
+    precisions = [precision for precision in bench.plan.precisions if precision in TYPES]
+    for precision, size in itertools.product(precisions, bench.plan.squares):
         square = torch.randn(size, size).to(bench.plan.device, TYPES[precision])
         rate = size**3 / statistics.median(bench.time(partial(torch.mm, square, square)) for _ in range(5))
         bench.best[precision] = max(rate, bench.best.get(precision, 0.0))
@@ -326,7 +328,7 @@ def speed(bench: Bench) -> Iterator[Row]:
             row |= _figures(times, contender.name, sum(seconds)) | _work_memory(contender, clips)
             if contender.ours:
                 row["tflops"] = 2 * macs / row["ms"] / 1e9
-                if contender.device == bench.plan.device:
+                if contender.device == bench.plan.device and contender.precision in bench.best:
                     row["of_best_product"] = macs / row["ms"] * 1e3 / bench.best[contender.precision]
             yield row
 

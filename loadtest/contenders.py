@@ -55,7 +55,7 @@ class Contender:
 
     Attributes:
         name: in the report.
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16" or "int8".
         device: torch's name.
         embed: one batch on `device` to float32 `[B, E]`.
         join: clips, float32 `[samples]`, to a batch; ours are packed.
@@ -182,7 +182,8 @@ def find(repository: Path) -> Files:
     files: Files = {}
     for kind, suffix in FORMATS.items():
         for path in sorted(repository.rglob(f"model*{suffix}")):
-            files.setdefault((kind, "fp16" if path.stem.endswith("_fp16") else "fp32"), path.resolve())
+            precision = path.stem.partition("_")[2] or "fp32"
+            files.setdefault((kind, precision), path.resolve())
     if ("TorchScript", "fp32") not in files:
         raise MeasureError(f"{repository} has no model.pt: write it with python -m export --format torchscript")
     return files
@@ -195,7 +196,7 @@ def write(folder: Path, source: str, channels: int, precisions: Sequence[str]) -
         MeasureError: the packages that export are not installed.
     """
     try:
-        from export import artifacts, checkpoint
+        from export import artifacts, checkpoint, quantize
         from export.packed import GROUP, PackedEcapa
 
         loaded = checkpoint.load(source, channels=channels)
@@ -203,10 +204,16 @@ def write(folder: Path, source: str, channels: int, precisions: Sequence[str]) -
         raise MeasureError(f"{reason(error)}: export elsewhere and name the folder with --repository") from error
     files: Files = {}
     for (kind, suffix), precision in itertools.product(FORMATS.items(), precisions):
+        if precision == "int8" and kind != "ONNX":
+            continue
         half = precision == "fp16"
+        model = PackedEcapa(loaded, group=None if half else GROUP, half=half, exact=precision == "int8").eval()
         files[kind, precision] = path = folder / f"model_{precision}{suffix}"
         print(f"write {path.name} ...", flush=True)
-        artifacts.write(PackedEcapa(loaded, group=None if half else GROUP, half=half).eval(), loaded, path)
+        if precision == "int8":
+            quantize.write(model, loaded, path, quantize.Calibration())
+        else:
+            artifacts.write(model, loaded, path)
     return files
 
 

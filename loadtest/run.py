@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repository", type=Path, metavar="DIR", help="--local serves the model exported there, not --source")
     add(
         "--precision",
-        choices=["fp32", "fp16"],
+        choices=["fp32", "fp16", "int8"],
         default="fp32",
-        help="model files of --local gpu (default: %(default)s)",
+        help="model files: fp16 with --local gpu, int8 with --local cpu (default: %(default)s)",
     )
     add("--no-baselines", dest="baselines", action="store_false", help="measure our model alone")
     seconds = "seconds that a level is measured; arrivals and ramp take four times as long (default: %(default)g)"

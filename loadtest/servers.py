@@ -26,6 +26,7 @@ from .scenarios import BASELINES, MODEL, OURS, PADDED
 if TYPE_CHECKING:  # where only the load generator is installed, neither can be imported
     from export.checkpoint import Checkpoint
     from server import TritonServer
+    from server.options import Precision
 
 Device: TypeAlias = Literal["cpu", "gpu"]
 
@@ -218,7 +219,8 @@ class Local:
         from server import Limits, ServerError, TritonServer, gateway
 
         limits = Limits(max_requests) if gateway.find() else None
-        precision: Literal["fp32", "fp16"] = self._options.precision if device == "gpu" else "fp32"
+        wanted: Precision = self._options.precision
+        precision: Precision = wanted if wanted == {"cpu": "int8", "gpu": "fp16"}[device] else "fp32"
         names = list(models.values())
         running = TritonServer(repository, device=device, precision=precision, models=names, limits=limits)
         with ExitStack() as stack:
@@ -246,7 +248,8 @@ def _fill(repository: Path, options: argparse.Namespace, models: set[str]) -> Ch
         shutil.copytree(source / model, repository / model, ignore=shutil.ignore_patterns(*unwanted))
     if not options.repository:
         kinds = [formats[model] for model in models]
-        export(repository, options.source, channels=options.channels, formats=kinds, half=options.precision == "fp16")
+        wanted = {"half": options.precision == "fp16", "int8": options.precision == "int8"}
+        export(repository, options.source, channels=options.channels, formats=kinds, **wanted)
     model = min(models)
     file = repository / model / "1" / configs.FORMATS[formats[model]].file
     checkpoint = made_from(configs.ModelFile.read(file).metadata)

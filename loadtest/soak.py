@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
         if repository is None:
             ignored = shutil.ignore_patterns("*.onnx", "*.pt")
             repository = Path(shutil.copytree(REPOSITORY, Path(folder) / "repository", ignore=ignored))
-            export(repository, options.source, channels=options.channels, half=False)
+            export(repository, options.source, channels=options.channels, half=False, int8=False)
         path = repository / MODEL / "1" / "model.onnx"
         metadata = ModelFile.read(path).metadata
         classifier = made_from(metadata).classifier

@@ -62,9 +62,9 @@ def check_repository(repository: Path, config_name: str, names: Sequence[str] | 
     backends = {}
     for model in models_to_serve(repository, names):
         path = config_path(model, config_name)
-        if config_name == "cpu_int8" and path.stem != config_name:
-            raise ServerError(f"model {model.name} has no int8 file: leave it out with --models, or --precision int8")
         config = read_config(path)
+        if config_name == "cpu_int8" and path.stem != config_name and configs.is_ours(config):
+            raise ServerError(f"model {model.name} has no int8 file: leave it out with --models, or --precision int8")
         files = _served_files(model, config)
         try:
             for file in files if configs.is_ours(config) else []:

@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, copy_configs
 from test_packed import make_folder
 
-from export import artifacts, checkpoint, configs, seal, verify
+from export import artifacts, checkpoint, configs, quantize, seal, verify
 from export.__main__ import main
 
 
@@ -251,7 +251,7 @@ def test_an_embedding_of_zeros_differs_from_any() -> None:
 def test_a_folder_is_exported_verified_and_up_to_date(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a source, with a space")
     target = copy_configs(tmp_path)
-    arguments = ["--repository", str(target), "--source", str(folder), "--max-seconds", "5", "--no-fp16"]
+    arguments = ["--repository", str(target), "--source", str(folder), "--max-seconds", "5", "--no-fp16", "--no-int8"]
     assert main(arguments) == 0
     path = target / "ecapa/1/model.onnx"
     assert sorted(item.name for item in path.parent.iterdir() if item.name != ".gitkeep") == ["model.onnx"]
@@ -302,6 +302,31 @@ def test_a_float16_file_that_fails_is_left_out(
     assert list(files(older.parents[1])) == ["model.pt"]
     made_from = configs.ModelFile.read(older.with_name("model.pt")).metadata["weights_sha256"]
     assert made_from == checkpoint.load(str(folder)).sha256
+
+
+def test_an_int8_file_that_fails_is_left_out(
+    exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(verify.BOUNDS, "int8", verify.Bounds(0.1, 0.995, 0.99999))
+    older = exported / "ecapa/1/model_int8.onnx"
+    older.write_bytes(b"of another checkpoint")
+    arguments = ["--repository", str(exported), "--source", str(folder), "--max-seconds", "1", "--no-fp16"]
+    assert main(arguments) == 0
+    warning = capsys.readouterr().err
+    assert re.fullmatch(rf"warning: {older}: mean cosine 0\.99\d+ over samples/.* 0\.99999.*--no-int8.*\n", warning)
+    assert list(files(older.parents[1])) == ["model.onnx"]
+
+
+def test_calibration_is_of_a_folder_and_in_the_metadata(tmp_path: Path) -> None:
+    for n in range(70):
+        shutil.copy(ROOT / f"samples/anna_{1 + n % 2}.flac", tmp_path / f"{n}.flac")
+    found = quantize.Calibration(tmp_path)
+    assert 30 <= len(found.clips) <= quantize.MAX_CALIBRATION
+    assert re.fullmatch(r"35 clips, \d+\.\d s, sha256 [0-9a-f]{64}", found.note)
+    assert found.note == quantize.Calibration(tmp_path).note != quantize.Calibration().note
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="--calibration"):
+        quantize.Calibration(tmp_path / "empty")
 
 
 def test_a_format_that_fails_takes_no_other_with_it(
@@ -405,21 +430,23 @@ def common(path: Path) -> Any:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_configs_of_a_model_agree(folder: Path) -> None:
     paths = configs.config_files(folder)
-    assert [path.stem for path in paths] == ["config", "cpu", "gpu", "gpu_fp16"]
+    int8 = ["cpu_int8"] if folder.name == "ecapa" else []
+    assert [path.stem for path in paths] == ["config", "cpu", *int8, "gpu", "gpu_fp16"]
     assert all(common(path) == common(paths[0]) for path in paths)
     # With a queue policy Triton's batcher wakes late: eight clients got a quarter of the embeddings a second.
     assert not configs.read(paths[0]).dynamic_batching.HasField("default_queue_policy")
 
 
 def test_the_configs_of_both_models_agree() -> None:
-    for paths in zip(*map(configs.config_files, FOLDERS), strict=True):
+    found = [[path for path in configs.config_files(folder) if path.stem != "cpu_int8"] for folder in FOLDERS]
+    for paths in zip(*found, strict=True):
         one, other = map(configs.read, paths)
         for config, field in itertools.product((one, other), FOR_MODEL):
             config.ClearField(field)
         assert one == other, paths[0].name
 
 
-EVERY_CONFIG = "config", "configs/cpu", "configs/gpu", "configs/gpu_fp16"
+EVERY_CONFIG = "config", "configs/cpu", "configs/cpu_int8", "configs/gpu", "configs/gpu_fp16"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,16 @@ def test_float16_files_are_smaller_and_close(
     check(model.embed(speech), [reference(clip) for clip in speech], "fp16")
 
 
+def test_the_int8_file_is_smaller_and_close(both_formats: Path, speech: list[np.ndarray], reference: Reference) -> None:
+    path = both_formats / "ecapa/1/model_int8.onnx"
+    assert path.stat().st_size < 0.8 * (both_formats / "ecapa/1/model.onnx").stat().st_size
+    model = ExportedModel(path)
+    assert model.metadata["precision"] == "int8" and "sha256" in model.metadata["calibration"]
+    layers = [node.op_type for node in onnx.load(path).graph.node]
+    assert layers.count("QuantizeLinear") > 20 and set(onnx.load(path).opset_import[0].domain) == set()
+    check(model.embed(speech), [reference(clip) for clip in speech], "int8")
+
+
 def test_torchscript_is_tied_to_no_device(both_formats: Path) -> None:
     for name in "model.pt", "model_fp16.pt":
         module = torch.jit.load(both_formats / "ecapa_torchscript/1" / name)
@@ -166,6 +176,18 @@ def test_a_model_that_was_not_exported_is_not_served(
             check(client.embed_many(speech, sample_rate=16000), [reference(clip) for clip in speech], "fp32")
             served = client.status().deployment
             assert (served.backend, served.precision, served.instances) == ("pytorch", "fp32", ("1 on the CPU",))
+
+
+def test_the_int8_file_is_served(repository: Path, speech: list[np.ndarray], reference: Reference) -> None:
+    """Beside the float32 file its model has the same identity: scores across the two differ little."""
+    with pytest.raises(ServerError, match="ecapa_torchscript has no int8 file.*--models"):
+        TritonServer(repository, device="cpu", precision="int8").start()
+    with TritonServer(repository, device="cpu", precision="int8", models=["ecapa"]) as server:
+        assert server.chosen.endswith("in int8")
+        with SpeakerClient(server.grpc_url) as client:
+            served = client.status().deployment
+            assert (served.file, served.precision) == ("model_int8.onnx", "int8")
+            check(client.embed_many(speech, sample_rate=16000), [reference(clip) for clip in speech], "int8")
 
 
 def test_float16_files_are_served(repository: Path, speech: list[np.ndarray], reference: Reference) -> None:

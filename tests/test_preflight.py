@@ -82,6 +82,10 @@ def test_choice_of_device() -> None:
         assert choose_device(device, ["A"], "")[::2] == ("GPU", "gpu")
         assert choose_device(device, ["A"], "", "fp16")[::2] == ("GPU", "gpu_fp16")
     assert choose_device("auto", [], "no driver", "fp16")[::2] == choose_device("cpu", ["A"], "")[::2] == ("CPU", "cpu")
+    for device in "auto", "cpu":
+        assert choose_device(device, ["A"], "", "int8")[::2] == ("CPU", "cpu_int8")
+    with pytest.raises(ServerError, match="int8"):
+        choose_device("gpu", ["A"], "", "int8")
     with pytest.raises(ServerError, match="no driver"):
         choose_device("gpu", [], "no driver")
     with pytest.raises(ServerError, match="fp16"):

@@ -26,7 +26,7 @@ from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
 
-from export import artifacts
+from export import artifacts, quantize
 from export.artifacts import ExportedModel
 from export.checkpoint import Checkpoint
 from export.packed import PackedEcapa
@@ -151,6 +151,32 @@ def test_each_clip_is_as_alone_in_speechbrain_or_nan(
         if is_defined:
             error, _ = difference(row, reference(cut.clip[:LIMIT]))
             assert error <= MAX_ERROR, cut
+        else:
+            assert np.isnan(row).all(), cut
+
+
+@pytest.fixture(scope="module")
+def int8(mini: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
+    path = tmp_path_factory.mktemp("model") / "model_int8.onnx"
+    model = PackedEcapa(mini, LIMIT / SAMPLE_RATE, exact=True).eval()
+    quantize.write(model, mini, path, quantize.Calibration())
+    return ExportedModel(path)
+
+
+ALONE: dict[Cut, np.ndarray] = {}
+
+
+@settings(max_examples=30)
+@given(batch=batches_with_empty)
+@example(batch=[Cut(kind, n) for kind in sorted(material()) for n in (LIMIT, 5_000)])
+@example(batch=[Cut(name, n) for name in ("carl_2.wav", "anna_1.flac") for n in EDGES])
+def test_in_int8_too_each_clip_is_as_alone_or_nan(int8: ExportedModel, batch: list[Cut]) -> None:
+    """Eight bits round alone what they round in a batch: the means before them are exact."""
+    for cut, is_defined, row in zip(batch, defined(batch), embed(int8, batch), strict=True):
+        if is_defined:
+            if cut not in ALONE:
+                ALONE[cut] = embed(int8, [cut])[0]
+            assert difference(row, ALONE[cut])[0] <= MAX_ERROR, cut
         else:
             assert np.isnan(row).all(), cut
 

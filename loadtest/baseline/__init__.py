@@ -41,6 +41,9 @@ def install(repository: Path, origin: str) -> None:
         shutil.copytree(_FOLDER / model, repository / model, dirs_exist_ok=True)
         (repository / model / "1").mkdir(exist_ok=True)
         shutil.copyfile(_FOLDER / "speechbrain_model.py", repository / model / "1" / "model.py")
+        cpu = repository / model / "configs/cpu.pbtxt"
+        if cpu.exists():  # beside our model in int8 too
+            shutil.copyfile(cpu, cpu.with_name("cpu_int8.pbtxt"))
         for config in (repository / model).rglob("*.pbtxt"):
             with config.open("a", encoding="utf-8") as file:
                 for key, value in ("origin", origin), ("checkout", str(_FOLDER.parents[1])):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.artifacts import ExportedModel
 from server import TritonServer
 from tests.faults.hostile import LONGEST, STREAMS, Hostile
 from tests.faults.judge import PATIENCE, ClientSender, Clip, GrpcSender, Outcome, Rejection, Tally, Traffic, Urls
@@ -96,6 +97,21 @@ def test_all_of_them_at_once(hostile: dict[str, Hostile], served: Urls, short: l
             tally.check_batch(request.clips, request.send(served))
             tally.fault()
         load.wait_for_more(len(short))
+    assert set(load.verdicts) == {"right"} or INSTALLED
+
+
+def test_in_int8_too(repository: Path, hostile: dict[str, Hostile], short: list[Clip], tally: Tally) -> None:
+    """Good clips beside every bad request get the embedding that the int8 model gives them alone."""
+    model = ExportedModel(repository / "ecapa/1/model_int8.onnx")
+    own = [Clip(clip.name, clip.waveform, model.embed([clip.waveform])[0]) for clip in short]
+    with TritonServer(repository, device="cpu", precision="int8") as server:
+        urls = Urls.of(server)
+        with Traffic(urls.senders() * 2, own, tally.check) as load:
+            for case, request in hostile.items():
+                if case != LONGEST:
+                    request.send(urls)
+                    tally.fault()
+            load.wait_for_more(3 * len(own))
     assert set(load.verdicts) == {"right"} or INSTALLED
 
 
