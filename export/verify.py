@@ -56,6 +56,7 @@ class Group:
 
     name: str
     bounds: Bounds
+    against: str = "SpeechBrain"
     differences: list[tuple[float, float, str]] = field(default_factory=list)
 
     def add(self, label: str, got: Array, expected: Array) -> None:
@@ -81,8 +82,8 @@ class Group:
         error, cosine, label = self.worst
         max_error, min_cosine, min_mean = self.bounds
         if error <= max_error and cosine >= min_cosine:
-            return f"mean cosine {self.mean:.6f} over {self.name}, expected at least {min_mean}"
-        found = f"{label}: {error:.1e} away (cosine {cosine:.6f})"
+            return f"mean cosine to {self.against} {self.mean:.6f} over {self.name}, expected at least {min_mean}"
+        found = f"{label}: {error:.1e} away from {self.against} (cosine {cosine:.6f})"
         return f"{found}, expected at most {max_error:.0e} and at least {min_cosine}"
 
     @property
@@ -194,18 +195,17 @@ def _compare(
     batches["guards: neighbours, limit"] = list(_guarded_batches(model.min_samples, neighbours, long))
 
     for name, given in batches.items():
-        bounds = BOUNDS[precision]
-        if precision == "int8" and name not in groups:
-            bounds = BOUNDS["fp32"]
-        elif precision == "int8" and name != SPEECH:
+        in_batches = precision == "int8" and name not in groups
+        bounds = BOUNDS["fp32" if in_batches else precision]
+        if precision == "int8" and name in groups and name != SPEECH:
             bounds = INT8_WITHOUT_SPEECH
-        group = Group(name, bounds)
+        group = Group(name, bounds, "the clip alone" if in_batches else "SpeechBrain")
         for how, batch, nan in given:
             rows = model.embed([clip for _, clip in batch])
             for n, ((label, clip), row) in enumerate(zip(batch, rows, strict=True)):
                 if n not in nan:
                     clip = clip[: model.max_samples]
-                    if precision == "int8" and name not in groups:
+                    if in_batches:
                         if label not in own:
                             own[label] = model.embed([clip])[0]
                         expected = own[label]

@@ -232,7 +232,7 @@ def test_the_onnx_file_and_its_metadata(repository: Path, mini: checkpoint.Check
 def test_verify_command(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--repository", str(repository)]) == 0
     groups = [line for line in capsys.readouterr().out.splitlines() if " clips " in line]
-    assert len(groups) == 2 * 7 and all(line.endswith("ok") for line in groups)
+    assert len(groups) == 3 * 7 and all(line.endswith("ok") for line in groups)
 
 
 def test_verify_needs_the_same_weights(repository: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +313,7 @@ def test_an_int8_file_that_fails_is_left_out(
     arguments = ["--repository", str(exported), "--source", str(folder), "--max-seconds", "1", "--no-fp16"]
     assert main(arguments) == 0
     warning = capsys.readouterr().err
-    assert re.fullmatch(rf"warning: {older}: mean cosine 0\.99\d+ over samples/.* 0\.99999.*--no-int8.*\n", warning)
+    assert re.fullmatch(rf"warning: {older}: mean cosine to SpeechBrain 0\.99\d+ over samples/.* 0\.99999.*--no-int8.*\n", warning)
     assert list(files(older.parents[1])) == ["model.onnx"]
 
 
