@@ -15,6 +15,8 @@ from .verify import Reference, VerificationError, difference
 
 MAX_DIFFERENCE = 1e-3  # between the scores of a trial
 MIN_COSINE = 0.9999  # between the embeddings of a clip; float16 keeps it too
+INT8_MIN_COSINE = 0.98  # of int8, and how much its equal error rate may be above SpeechBrain's
+INT8_MAX_EER_RISE = 0.003
 BATCH = 60 * SAMPLE_RATE  # samples of a packed batch: 440 MB at 7.3 MB a second
 
 
@@ -66,6 +68,15 @@ def verify(model: ExportedModel, reference: Reference, listed: Trials) -> Iterat
         yield f"{f'minDCF, P_target {ours.p_target:g}':24}{ours.cost:12.4f}{theirs.cost:14.4f}"
     yield f"{'largest score difference':24}{result.difference:12.1e}"
     yield f"{'smallest cosine':24}{result.cosine:12.7f}"
+    yield f"{'threshold at the EER':24}{result.exported.eer_threshold:12.4f}{result.speechbrain.eer_threshold:14.4f}"
+    if model.metadata["precision"] == "int8":
+        rise = result.exported.eer - result.speechbrain.eer
+        if not (rise <= INT8_MAX_EER_RISE and result.cosine >= INT8_MIN_COSINE):
+            raise VerificationError(
+                f"the EER in int8 is {100 * rise:.2f} points above SpeechBrain's (allowed: "
+                f"{100 * INT8_MAX_EER_RISE:g}), the smallest cosine {result.cosine:.4f} (at least {INT8_MIN_COSINE:g}): serve float32"
+            )
+        return
     if not (result.difference <= MAX_DIFFERENCE and result.cosine >= MIN_COSINE):
         raise VerificationError(
             f"a score differs from SpeechBrain's by {result.difference:.1e} (allowed: {MAX_DIFFERENCE:g}) or an "

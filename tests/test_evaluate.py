@@ -354,9 +354,9 @@ def test_exported_and_served_models(
     capsys.readouterr()
     assert export_main([*command, "--root", str(SAMPLES)]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"EER +0\.000 % +0\.000 %", out)) == 4
-    single, half, *_ = (float(value) for value in re.findall(r"difference +(\S+)", out))
-    assert 0 < single < 1e-5 < half < 1e-3
+    assert len(re.findall(r"EER +0\.000 % +0\.000 %", out)) == 5
+    single, half, int8, *_ = (float(value) for value in re.findall(r"difference +(\S+)", out))
+    assert 0 < single < 1e-5 < half < 1e-3 < int8 < 0.1
     with pytest.raises(SystemExit):
         export_main(["export", "--trials", str(elsewhere)])
 
@@ -390,6 +390,18 @@ def test_another_checkpoint_is_out_of_bounds(
     assert (result.difference > 1e-3) != (result.cosine < 0.9999)
     with pytest.raises(VerificationError, match=rf"{result.difference:.1e}.*{result.cosine:.6f}"):
         print(*verify(model, Reference(Another()), listed))
+
+
+def test_int8_is_judged_by_its_error_rate(
+    both_formats: Path, mini: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ExportedModel(both_formats / "ecapa/1/model_int8.onnx")
+    listed = trials.read(SAMPLES / "trials.txt", SAMPLES)
+    lines = list(verify(model, Reference(mini.classifier), listed))
+    assert any(line.startswith("threshold at the EER") for line in lines)
+    monkeypatch.setattr("export.trials.INT8_MAX_EER_RISE", -0.001)
+    with pytest.raises(VerificationError, match="EER in int8"):
+        list(verify(model, Reference(mini.classifier), listed))
 
 
 def test_clips_at_the_limits_of_the_model(repository: Path, mini: checkpoint.Checkpoint, tmp_path: Path) -> None:
