@@ -74,7 +74,8 @@ def verify(model: ExportedModel, reference: Reference, listed: Trials) -> Iterat
         if not (rise <= INT8_MAX_EER_RISE and result.cosine >= INT8_MIN_COSINE):
             raise VerificationError(
                 f"the EER in int8 is {100 * rise:.2f} points above SpeechBrain's (allowed: "
-                f"{100 * INT8_MAX_EER_RISE:g}), the smallest cosine {result.cosine:.4f} (at least {INT8_MIN_COSINE:g}): serve float32"
+                f"{100 * INT8_MAX_EER_RISE:g}), the smallest cosine {result.cosine:.4f} (at least "
+                f"{INT8_MIN_COSINE:g}): serve float32"
             )
         return
     if not (result.difference <= MAX_DIFFERENCE and result.cosine >= MIN_COSINE):
