@@ -16,7 +16,7 @@ demo: $(BIN)/installed ## export, serve on real Triton, tell the voices of sampl
 # The fault tests have the machine to themselves: they hold many requests in flight.
 test: $(BIN)/installed lint ## lint, types and tests, the served ones against a real tritonserver
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/faults --ignore=tests/engine -m "not slow"
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults -m "not slow"
 
 test-slow: $(BIN)/installed ## what `make test` leaves out: exports by README's commands, pip resolving what images install
 	$(BIN)/python -m pytest --ignore=tests/engine -m slow
