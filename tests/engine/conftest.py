@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -40,23 +41,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def engine() -> Iterator[str]:
     """A Docker engine with Compose, in words; one that is installed and does not run is run here."""
-    daemon = None
-    if not answers("docker", "info") and os.geteuid() == 0 and shutil.which("dockerd"):
-        with tempfile.NamedTemporaryFile("w", suffix="-dockerd.log", delete=False) as log:
-            daemon = subprocess.Popen(["dockerd"], stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 30
-        while not answers("docker", "info") and time.monotonic() < deadline:
-            time.sleep(0.2)
-    missing = "" if answers("docker", "info") else "a Docker engine that answers `docker info`"
-    version = output("docker", "compose", "version", "--short") if not missing else ""
-    if not missing and [int(one) for one in re.findall(r"\d+", version)[:3]] < [2, 24, 4]:
-        missing = f"Compose 2.24.4 or newer, `docker compose version` gives {version or 'nothing'}"
-    if missing:
-        pytest.exit(f"tests of containers need {missing}", 2)
-    yield f"Docker {output('docker', 'info', '--format={{.ServerVersion}}')}, Compose {version}"
-    if daemon:
-        daemon.terminate()
-        daemon.wait(60)
+    with contextlib.ExitStack() as stack:
+        if not answers("docker", "info") and os.geteuid() == 0 and shutil.which("dockerd"):
+            stack.enter_context(daemon())
+        missing = "" if answers("docker", "info") else "a Docker engine that answers `docker info`"
+        version = output("docker", "compose", "version", "--short") if not missing else ""
+        if not missing and [int(one) for one in re.findall(r"\d+", version)[:3]] < [2, 24, 4]:
+            missing = f"Compose 2.24.4 or newer, `docker compose version` gives {version or 'nothing'}"
+        if missing:
+            pytest.exit(f"tests of containers need {missing}", 2)
+        yield f"Docker {output('docker', 'info', '--format={{.ServerVersion}}')}, Compose {version}"
+
+
+@contextlib.contextmanager
+def daemon() -> Iterator[None]:
+    """Runs dockerd; the last lines of its log are printed if it does not answer."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(["dockerd"], stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 30
+            while not answers("docker", "info") and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+            if not answers("docker", "info"):
+                log.seek(0)
+                print(*log.readlines()[-5:], sep="", file=sys.stderr)
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def answers(*command: str) -> bool:
@@ -189,11 +201,11 @@ def deployment(images: dict[str, str], folder: Path) -> Iterator[Deployment]:
     if stand_ins.of_triton(images):
         files.append(Path(__file__).parent / "stand-ins.yml")
     deployment = Deployment(folder, files)
-    print("build the images ...", file=sys.stderr, flush=True)
-    deployment("--profile=*", "build", "-q", *SERVICES[:2], "export", "locust")
-    print("export the model ...", file=sys.stderr, flush=True)
-    deployment("run", "--rm", "-T", "export")
     try:
+        print("build the images ...", file=sys.stderr, flush=True)
+        deployment("--profile=*", "build", "-q", *SERVICES[:2], "export", "locust")
+        print("export the model ...", file=sys.stderr, flush=True)
+        deployment("run", "--rm", "-T", "export")
         deployment.up()
         yield deployment
     finally:
