@@ -303,7 +303,7 @@ def test_the_image_with_models_serves_alone(
         target.parent.mkdir(exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
     tag = f"{deployment.name}-with-models"
-    build = ["docker", "build", "-q", "-t", tag, "-f", str(context / "server/Dockerfile"), str(context)]
+    build = ["docker", "build", "-q", "--force-rm", "-t", tag, "-f", str(context / "server/Dockerfile"), str(context)]
     shutil.copytree(folder / "damaged", context / "model_repository")
     assert not output(*build)
     shutil.rmtree(context / "model_repository")
