@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from conftest import ROOT
 from launcher import http_status, wait_until
 
@@ -87,6 +88,17 @@ def succeeds(command: list[str]) -> bool:
 
 def status(port: int, method: str, path: str, headers: Mapping[str, str] | None = None) -> int:
     return http_status(f"127.0.0.1:{port}", method, path, b"{}" if method == "POST" else None, headers)
+
+
+def write_certificates(folder: Path) -> Path:
+    """Makes a folder as TLS_FOLDER, whose authority (clients.pem) signs the client's certificate too."""
+    authority = trustme.CA()
+    folder.mkdir()
+    for name, certificate in ("cert", authority.issue_cert("127.0.0.1")), ("client", authority.issue_cert("a@b.org")):
+        certificate.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
+        certificate.private_key_pem.write_to_path(folder / ("key.pem" if name == "cert" else "client_key.pem"))
+    authority.cert_pem.write_to_path(folder / "clients.pem")
+    return folder
 
 
 # --- images ---

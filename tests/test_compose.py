@@ -19,7 +19,6 @@ from typing import Any
 
 import containers
 import pytest
-import trustme
 import yaml
 from conftest import ROOT
 from containers import Process, change, free_ports, needs_curl, needs_nginx, replace, succeeds
@@ -260,21 +259,10 @@ def test_image_with_models_needs_a_whole_one(image: Path, repository: Path, tmp_
 # --- the server and its gateway, running ---
 
 
-@pytest.fixture
-def tls(tmp_path: Path) -> Path:
-    """A folder as TLS_FOLDER, whose authority signs the client's certificate too."""
-    authority, folder = trustme.CA(), tmp_path / "tls"
-    folder.mkdir()
-    for name, certificate in ("cert", authority.issue_cert("127.0.0.1")), ("client", authority.issue_cert("a@b.org")):
-        certificate.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
-        certificate.private_key_pem.write_to_path(folder / ("key.pem" if name == "cert" else "client_key.pem"))
-    authority.cert_pem.write_to_path(folder / "clients.pem")
-    return folder
-
-
 @needs_nginx
 @needs_curl
-def test_through_the_gateway(image: Path, repository: Path, tls: Path, tmp_path: Path) -> None:
+def test_through_the_gateway(image: Path, repository: Path, tmp_path: Path) -> None:
+    tls = containers.write_certificates(tmp_path / "tls")
     services = read(INFERENCE_KEY=KEY, TLS_FOLDER="x", CLIENT_CA="clients.pem")
     host = Host(image, repository, tmp_path, tls)
     with host.gateway(services["gateway"]) as front:

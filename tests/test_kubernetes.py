@@ -141,8 +141,9 @@ def test_there_is_time_to_start_and_stop(objects: dict[str, Object]) -> None:
     triton, nginx = (by_name(objects)[name] for name in ("triton", "gateway"))
     assert triton["restartPolicy"] == "Always" and "restartPolicy" not in nginx
     (sleep, seconds) = nginx["lifecycle"]["preStop"]["exec"]["command"]
-    (drain,) = re.findall(r"worker_shutdown_timeout (\d+)s;", (ROOT / "server/nginx.conf.template").read_text())
-    assert sleep == "sleep" and int(seconds) + int(drain) + 30 < pod(objects)["terminationGracePeriodSeconds"]
+    drain = 30  # the default of --exit-timeout, for each of the two
+    assert "--exit-timeout" not in " ".join(triton["args"] + nginx["args"])
+    assert sleep == "sleep" and int(seconds) + 2 * drain < pod(objects)["terminationGracePeriodSeconds"]
     (limit,) = re.findall(r"--start-timeout=(\d+)", " ".join(triton["args"]))
     probe = triton["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] >= int(limit)

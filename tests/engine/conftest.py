@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import trustme
 from conftest import ROOT, copy_configs
+from containers import write_certificates
 
 from loadtest.clips import speech
 from server.preflight import choose_ports
@@ -176,12 +176,7 @@ def folder(engine: str) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="ecapa-engine-"))
     path.chmod(0o755)
     copy_configs(path)
-    authority, tls = trustme.CA(), path / "tls"
-    tls.mkdir()
-    for name, certificate in ("cert", authority.issue_cert("127.0.0.1")), ("client", authority.issue_cert("a@b.org")):
-        certificate.cert_chain_pems[0].write_to_path(tls / f"{name}.pem")
-        certificate.private_key_pem.write_to_path(tls / ("key.pem" if name == "cert" else "client_key.pem"))
-    authority.cert_pem.write_to_path(tls / "clients.pem")
+    write_certificates(path / "tls")
     give(path)
     yield path
     shutil.rmtree(path)
